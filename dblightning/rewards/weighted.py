@@ -1,0 +1,59 @@
+"""A weighted sum of rewards is a reward too: what a MORL oracle is trained on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dblightning.rewards.base import RewardMetric
+
+
+class WeightedReward(RewardMetric):
+    """r(w) = Σ wᵢ rᵢ, the linear scalarisation of paper section 3.
+
+    Args:
+        rewards: name → reward. The names are those used for adapters and score columns.
+        weights: name → weight, the same names; each ≥ 0, sum 1.
+        normalize: divide the weights by their sum first.
+
+    Raises:
+        ValueError: no reward, names that differ, or weights that are negative, not finite or do not sum to 1.
+    """
+
+    def __init__(
+        self, rewards: dict[str, RewardMetric], weights: dict[str, float], normalize: bool = False
+    ) -> None:
+        super().__init__()
+        if not rewards:
+            raise ValueError("WeightedReward needs at least one reward")
+        if set(rewards) != set(weights):
+            raise ValueError(f"rewards are named {sorted(rewards)} but weights {sorted(weights)}; use the same names")
+        if normalize and sum(weights.values()) > 0:
+            total = sum(weights.values())
+            weights = {name: weight / total for name, weight in weights.items()}
+        finite = all(math.isfinite(weight) for weight in weights.values())
+        # isclose, not ==: 0.7 + 0.2 + 0.1 is 0.9999999999999999
+        if not finite or min(weights.values()) < 0 or not math.isclose(sum(weights.values()), 1.0, abs_tol=1e-6):
+            raise ValueError(
+                f"reward weights must be >= 0 and sum to 1, got {weights}; divide by their sum or pass normalize=True"
+            )
+        self.rewards = torch.nn.ModuleDict(rewards)
+        self.weights = dict(weights)
+
+    @property
+    def name(self) -> str:
+        return "+".join(f"{weight:g}*{name}" for name, weight in self.weights.items())
+
+    @property
+    def differentiable(self) -> bool:
+        return all(self.rewards[name].differentiable for name in self.rewards)
+
+    def score_parts(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        """Each basis reward by name, every one (B,)."""
+        return {name: reward.score(images, prompts) for name, reward in self.rewards.items()}  # type: ignore[operator]
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        parts = self.score_parts(images, prompts)
+        return torch.stack([self.weights[name] * parts[name] for name in parts]).sum(0)
