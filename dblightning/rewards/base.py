@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,12 +39,12 @@ class RewardMetric(Metric):
     ranks. A subclass writes ``_score`` only.
     """
 
-    is_differentiable: ClassVar[bool] = False
-    higher_is_better: ClassVar[bool] = True
-    full_state_update: ClassVar[bool] = False
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
     #: smallest and largest value the reward can take, in the units ``score`` returns; None where unbounded
-    value_range: ClassVar[tuple[float | None, float | None]] = (None, None)
-    needs_prompt: ClassVar[bool] = True
+    value_range: tuple[float | None, float | None] = (None, None)
+    needs_prompt: bool = True
 
     total: Tensor
     total_squares: Tensor
