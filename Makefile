@@ -1,0 +1,53 @@
+# Everything from a fresh clone: Python >= 3.11 and make are all that must be there. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# One thread: on a small or busy machine several OpenMP threads are many times slower than one for models of this size.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-all lint format lock clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## create .venv and install the package with its development tools, at the versions of constraints.txt
+
+# The stamp is touched last, so an interrupted install starts again and a finished one is reused.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: '$(PYTHON)' is missing, older than Python 3.11 or without its venv module;" \
+	    "install one (Debian and Ubuntu: apt install python3-venv) or name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(STAMP)  ## train, blend and score the embedded miniature; no download, no GPU
+	$(PY) -m dblightning quickstart
+
+test: $(STAMP)  ## the everyday tests
+	$(PY) -m pytest
+
+test-all: $(STAMP)  ## every test that needs neither published weights nor the reference environment, slow ones too
+	$(PY) -m pytest -m "not weights and not parity"
+
+lint: $(STAMP)  ## style, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP)  ## rewrite the sources to the project's formatting
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+lock: $(STAMP)  ## write the versions installed in .venv to constraints.txt
+	@{ grep '^#' constraints.txt; $(PY) -m pip freeze --exclude-editable; } > constraints.txt.new
+	@mv constraints.txt.new constraints.txt && touch $(STAMP)
+
+clean:  ## remove caches and build output; .venv stays (rm -r .venv to start afresh)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
