@@ -1,0 +1,452 @@
+"""LoRA adapters of one frozen denoiser, and the *gated* layer that lets every row of a batch use its own mixture.
+
+PEFT creates and stores the adapters; the forward is ours:
+
+    y = W x + Σ_i g_i · s_i · B_i A_i x        g: the row's gate, a vector over adapters; s_i: LoRA scale
+
+Gates are set once per denoiser call and shared by all layers, so rows with different adapters share a batch.
+PEFT's ``set_adapter`` walks all modules (milliseconds) and is never called while sampling.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+#: the paper's targets: query, key, value and output projections of every attention
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+METADATA_KEY = "dblightning"
+
+
+@dataclass
+class GateState:
+    """What the next forward of every gated layer does; one object shared by all layers of a denoiser."""
+
+    names: list[str] = field(default_factory=list)  # adapters in gate order
+    gates: Tensor | None = None  # (rows, m); None: the base model
+    factors: bool = False  # gate A and B apart: (Σ g B)(Σ g A), the paper code's Rewarded Soup
+    merged: tuple[Any, ...] | None = None  # key of the merged weights to use instead of W
+
+
+class GatedLinear(LoraLinear):
+    """PEFT's LoRA linear layer with a gate per batch row; without a :class:`GateState` it is PEFT's own forward."""
+
+    gate_state: GateState | None
+    merged_weights: dict[tuple[Any, ...], Tensor]
+    _stack_key: tuple[Any, ...] | None
+    _stack: tuple[Tensor, Tensor] | None
+    _columns: Tensor
+    _scales: Tensor
+
+    def install(self, state: GateState) -> None:
+        """Join the layer to the denoiser's shared state, and index its adapters in the state's order."""
+        self.gate_state = state
+        self.merged_weights = {}
+        self._stack_key = self._stack = None
+        self._names = [name for name in state.names if name in self.lora_A]
+        self._ranks = [self.r[name] for name in self._names]
+        columns = [state.names.index(name) for name in self._names for _ in range(self.r[name])]
+        scales = [self.scaling[name] for name in self._names for _ in range(self.r[name])]
+        device = self.get_base_layer().weight.device
+        # buffers, so that they follow the model to its device; not persistent, so that no state dict holds them
+        self.register_buffer("_columns", torch.tensor(columns, dtype=torch.long, device=device), persistent=False)
+        self.register_buffer("_scales", torch.tensor(scales, dtype=torch.float32, device=device), persistent=False)
+
+    def _stacked(self) -> tuple[Tensor, Tensor]:
+        """All A stacked (R, in) and all B side by side (out, R), R the sum of ranks."""
+        downs = [self.lora_A[name].weight for name in self._names]
+        ups = [self.lora_B[name].weight for name in self._names]
+        if len(downs) == 1:
+            return downs[0], ups[0]
+        if torch.is_grad_enabled():
+            return torch.cat(downs), torch.cat(ups, dim=1)
+        key = tuple((weight.data_ptr(), weight._version) for weight in (*downs, *ups))
+        if self._stack is None or key != self._stack_key:
+            self._stack, self._stack_key = (torch.cat(downs), torch.cat(ups, dim=1)), key
+        return self._stack
+
+    def _gate_ranks(self, hidden: Tensor, gates: Tensor, factors: bool) -> Tensor:
+        """Scale the rank-space activations (rows, …, R) of each row by its gates."""
+        gate = gates.to(hidden.dtype)[:, self._columns]
+        scale = self._scales.to(hidden.dtype)
+        if not factors:
+            return hidden * (gate * scale).view(len(gate), *[1] * (hidden.ndim - 2), -1)
+        self._check_one_rank()
+        root = (gate * scale.sqrt()).view(len(gate), *[1] * (hidden.ndim - 2), len(self._names), -1)
+        summed = (hidden.unflatten(-1, (len(self._names), -1)) * root).sum(-2, keepdim=True)
+        return (summed * root).flatten(-2)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state: GateState | None = getattr(self, "gate_state", None)
+        if state is None:
+            return super().forward(x, *args, **kwargs)
+        if state.merged is not None:
+            weight = self.merged_weights.get(state.merged)
+            if weight is not None:
+                return F.linear(x, weight, self.get_base_layer().bias)
+        y = self.base_layer(x, *args, **kwargs)
+        gates = state.gates
+        if gates is None or not self._names or state.merged is not None:
+            return y
+        if x.shape[0] != gates.shape[0]:
+            raise ValueError(f"gates are set for {gates.shape[0]} rows, but the layer was called with {x.shape[0]}")
+        down, up = self._stacked()
+        hidden = self._gate_ranks(F.linear(x, down.to(x.dtype)), gates, state.factors)
+        return y + F.linear(hidden, up.to(x.dtype)).to(y.dtype)
+
+    def _check_one_rank(self) -> None:
+        if len(set(self._ranks)) > 1:
+            raise ValueError(
+                f"averaging LoRA factors needs adapters of one rank, got {dict(zip(self._names, self._ranks))}; "
+                "use the exact soup (rewarded-soup)"
+            )
+
+    def delta_weight(self, gate: Sequence[float], factors: bool) -> Tensor | None:
+        """ΔW of one gate vector in float32, (out, in); None when no adapter of this layer is gated on."""
+        assert self.gate_state is not None
+        used = [(name, gate[self.gate_state.names.index(name)]) for name in self._names]
+        used = [(name, value) for name, value in used if value != 0]
+        if not used:
+            return None
+        if factors:
+            self._check_one_rank()
+            down = sum(value * self.scaling[name] ** 0.5 * self.lora_A[name].weight.float() for name, value in used)
+            up = sum(value * self.scaling[name] ** 0.5 * self.lora_B[name].weight.float() for name, value in used)
+            return up @ down  # type: ignore[operator]
+        products = (
+            value * self.scaling[name] * (self.lora_B[name].weight.float() @ self.lora_A[name].weight.float())
+            for name, value in used
+        )
+        return torch.stack(list(products)).sum(0)
+
+
+class AdapterBank:
+    """The adapters of one denoiser: add, load, export, and choose per row (``gated``) or for all rows (``merged``).
+
+    Args:
+        unet: the frozen denoiser, a diffusers model with PEFT support. Its parameters get ``requires_grad=False``.
+        merged_limit: how many merged copies of the adapted matrices may be kept (one per gate vector in use).
+    """
+
+    def __init__(self, unet: nn.Module, merged_limit: int = 4) -> None:
+        self.unet = unet.requires_grad_(False)
+        self.state = GateState()
+        self.merged_limit = merged_limit
+        self._merged_keys: OrderedDict[tuple[Any, ...], None] = OrderedDict()
+        self._fingerprint = fingerprint(unet)
+
+    @property
+    def names(self) -> list[str]:
+        """Adapters in gate order."""
+        return list(self.state.names)
+
+    def layers(self) -> Iterator[GatedLinear]:
+        """Every adapted layer."""
+        return (module for module in self.unet.modules() if isinstance(module, GatedLinear))
+
+    def add(
+        self,
+        name: str,
+        rank: int = 4,
+        lora_alpha: float | None = None,
+        target_modules: Sequence[str] = ATTENTION,
+        seed: int | None = None,
+    ) -> None:
+        """Create a new adapter, initially without effect (B = 0), and make it trainable in float32.
+
+        Args:
+            name: the adapter's name; by custom the reward it is trained on.
+            rank: LoRA rank (paper: 4).
+            lora_alpha: LoRA alpha; the scale is alpha / rank. Defaults to ``rank``, scale 1.
+            target_modules: name endings of the linear layers to adapt.
+            seed: seed of A's initial values; None takes torch's global generator.
+
+        Raises:
+            ValueError: the name exists, no layer matches, or a matched layer is not linear.
+        """
+        self._check_new(name)
+        config = LoraConfig(
+            r=rank, lora_alpha=rank if lora_alpha is None else lora_alpha, target_modules=list(target_modules)
+        )
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            try:
+                self.unet.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+            except ValueError as error:
+                raise ValueError(f"no adapter {name!r}: {error}") from error
+        self._adopt(name)
+        self.train_only(name)
+
+    def load(self, name: str, path: str | Path, pipeline: Any, allow_other_base: bool = False) -> dict[str, Any]:
+        """Load an adapter in diffusers' LoRA format through diffusers' own loader.
+
+        Args:
+            name: its name here.
+            path: folder with ``pytorch_lora_weights.safetensors``, or a safetensors file.
+            pipeline: the diffusers pipeline that owns the denoiser.
+            allow_other_base: load even if the adapter's metadata names another base model.
+
+        Returns:
+            The adapter's metadata (empty for a foreign file).
+
+        Raises:
+            FileNotFoundError: nothing there.
+            ValueError: the name exists; the file fits another architecture; it was trained on another base; or a key
+                of the file found no place in the model.
+        """
+        self._check_new(name)
+        path = Path(path)
+        file = path / WEIGHTS_NAME if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(f"no LoRA for adapter {name!r}: {file} does not exist; give the exported folder")
+        metadata = read_metadata(file)
+        self._check_base(name, file, metadata, allow_other_base)
+        state, *_ = pipeline.lora_state_dict(str(file.parent), weight_name=file.name, unet_config=self.unet.config)
+        self._check_fit(name, file, state)
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+        self._adopt(name)
+        loaded = set(self.state_dict(name))
+        expected = {key.removeprefix("unet.") for key in state if ".lora_" in key}
+        if loaded != expected:
+            stray = sorted(loaded ^ expected)
+            raise ValueError(f"adapter {name!r} from {file} did not load whole; keys without a match: {stray[:5]}")
+        self.train_only(None)
+        return metadata
+
+    def export(self, name: str, folder: str | Path, pipeline: Any, metadata: dict[str, Any] | None = None) -> Path:
+        """Write an adapter so that plain diffusers' ``pipe.load_lora_weights(folder)`` loads it.
+
+        The file appears whole or not at all (written aside, then renamed).
+
+        Args:
+            name: the adapter.
+            folder: where ``pytorch_lora_weights.safetensors`` goes; created if needed.
+            pipeline: the diffusers pipeline that owns the denoiser.
+            metadata: JSON-able facts to keep in the file: reward, kl_weight, step, command, …
+
+        Returns:
+            The file's path.
+        """
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {key: _jsonable(value) for key, value in self.unet.peft_config[name].to_dict().items()}  # type: ignore[union-attr, index]
+        partial = f".{os.getpid()}.{WEIGHTS_NAME}"
+        pipeline.save_lora_weights(
+            str(folder),
+            unet_lora_layers={key: value.contiguous() for key, value in self.state_dict(name).items()},
+            unet_lora_adapter_metadata=config,
+            weight_name=partial,
+        )
+        with safe_open(folder / partial, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            header = dict(file.metadata() or {})
+        facts = {"adapter": name, "base": base_name(pipeline), "base_fingerprint": self._fingerprint}
+        header[METADATA_KEY] = json.dumps({**facts, **(metadata or {})}, default=str)
+        save_file(tensors, folder / partial, metadata=header)
+        os.replace(folder / partial, folder / WEIGHTS_NAME)
+        return folder / WEIGHTS_NAME
+
+    def state_dict(self, name: str) -> dict[str, Tensor]:
+        """The adapter's tensors as PEFT names them, detached and on the CPU."""
+        state = get_peft_model_state_dict(self.unet, adapter_name=name)
+        return {key: value.detach().cpu().clone() for key, value in state.items()}
+
+    def load_state_dict(self, name: str, state: dict[str, Tensor]) -> None:
+        """Copy tensors of :meth:`state_dict` into an existing adapter of the same shape.
+
+        Raises:
+            ValueError: keys that are missing or left over.
+        """
+        own = {
+            key.replace(f".{name}.", "."): parameter
+            for key, parameter in self.unet.named_parameters()
+            if f".{name}." in key and ".lora_" in key
+        }
+        if set(own) != set(state):
+            stray = sorted(set(own) ^ set(state))
+            raise ValueError(f"the saved adapter does not match {name!r}; keys without a match: {stray[:5]}")
+        with torch.no_grad():
+            for key, parameter in own.items():
+                parameter.copy_(state[key])
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The adapter's A and B matrices."""
+        pairs = ((layer.lora_A, layer.lora_B) for layer in self.layers() if name in layer.lora_A)
+        return [side[name].weight for pair in pairs for side in pair]
+
+    def train_only(self, name: str | None) -> None:
+        """Let gradients reach this adapter and no other (None: no adapter at all)."""
+        for layer in self.layers():
+            for side in (layer.lora_A, layer.lora_B):
+                for key, linear in side.items():
+                    linear.requires_grad_(key == name)
+
+    @contextmanager
+    def restored(self, snapshot: tuple[Any, ...]) -> Iterator[None]:
+        """Forwards inside use the state that :meth:`snapshot` returned: for recomputation in gradient checkpointing."""
+        before = self.snapshot()
+        self.state.gates, self.state.factors, self.state.merged = snapshot
+        try:
+            yield
+        finally:
+            self.state.gates, self.state.factors, self.state.merged = before
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """The gates in force: (gates, factors, merged key)."""
+        return self.state.gates, self.state.factors, self.state.merged
+
+    @contextmanager
+    def gated(self, gates: Tensor | None, factors: bool = False) -> Iterator[None]:
+        """Forwards inside use these gates, one row of (rows, m) per batch row; None is the base model."""
+        with self.restored((gates, factors, None)):
+            yield
+
+    @contextmanager
+    def merged(self, gate: Sequence[float], factors: bool = False) -> Iterator[None]:
+        """Forwards inside use W + ΔW of one gate vector for all rows, at the plain model's cost.
+
+        The merged copies of the adapted matrices are kept, at most ``merged_limit`` of them.
+        """
+        key = self._merge(tuple(float(value) for value in gate), factors) if any(gate) else None
+        with self.restored((None, False, key)):
+            yield
+
+    @torch.no_grad()
+    def _merge(self, gate: tuple[float, ...], factors: bool) -> tuple[Any, ...]:
+        # the version sum notices an optimiser's in-place update, so a stale merge is never used
+        layers = list(self.layers())
+        sides = [side[name].weight for layer in layers for side in (layer.lora_A, layer.lora_B) for name in side]
+        weight = layers[0].get_base_layer().weight
+        key = (gate, factors, sum(side._version for side in sides), weight.device, weight.dtype)
+        if key in self._merged_keys:
+            self._merged_keys.move_to_end(key)
+            return key
+        stale = [old for old in self._merged_keys if old[2:] != key[2:]]
+        while len(self._merged_keys) - len(stale) >= self.merged_limit:
+            stale.append(next(old for old in self._merged_keys if old not in stale))
+        for old in stale:
+            del self._merged_keys[old]
+        for layer in layers:
+            for old in stale:
+                layer.merged_weights.pop(old, None)
+            delta = layer.delta_weight(gate, factors)
+            if delta is not None:
+                base = layer.get_base_layer().weight
+                layer.merged_weights[key] = (base.float() + delta).to(base.dtype)
+        self._merged_keys[key] = None
+        return key
+
+    def drop_merged(self) -> None:
+        """Free every merged copy."""
+        self._merged_keys.clear()
+        for layer in self.layers():
+            layer.merged_weights.clear()
+
+    def refresh(self) -> None:
+        """Re-index all layers; called after adapters were added, or the model was moved to another device."""
+        for module in self.unet.modules():
+            if isinstance(module, LoraLayer) and not isinstance(module, GatedLinear):
+                # same class but for `forward`: so adapters read by diffusers' own loader become gated as they are
+                if type(module) is not LoraLinear:
+                    raise ValueError(f"only linear layers can be adapted, got a LoRA on {type(module).__name__}")
+                module.__class__ = GatedLinear
+        self._merged_keys.clear()
+        for layer in self.layers():
+            layer.install(self.state)
+
+    def _check_new(self, name: str) -> None:
+        if name in self.state.names:
+            raise ValueError(f"an adapter named {name!r} is loaded already; the names are {self.state.names}")
+        if not name or "." in name:
+            raise ValueError(f"an adapter's name must be non-empty and without dots, got {name!r}")
+
+    def _adopt(self, name: str) -> None:
+        self.state.names.append(name)
+        self.refresh()
+        for parameter in self.parameters(name):
+            parameter.data = parameter.data.float()  # master weights stay float32 under a half-precision base
+
+    def _check_base(self, name: str, file: Path, metadata: dict[str, Any], allow_other_base: bool) -> None:
+        theirs = metadata.get("base_fingerprint")
+        if theirs is None or allow_other_base:
+            return
+        # 1e-3: half-precision copies of one model differ by 1e-5 in these means, another model by far more
+        same = len(theirs) == len(self._fingerprint) and all(
+            abs(a - b) <= 1e-3 * abs(b) for a, b in zip(theirs, self._fingerprint, strict=True)
+        )
+        if not same:
+            raise ValueError(
+                f"adapter {name!r} ({file}) was trained on another base model, {metadata.get('base')!r}; "
+                "load that base, or pass allow_other_base=True to use it all the same"
+            )
+
+    def _check_fit(self, name: str, file: Path, state: dict[str, Tensor]) -> None:
+        if not any(key.startswith("unet.") for key in state):
+            raise ValueError(f"adapter {name!r}: no key of {file} starts with 'unet.', so it holds no denoiser LoRA")
+        modules = dict(self.unet.named_modules())
+        for key, tensor in state.items():
+            path, _, side = key.removeprefix("unet.").partition(".lora_")
+            module = modules.get(path) if key.startswith("unet.") else None
+            weight = getattr(getattr(module, "base_layer", module), "weight", None)
+            if weight is None:
+                raise ValueError(f"adapter {name!r}: {file} adapts {path!r}, which this base model does not have")
+            theirs, ours = (tensor.shape[1], weight.shape[1]) if side[0] == "A" else (tensor.shape[0], weight.shape[0])
+            if theirs != ours:
+                raise ValueError(
+                    f"adapter {name!r}: {file} was made for another architecture: {path} is {theirs} wide there and "
+                    f"{ours} here"
+                )
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The facts :meth:`AdapterBank.export` put into an adapter's file (or folder); {} for a foreign file."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no readable safetensors file ({error}); export the adapter again") from error
+    return json.loads(header.get(METADATA_KEY, "{}"))
+
+
+def base_name(pipeline: Any) -> str:
+    """A short name of the pipeline's origin: the hub id, or the last part of the folder."""
+    origin = str(getattr(pipeline, "_name_or_path", "") or pipeline.unet.config.get("_name_or_path", ""))
+    return Path(origin).name if Path(origin).is_dir() else origin
+
+
+def fingerprint(unet: nn.Module, count: int = 16) -> list[float]:
+    """Mean |w| of evenly spaced weights of a denoiser: tells base models apart, whatever the precision they are in."""
+    weights = [
+        parameter for name, parameter in unet.named_parameters() if parameter.ndim > 1 and ".lora_" not in name
+    ]
+    chosen = weights[:: max(1, len(weights) // count)][:count]
+    return [round(weight.detach().float().abs().mean().item(), 8) for weight in chosen]
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    return value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)

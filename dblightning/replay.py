@@ -1,0 +1,153 @@
+"""Replay buffer of whole trajectories: preallocated, equal numbers of every timestep, prompts kept as an index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dblightning.sampling import Trajectory
+
+
+class Transitions(NamedTuple):
+    """N single steps x_t → x_{t−1} drawn from the buffer."""
+
+    latents: Tensor  # (N, C, h, w) float32
+    next_latents: Tensor  # (N, C, h, w) float32, exactly what was sampled
+    step_index: Tensor  # (N,) int64
+    log_prob: Tensor  # (N,) of the policy that sampled it; mean over C, h, w
+    reward: Tensor  # (N,) of the trajectory's image
+    baseline: Tensor  # (N,) its prompt's mean reward when it was sampled
+    scale: Tensor  # (N,) its prompt's reward standard deviation when it was sampled
+    prompt_id: Tensor  # (N,) int64
+    age: Tensor  # (N,) int64, rollouts since it was sampled (0: the latest)
+
+
+class ReplayBuffer:
+    """Ring of the latest trajectories.
+
+    A trajectory is evicted whole, so every timestep is held equally often. Memory is taken once: about
+    4 · capacity · (T + 1) · C·h·w bytes.
+
+    Args:
+        capacity: number of trajectories.
+        num_steps: denoising steps T of each.
+        latent_shape: (C, h, w).
+        device: where the latents are kept.
+    """
+
+    def __init__(
+        self, capacity: int, num_steps: int, latent_shape: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(
+                f"the replay buffer must hold at least one trajectory of {num_steps} steps, got room for {capacity}; "
+                "raise buffer_size, which counts single steps"
+            )
+        self.capacity = capacity
+        self.num_steps = num_steps
+        self.latents = torch.zeros(capacity, num_steps + 1, *latent_shape, device=device)
+        self.log_probs = torch.zeros(capacity, num_steps, device=device)
+        self.facts = torch.zeros(capacity, 3, device=device)  # reward, baseline, scale
+        self.prompt_ids = torch.zeros(capacity, dtype=torch.long)
+        self.born = torch.zeros(capacity, dtype=torch.long)
+        self.size = 0  # trajectories held
+        self.cursor = 0  # where the next one goes
+        self.rollouts = 0  # calls of add
+
+    def add(
+        self, trajectory: Trajectory, prompt_ids: Tensor, reward: Tensor, baseline: Tensor, scale: Tensor
+    ) -> None:
+        """Store a rollout; trajectories beyond the capacity push out the oldest.
+
+        Args:
+            trajectory: B walks.
+            prompt_ids, reward, baseline, scale: each (B,).
+        """
+        self.rollouts += 1
+        latents = trajectory.latents.transpose(0, 1)
+        facts = torch.stack([reward, baseline, scale], dim=1)
+        keep = slice(max(0, len(reward) - self.capacity), None)
+        slots = (self.cursor + torch.arange(len(reward))[: self.capacity]) % self.capacity
+        at = slots.to(self.latents.device)
+        self.latents[at] = latents[keep].to(self.latents)
+        self.log_probs[at] = trajectory.log_probs.T[keep].to(self.log_probs)
+        self.facts[at] = facts[keep].to(self.facts)
+        self.prompt_ids[slots] = prompt_ids[keep].cpu()
+        self.born[slots] = self.rollouts
+        self.cursor = (self.cursor + len(slots)) % self.capacity
+        self.size = min(self.size + len(slots), self.capacity)
+
+    def transitions(self, trajectory: Tensor, step_index: Tensor, device: torch.device | str) -> Transitions:
+        """Gather steps by slot and step index, both int64 (N,) on the CPU."""
+        rows, steps = trajectory.to(self.latents.device), step_index.to(self.latents.device)
+        reward, baseline, scale = self.facts[rows].T
+        gathered = (
+            self.latents[rows, steps],
+            self.latents[rows, steps + 1],
+            steps,
+            self.log_probs[rows, steps],
+            reward,
+            baseline,
+            scale,
+            self.prompt_ids[trajectory],
+            self.rollouts - self.born[trajectory],
+        )
+        return Transitions(*(part.to(device, non_blocking=True) for part in gathered))
+
+    def batches(
+        self,
+        count: int,
+        generator: torch.Generator,
+        last_step: int | None = None,
+        latest_only: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless random (trajectory, step_index) index batches, each int64 (count,), without replacement per pass.
+
+        Each pass goes once over every stored step in random order; a batch may span two passes.
+
+        Args:
+            count: indices per batch.
+            generator: CPU generator that orders the passes.
+            last_step: only steps below it (training without the last ones).
+            latest_only: only the trajectories of the latest rollout.
+
+        Raises:
+            ValueError: nothing stored.
+        """
+        steps = last_step if last_step is not None else self.num_steps
+        slots = torch.arange(self.size)
+        if latest_only:
+            slots = slots[self.born[: self.size] == self.rollouts]
+        if not len(slots):
+            raise ValueError("the replay buffer is empty: sample a rollout first")
+        pool = torch.empty(0, dtype=torch.long)
+        while True:
+            while len(pool) < count:
+                pool = torch.cat([pool, torch.randperm(len(slots) * steps, generator=generator)])
+            picked, pool = pool[:count], pool[count:]
+            yield slots[picked // steps], picked % steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, for the checkpoint; only the trajectories held are stored."""
+        tensors = ("latents", "log_probs", "facts", "prompt_ids", "born")
+        held = {name: getattr(self, name)[: self.size].cpu().clone() for name in tensors}
+        return {**held, "size": self.size, "cursor": self.cursor, "rollouts": self.rollouts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a :meth:`state_dict` of a buffer of the same shape.
+
+        Raises:
+            ValueError: a buffer of another shape or capacity.
+        """
+        if state["latents"].shape[1:] != self.latents.shape[1:] or state["size"] > self.capacity:
+            raise ValueError(
+                f"the checkpoint's replay buffer holds {state['size']} trajectories of shape "
+                f"{tuple(state['latents'].shape[1:])}, this run's is {self.capacity} of "
+                f"{tuple(self.latents.shape[1:])}; resume with the same buffer_size, steps and resolution"
+            )
+        for name in ("latents", "log_probs", "facts", "prompt_ids", "born"):
+            getattr(self, name)[: state["size"]] = state[name].to(getattr(self, name).device)
+        self.size, self.cursor, self.rollouts = state["size"], state["cursor"], state["rollouts"]
