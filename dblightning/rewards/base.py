@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
 
@@ -22,21 +25,45 @@ def check_images(images: Tensor) -> None:
         raise TypeError(f"images must be a float tensor (B, 3, H, W) in [0, 1], got {kind}; divide uint8 images by 255")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}")
-    if images.shape[0] == 0:
-        raise ValueError("images holds no image: the batch is empty")
-    low, high = images.detach().aminmax()
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ValueError("images holds NaN or infinite values")
+    if images.numel() == 0:
+        raise ValueError(f"images must hold at least one pixel, got an empty batch of shape {tuple(images.shape)}")
+    low, high = torch.stack(images.detach().aminmax()).tolist()
+    if not (abs(low) < float("inf") and abs(high) < float("inf")):
+        raise ValueError("images holds NaN or infinite values; look for an overflow in the decoder (fp16 VAE?)")
     # 1e-3: rounding of a decoder's (x + 1) / 2 in half precision
     if low < -1e-3 or high > 1 + 1e-3:
-        raise ValueError(f"images must lie in [0, 1], got [{low.item():.4g}, {high.item():.4g}]")
+        raise ValueError(f"images must lie in [0, 1], got [{low:.4g}, {high:.4g}]; map [-1, 1] with (x + 1) / 2")
+
+
+def check_prompts(prompts: Sequence[str], count: int, name: str) -> list[str]:
+    """``prompts`` as a list, refused unless it holds ``count`` strings.
+
+    Raises:
+        TypeError: an element that is not a string.
+        ValueError: another number of prompts than images.
+    """
+    if isinstance(prompts, str) or len(prompts) != count:
+        got = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+        raise ValueError(f"{name} needs one prompt per image: got {count} images and {got}")
+    prompts = list(prompts)
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompts must be strings, got {type(prompt).__name__} at index {index}")
+    return prompts
 
 
 class RewardMetric(Metric):
     """A reward of (image, prompt) pairs, higher is better.
 
     ``score`` returns one value per image and keeps no state; ``update`` and ``compute`` average it over batches and
-    ranks. A subclass writes ``_score`` only.
+    ranks. A subclass writes ``_score`` only, and passes its network to ``hold``.
+
+    Held networks are frozen and in eval mode, whatever happens to the module around the reward: they follow it to a
+    device, but are no part of its parameters, its checkpoints, its ``train()`` or its precision. ``reward.to(dtype)``
+    (or ``half``, ``double``, …) called on the reward itself changes theirs.
+
+    Args:
+        micro_batch_size: most images scored at once; None: no limit. Halved when the device runs out of memory.
     """
 
     is_differentiable = False
@@ -50,8 +77,12 @@ class RewardMetric(Metric):
     total_squares: Tensor
     count: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, micro_batch_size: int | None = None) -> None:
         super().__init__()
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be >= 1, or None for no limit, got {micro_batch_size}")
+        self.micro_batch_size = micro_batch_size
+        self._held: dict[str, nn.Module] = {}
         self.add_state("total", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("total_squares", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -70,24 +101,50 @@ class RewardMetric(Metric):
         """Score each image against its prompt.
 
         Args:
-            images: float tensor (B, 3, H, W) in [0, 1].
+            images: float tensor (B, 3, H, W) in [0, 1], on any device.
             prompts: B strings.
 
         Returns:
-            float32 tensor (B,), one reward per image.
+            float32 tensor (B,) on the images' device, one reward per image. It carries a gradient to ``images`` if
+            they require one and the reward is ``differentiable``.
 
         Raises:
             TypeError, ValueError: images of another kind, or another number of prompts than images.
         """
         check_images(images)
-        if isinstance(prompts, str) or len(prompts) != images.shape[0]:
-            count = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
-            raise ValueError(f"{self.name} needs one prompt per image: got {images.shape[0]} images and {count}")
-        return self._score(images, list(prompts)).float()
+        prompts = check_prompts(prompts, images.shape[0], self.name)
+        return self._score_in_micro_batches(images, prompts).float().to(images.device)
 
     @abstractmethod
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """``score`` without its checks."""
+
+    def _score_in_micro_batches(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """``_score`` on at most ``micro_batch_size`` images at a time; halves that on running out of memory."""
+        scores: list[Tensor] = []
+        start = 0
+        while start < len(prompts):
+            size = min(self.micro_batch_size or len(prompts), len(prompts) - start)
+            rows, words = images[start : start + size], prompts[start : start + size]
+            try:
+                if size < len(prompts) and torch.is_grad_enabled() and rows.requires_grad:
+                    # recomputed in backward, so that only one micro-batch's activations live at a time
+                    scores.append(checkpoint(self._score, rows, words, use_reentrant=False))
+                else:
+                    scores.append(self._score(rows, words))
+                start += size
+                continue
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+            # outside the except block: the exception no longer keeps the failed pass's activations alive
+            self.micro_batch_size = size // 2
+            warnings.warn(
+                f"{self.name} ran out of memory on {size} images: micro_batch_size is now {size // 2}", stacklevel=3
+            )
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return scores[0] if len(scores) == 1 else torch.cat(scores)
 
     def update(self, images: Tensor, prompts: Sequence[str]) -> None:
         """Add a batch to the running mean."""
@@ -98,11 +155,69 @@ class RewardMetric(Metric):
         self.count += scores.numel()
 
     def compute(self) -> Tensor:
-        """Mean reward over everything seen, on all ranks: float32 scalar."""
+        """Mean reward over everything seen, on all ranks: float32 scalar, NaN before the first image."""
         return (self.total / self.count).float()
 
     def standard_error(self) -> Tensor:
-        """Standard error of ``compute``'s mean over what this rank has seen: float32 scalar, NaN below two images."""
-        mean = self.total / self.count
-        variance = (self.total_squares / self.count - mean.square()).clamp_min(0) * self.count / (self.count - 1)
-        return (variance / self.count).sqrt().float()
+        """Standard error of ``compute``'s mean, over all ranks: float32 scalar, NaN below two images.
+
+        Like ``compute``, a collective call: every rank has to make it.
+        """
+        with self.sync_context():
+            mean = self.total / self.count
+            # E[x²] − E[x]² in float64: a mean of 20 and a spread of 0.1 still keep ten digits
+            variance = (self.total_squares / self.count - mean.square()).clamp_min(0) * self.count / (self.count - 1)
+            return (variance / self.count).sqrt().float()
+
+    # ── held networks ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def hold(self, name: str, module: nn.Module) -> None:
+        """Keep a frozen network under ``name``, to be read with ``held``; see the class docstring."""
+        self._held[name] = module.eval().requires_grad_(False)
+
+    def held(self, name: str) -> Any:
+        """The network kept under ``name``."""
+        return self._held[name]
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> RewardMetric:
+        """Run the held networks in ``dst_type``; the running mean stays in float64."""
+        dtype = getattr(torch, dst_type) if isinstance(dst_type, str) else dst_type
+        for module in self.modules():
+            if isinstance(module, RewardMetric):
+                for network in module._held.values():
+                    network.to(dtype)
+                module._weights_changed()
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> RewardMetric:
+        """Move to a device; given a dtype, also ``set_dtype``."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None:
+            super().to(device)
+        return self.set_dtype(dtype) if dtype is not None else self
+
+    def half(self) -> RewardMetric:
+        return self.set_dtype(torch.float16)
+
+    def bfloat16(self) -> RewardMetric:
+        return self.set_dtype(torch.bfloat16)
+
+    def float(self) -> RewardMetric:
+        return self.set_dtype(torch.float32)
+
+    def double(self) -> RewardMetric:
+        return self.set_dtype(torch.float64)
+
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
+        # A module around us may change its precision (Trainer(precision="bf16-true")): take its device, not its dtype.
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device)
+
+        super()._apply(move, exclude_state)
+        for network in self._held.values():
+            network._apply(move)
+        self._weights_changed()
+        return self
+
+    def _weights_changed(self) -> None:
+        """Called when a held network changed device or dtype; a subclass drops what it cached."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -13,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dblightning.rewards.base import RewardMetric
+from dblightning.rewards.preprocess import map_threads, to_uint8
 
 #: JPEG chroma subsampling → Pillow's argument of the same meaning
 _SUBSAMPLING = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
@@ -71,14 +70,7 @@ class JPEGCompressibility(RewardMetric):
         Args:
             images: float tensor (B, 3, H, W) in [0, 1].
         """
-        pixels = images.detach().float().mul(255).round_().clamp_(0, 255).to("cpu", torch.uint8)
-        arrays = pixels.permute(0, 2, 3, 1).contiguous().numpy()
-        threads = min(self.num_threads or os.cpu_count() or 1, len(arrays))
-        if threads == 1:
-            sizes = [self._encoded_bytes(array) for array in arrays]
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                sizes = list(pool.map(self._encoded_bytes, arrays))
+        sizes = map_threads(self._encoded_bytes, to_uint8(images), self.num_threads)
         return torch.tensor(sizes, dtype=torch.float32, device=images.device) / 1000
 
     def _encoded_bytes(self, array: np.ndarray) -> int:
