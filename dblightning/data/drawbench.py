@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,10 @@ PAIRS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = (
 
 COLORS: tuple[str, ...] = ("red", "white", "black", "purple", "pink", "yellow", "green", "blue", "orange", "brown")
 OBJECTS: tuple[str, ...] = tuple(
-    re.split(
-        r",\s+",
+    " ".join(
         """car, dog, apple, banana, cup, sandwich, giraffe, backpack, sheep, bird, bear, cell phone, book, vase, hat,
-    clock, chair, table, cat, shoe, laptop, bottle, pen, notebook, pillow, blanket, mug, camera, tree, bench""",
-    )
+    clock, chair, table, cat, shoe, laptop, bottle, pen, notebook, pillow, blanket, mug, camera, tree, bench""".split()
+    ).split(", ")
 )
 
 
