@@ -34,12 +34,13 @@ PAIRS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = (
 )
 
 COLORS: tuple[str, ...] = ("red", "white", "black", "purple", "pink", "yellow", "green", "blue", "orange", "brown")
-OBJECTS: tuple[str, ...] = tuple(
-    " ".join(
-        """car, dog, apple, banana, cup, sandwich, giraffe, backpack, sheep, bird, bear, cell phone, book, vase, hat,
-    clock, chair, table, cat, shoe, laptop, bottle, pen, notebook, pillow, blanket, mug, camera, tree, bench""".split()
-    ).split(", ")
+# fmt: off
+OBJECTS: tuple[str, ...] = (
+    "car", "dog", "apple", "banana", "cup", "sandwich", "giraffe", "backpack", "sheep", "bird", "bear",
+    "cell phone", "book", "vase", "hat", "clock", "chair", "table", "cat", "shoe", "laptop", "bottle", "pen",
+    "notebook", "pillow", "blanket", "mug", "camera", "tree", "bench",
 )
+# fmt: on
 
 
 def _with_article(words: str) -> str:
