@@ -433,15 +433,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 def base_name(pipeline: Any) -> str:
     """A short name of the pipeline's origin: the hub id, or the last part of the folder."""
-    origin = str(getattr(pipeline, "_name_or_path", "") or pipeline.unet.config.get("_name_or_path", ""))
+    origin = str(pipeline.config.get("_name_or_path") or "")
     return Path(origin).name if Path(origin).is_dir() else origin
 
 
 def fingerprint(unet: nn.Module, count: int = 16) -> list[float]:
     """Mean |w| of evenly spaced weights of a denoiser: tells base models apart, whatever the precision they are in."""
-    weights = [
-        parameter for name, parameter in unet.named_parameters() if parameter.ndim > 1 and ".lora_" not in name
-    ]
+    weights = [parameter for name, parameter in unet.named_parameters() if parameter.ndim > 1 and ".lora_" not in name]
     chosen = weights[:: max(1, len(weights) // count)][:count]
     return [round(weight.detach().float().abs().mean().item(), 8) for weight in chosen]
 

@@ -53,9 +53,7 @@ class Backbone(nn.Module, ABC):
         """P, the size of ``Conditioning.pooled``."""
 
     @abstractmethod
-    def encode(
-        self, prompts: Sequence[str], negative_prompt: str | Sequence[str] | None = None
-    ) -> Conditioning:
+    def encode(self, prompts: Sequence[str], negative_prompt: str | Sequence[str] | None = None) -> Conditioning:
         """Conditioning of B prompts; each text is encoded once and cached.
 
         ``negative_prompt`` None means none given: the empty text, or zeros where the pipeline says so (SDXL).
@@ -149,7 +147,7 @@ class DiffusersBackbone(Backbone):
         """Wrap a loaded StableDiffusionPipeline or StableDiffusionXLPipeline; its denoiser is frozen in place."""
         backbone = cls.__new__(cls)
         nn.Module.__init__(backbone)
-        backbone.pretrained = str(getattr(pipeline, "_name_or_path", ""))
+        backbone.pretrained = str(pipeline.config.get("_name_or_path") or "")
         backbone._wrap(pipeline, None, resolution, decode_batch_size=16, prompt_cache_size=4096)
         return backbone
 
@@ -163,7 +161,9 @@ class DiffusersBackbone(Backbone):
     ) -> None:
         kind = type(pipeline).__name__
         if not kind.startswith(("StableDiffusionPipeline", "StableDiffusionXLPipeline")):
-            raise ValueError(f"{self.pretrained!r} is a {kind}; supported are StableDiffusionPipeline and ...XLPipeline")
+            raise ValueError(
+                f"{self.pretrained!r} is a {kind}; supported are StableDiffusionPipeline and ...XLPipeline"
+            )
         self.pipeline = pipeline
         self.is_xl = kind.startswith("StableDiffusionXL")
         self.unet: nn.Module = pipeline.unet
@@ -333,6 +333,6 @@ def load_pipeline(pretrained: str, dtype: torch.dtype = torch.float32, variant: 
     try:
         kind = DiffusionPipeline.load_config(source)["_class_name"]
         off = {} if "XL" in kind else {"safety_checker": None, "requires_safety_checker": False}
-        return DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, variant=variant, **off)
+        return DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=variant, **off)
     except OSError as error:  # huggingface_hub's errors for a missing model or network are OSErrors
         raise FileNotFoundError(f"{advice} ({type(error).__name__}: {str(error).splitlines()[0]})") from error

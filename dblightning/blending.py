@@ -229,9 +229,7 @@ class DBMPALS(_Weighted):
         table = self.table(adapters, batch, num_steps)
         if generators is not None and len(generators) != batch:
             raise ValueError(f"got {len(generators)} generators for a batch of {batch} images")
-        columns = [
-            self._draw(table[:, b], generators[b] if generators is not None else None) for b in range(batch)
-        ]
+        columns = [self._draw(table[:, b], generators[b] if generators is not None else None) for b in range(batch)]
         gates = torch.nn.functional.one_hot(torch.stack(columns, dim=1), len(adapters)).float()  # (T, B, m)
         ones = torch.ones(1, batch)
         return lambda step_index: BlendStep(gates[step_index][None], ones)

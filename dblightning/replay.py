@@ -57,9 +57,7 @@ class ReplayBuffer:
         self.cursor = 0  # where the next one goes
         self.rollouts = 0  # calls of add
 
-    def add(
-        self, trajectory: Trajectory, prompt_ids: Tensor, reward: Tensor, baseline: Tensor, scale: Tensor
-    ) -> None:
+    def add(self, trajectory: Trajectory, prompt_ids: Tensor, reward: Tensor, baseline: Tensor, scale: Tensor) -> None:
         """Store a rollout; trajectories beyond the capacity push out the oldest.
 
         Args:

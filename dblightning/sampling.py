@@ -131,9 +131,7 @@ class DiffusersSolver:
 
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": noise.generators} if takes_generator else {}
-        return self.scheduler.step(
-            model_output, self.timesteps[step_index], latents, return_dict=False, **extra
-        )[0]
+        return self.scheduler.step(model_output, self.timesteps[step_index], latents, return_dict=False, **extra)[0]
 
 
 class Trajectory(NamedTuple):

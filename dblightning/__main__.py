@@ -1,0 +1,6 @@
+"""python -m dblightning …"""
+
+from dblightning.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""Lightning callbacks, one per file."""
+
+from dblightning.callbacks.before_after import BeforeAfterGrid
+from dblightning.callbacks.export_adapter import ExportAdapter
+from dblightning.callbacks.sample_grid import SampleGrid
+
+__all__ = ["BeforeAfterGrid", "ExportAdapter", "SampleGrid"]

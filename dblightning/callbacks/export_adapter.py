@@ -1,0 +1,44 @@
+"""Write the adapter in training as a diffusers LoRA folder."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import lightning as L
+
+from dblightning.module import RewardRLModule
+
+
+class ExportAdapter(L.Callback):
+    """Export the LoRA at the end of the fit, and every ``every_n_epochs`` epochs.
+
+    Plain diffusers reads the folder: ``pipe.load_lora_weights(folder)``. Its metadata holds the command that made it.
+
+    Args:
+        folder: where it goes; None takes ``adapter/<name>`` under the run's log directory.
+        every_n_epochs: also export in between, to ``<folder>-epoch<N>``; 0 only at the end.
+    """
+
+    def __init__(self, folder: str | None = None, every_n_epochs: int = 0) -> None:
+        self.folder = folder
+        self.every_n_epochs = every_n_epochs
+
+    def _export(self, trainer: L.Trainer, module: RewardRLModule, suffix: str = "") -> None:
+        folder = self.folder or str(Path(trainer.log_dir or trainer.default_root_dir) / "adapter" / module.adapter_name)
+        if trainer.is_global_zero:
+            command = "python -m dblightning " + shlex.join(sys.argv[1:])
+            path = module.export_adapter(folder + suffix, rollouts=module.rollouts_done, command=command)
+            if not suffix:
+                print(f"LoRA exported to {path}")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, RewardRLModule)
+        epoch = trainer.current_epoch + 1
+        if self.every_n_epochs and epoch % self.every_n_epochs == 0:
+            self._export(trainer, pl_module, f"-epoch{epoch}")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, RewardRLModule)
+        self._export(trainer, pl_module)

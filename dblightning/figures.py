@@ -1,0 +1,94 @@
+"""Figures, drawn with matplotlib from plain tensors and tables; no model here."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def _show(axis: Any, image: Tensor) -> None:
+    axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def before_after_figure(
+    before: Tensor, after: Tensor, prompts: Sequence[str], before_scores: Tensor, after_scores: Tensor, reward: str
+) -> Figure:
+    """Two rows of images, the base model's above the adapter's, each with its reward.
+
+    Args:
+        before, after: images (B, 3, H, W) in [0, 1].
+        prompts: B captions.
+        before_scores, after_scores: rewards, (B,).
+        reward: the reward's name.
+    """
+    count = len(prompts)
+    figure = Figure(figsize=(1.25 * count, 3.5), layout="constrained")
+    axes = figure.subplots(2, count, squeeze=False)
+    for row, (images, scores) in enumerate([(before, before_scores), (after, after_scores)]):
+        for column in range(count):
+            axis = axes[row][column]
+            _show(axis, images[column])
+            axis.set_xlabel(f"{scores[column].item():+.2f}", fontsize=8)
+    for column, prompt in enumerate(prompts):
+        axes[0][column].set_title("\n".join(textwrap.wrap(prompt, 16)), fontsize=7)
+    axes[0][0].set_ylabel("before")
+    axes[1][0].set_ylabel("after")
+    figure.suptitle(
+        f"{reward}: {before_scores.mean().item():+.2f} before, {after_scores.mean().item():+.2f} after", fontsize=9
+    )
+    return figure
+
+
+def blend_grid_figure(images: Tensor, columns: Sequence[str], rows: Sequence[str]) -> Figure:
+    """A grid of images, one row per prompt and one column per blend, same noise along a row.
+
+    Args:
+        images: (rows, columns, 3, H, W) in [0, 1].
+        columns: one title per column.
+        rows: one label per row.
+    """
+    figure = Figure(figsize=(1.1 * len(columns) + 1.5, 1.1 * len(rows) + 0.6), layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for row, label in enumerate(rows):
+        for column, title in enumerate(columns):
+            axis = axes[row][column]
+            _show(axis, images[row, column])
+            if row == 0:
+                axis.set_title(title, fontsize=8)
+        text = "\n".join(textwrap.wrap(label, 18))
+        axes[row][0].set_ylabel(text, fontsize=7, rotation=0, ha="right", va="center")
+    return figure
+
+
+def pareto_figure(summary: pd.DataFrame, x: str, y: str) -> Figure:
+    """Mean rewards of every method and weight in the plane of two rewards, with 95 % intervals.
+
+    Args:
+        summary: one row per point with the columns ``method``, ``label`` (the weight), ``order`` (along the curve),
+            and ``<reward>`` and ``<reward>_ci`` (half width of the interval) for both rewards.
+        x, y: the rewards' column names.
+    """
+    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for method, points in summary.groupby("method", sort=False):
+        points = points.sort_values("order")
+        style = "o-" if len(points) > 1 else "s"
+        axis.errorbar(
+            points[x], points[y], xerr=points[f"{x}_ci"], yerr=points[f"{y}_ci"], fmt=style, capsize=2,
+            elinewidth=0.8, markersize=4, label=str(method),
+        )  # fmt: skip
+        for _, point in points.iterrows():
+            axis.annotate(str(point["label"]), (point[x], point[y]), fontsize=7, xytext=(4, 4),
+                          textcoords="offset points")  # fmt: skip
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure

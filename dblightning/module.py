@@ -1,0 +1,570 @@
+"""RewardRLModule: fine-tune an adapter on a reward by a KL-regularised policy gradient (DPOK)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dblightning.adapters import ATTENTION
+from dblightning.backbone import Backbone
+from dblightning.blending import Blend, Single
+from dblightning.policy_gradient import OBJECTIVES, PromptStatistics, clip_fraction, explained_variance
+from dblightning.replay import ReplayBuffer, Transitions
+from dblightning.rewards.base import RewardMetric
+from dblightning.sampling import DDIMSolver, Execution, ImageNoise, Trajectory, denoise_loop, rollout
+from dblightning.schedule import DDIMSchedule, gaussian_kl, gaussian_log_prob, to_epsilon
+from dblightning.value import ValueFunction
+
+
+class RewardRLModule(L.LightningModule):
+    """DPOK on a LoRA adapter of a frozen diffusion model: rollout → score → replay → value updates → policy updates.
+
+    Each training batch holds the prompts of one rollout (per rank). Maximises eq. (4) of the paper,
+    E[r − α Σ_t KL(p_θ(·|x_t) ‖ p_pre(·|x_t))], with α = ``kl_weight / reward_weight`` when ``kl`` is "exact".
+    Log-probs and the KL in the loss are both averaged over the latents' dimensions, so α keeps its meaning.
+
+    Args:
+        backbone: the frozen denoiser.
+        reward: what to maximise.
+        eval_rewards: name → further rewards measured in validation, to see reward hacking.
+        adapter_name: the adapter's name; None takes the reward's.
+        rank, lora_alpha, target_modules: LoRA settings; paper: rank 4 on attention q, k, v, out.
+        init_adapter: folder of a LoRA to start from.
+        seed: of the run: adapter initialisation, every image's noise, replay order.
+        num_inference_steps: denoising steps T (paper's code: 50).
+        eta: DDIM noise, must be > 0 (paper's code: 1).
+        guidance_scale: classifier-free guidance (paper's code: 7.5).
+        negative_prompt: of every prompt; None is none.
+        rollout_batch_size: images sampled at once; None takes the whole batch.
+        rollout_execution: how rollouts run the adapter; "auto" merges it into the weights in float32 and gates it
+            otherwise, because the on-policy ratio must be 1.
+        objective: "dpok" (hard clamp of the ratio) or "ppo" (minimum of clipped and unclipped).
+        clip_range: c of the ratio clip [1−c, 1+c] (paper: 1e-4).
+        kl: "exact" Gaussian KL, or "eps_mse", DPOK's unweighted ‖ε_θ − ε_pre‖²
+            (``schedule.mean_sensitivity(...)**2 / 2`` converts).
+        kl_weight, reward_weight: weights of KL and reward in the loss (paper: α = 0.1).
+        kl_warmup: rollouts before the KL term sets in.
+        advantage: baseline of the advantage: "value" function, per-"prompt" mean, or "both" (the value function then
+            learns what the prompt's mean leaves over).
+        normalize_advantage: divide by the prompt's reward standard deviation. α then is in those units.
+        learning_rate, weight_decay: AdamW of the policy (paper: 1e-5, 0).
+        policy_steps: optimiser steps per rollout (paper: 5).
+        policy_batch_size: transitions per forward (paper: 2).
+        gradient_accumulation: forwards per optimiser step (paper: 12).
+        clip_grad_norm: largest gradient norm of a step (paper's code: 0.1, on a loss scaled by ``reward_weight``).
+        skip_last_steps: leave this many final denoising steps out of training, not of sampling. With "leading" timestep
+            spacing the last but one dominates the gradient's variance. A departure from DPOK; the paper's value is 0.
+        value_learning_rate, value_steps, value_batch_size, value_width: of the value function (paper: 1e-4, 5, 256;
+            code: 256). Each value step is an optimiser step.
+        buffer_size: replay capacity in single steps (paper: 1000), rounded down to whole trajectories; None keeps the
+            latest rollout only.
+        statistics_window: how many of a prompt's latest rewards its mean and deviation are taken over.
+
+    Raises:
+        ValueError: settings out of range, each named.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        reward: RewardMetric,
+        eval_rewards: dict[str, RewardMetric] | None = None,
+        adapter_name: str | None = None,
+        rank: int = 4,
+        lora_alpha: float | None = None,
+        target_modules: Sequence[str] = ATTENTION,
+        init_adapter: str | None = None,
+        seed: int = 0,
+        num_inference_steps: int = 50,
+        eta: float = 1.0,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | None = None,
+        rollout_batch_size: int | None = None,
+        rollout_execution: Execution = "auto",
+        objective: Literal["dpok", "ppo"] = "dpok",
+        clip_range: float = 1e-4,
+        kl: Literal["exact", "eps_mse"] = "exact",
+        kl_weight: float = 0.1,
+        reward_weight: float = 1.0,
+        kl_warmup: int = 0,
+        advantage: Literal["value", "prompt", "both"] = "value",
+        normalize_advantage: bool = False,
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.0,
+        policy_steps: int = 5,
+        policy_batch_size: int = 2,
+        gradient_accumulation: int = 12,
+        clip_grad_norm: float = 0.1,
+        skip_last_steps: int = 0,
+        value_learning_rate: float = 1e-4,
+        value_steps: int = 5,
+        value_batch_size: int = 256,
+        value_width: int = 256,
+        buffer_size: int | None = 1000,
+        statistics_window: int = 32,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["backbone", "reward", "eval_rewards"])
+        _check(eta > 0, f"eta must be > 0: a step without noise has no density to train on, got {eta}")
+        _check(clip_range > 0, f"clip_range must be > 0, got {clip_range}")
+        _check(kl_weight >= 0 and reward_weight > 0, "kl_weight must be >= 0 and reward_weight > 0")
+        for name in ("policy_steps", "policy_batch_size", "gradient_accumulation", "value_batch_size"):
+            _check(self.hparams[name] >= 1, f"{name} must be at least 1, got {self.hparams[name]}")
+        _check(
+            0 <= skip_last_steps < num_inference_steps,
+            f"skip_last_steps must leave a step to train on: got {skip_last_steps} of {num_inference_steps}",
+        )
+        if buffer_size is not None and buffer_size < num_inference_steps:
+            raise ValueError(
+                f"buffer_size counts single steps and must hold a trajectory of {num_inference_steps}, got {buffer_size}"
+            )
+        self.automatic_optimization = False
+        self.backbone = backbone
+        self.reward = reward
+        self.eval_rewards = nn.ModuleDict(eval_rewards or {})
+        self.adapter_name: str = adapter_name or reward.name
+        self._add_adapter()
+        self.solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, num_inference_steps), eta)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.value_function = ValueFunction(
+                backbone.latent_shape, backbone.pooled_dim, num_inference_steps, value_width
+            )
+        self.statistics = PromptStatistics(statistics_window)
+        self.replay: ReplayBuffer | None = None
+        self.prompts: dict[int, str] = {}  # prompt_id → text, for the transitions in the replay buffer
+        self.generator = torch.Generator()
+        self.rollouts_done = 0
+        self.images_done = 0
+        self.latest_images: tuple[Tensor, list[str], Tensor] | None = None  # of the last rollout, for callbacks
+
+    def _add_adapter(self) -> None:
+        bank, hparams = self.backbone.adapters, self.hparams
+        if hparams["init_adapter"] is None:
+            bank.add(
+                self.adapter_name, hparams["rank"], hparams["lora_alpha"], hparams["target_modules"], hparams["seed"]
+            )
+        else:
+            bank.load(self.adapter_name, hparams["init_adapter"], getattr(self.backbone, "pipeline", None))
+        bank.train_only(self.adapter_name)
+
+    # ── the algorithm ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """One rollout and the updates that follow it."""
+        start = time.perf_counter()
+        with self._no_ddp_sync(), torch.no_grad():
+            trajectory, images = self.roll_out(batch)
+        sampled = time.perf_counter()
+        reward = self.reward.score(images, batch["prompt"]).detach()
+        scored = time.perf_counter()
+        self.latest_images = (images, list(batch["prompt"]), reward)
+        self._store(trajectory, batch, reward)
+        with self._no_ddp_sync():
+            metrics = self.update_value() if self.uses_value else {}
+            metrics |= self.update_policy()
+        done = time.perf_counter()
+        self.rollouts_done += 1
+        self.images_done += len(reward) * self.trainer.world_size
+        metrics |= {
+            "time/sampling_s": sampled - start,
+            "time/reward_s": scored - sampled,
+            "time/update_s": done - scored,
+            "time/images_per_s": len(reward) * self.trainer.world_size / (done - start),
+            "train/images": float(self.images_done),
+        }
+        self.log_dict({name: value for name, value in metrics.items() if name != "kl"}, batch_size=len(reward))
+        self.log("kl", metrics["train/kl"], prog_bar=True, logger=False, batch_size=len(reward))
+
+    def roll_out(self, batch: dict[str, Any]) -> tuple[Trajectory, Tensor]:
+        """Sample the batch's images with the adapter as it is: trajectory and images (B, 3, H, W)."""
+        size = self.hparams["rollout_batch_size"] or len(batch["prompt"])
+        parts, images = [], []
+        for start in range(0, len(batch["prompt"]), size):
+            part = slice(start, start + size)
+            conditioning = self.backbone.encode(batch["prompt"][part], self.hparams["negative_prompt"])
+            noise = self._noise(batch["prompt_id"][part], batch["seed"][part])
+            parts.append(
+                rollout(
+                    self.backbone,
+                    conditioning,
+                    self.solver,
+                    Single(self.adapter_name),
+                    noise,
+                    self.hparams["guidance_scale"],
+                    self._rollout_execution(),
+                )
+            )
+            images.append(self.backbone.decode(parts[-1].latents[-1]))
+        whole = Trajectory(*(torch.cat([part[field] for part in parts], dim=1) for field in range(2)))
+        return whole, torch.cat(images)
+
+    def update_value(self) -> dict[str, Tensor]:
+        """Fit the value function to the rewards in the buffer: ``value_steps`` optimiser steps on the squared error."""
+        optimizer = self._optimizers()[1]
+        batches = self._batches(self.hparams["value_batch_size"])
+        losses, explained = [], []
+        for _ in range(self.hparams["value_steps"]):
+            transitions = next(batches)
+            with torch.autocast(self.device.type, enabled=False):
+                predicted = self._value(transitions)
+                target = self._target(transitions)
+                loss = nn.functional.mse_loss(predicted, target)
+            self.manual_backward(loss)
+            self._step(optimizer, self.value_function.parameters())
+            losses.append(loss.detach())
+            explained.append(explained_variance(predicted.detach(), target))
+        if not losses:
+            return {}
+        return {"train/value_loss": torch.stack(losses).mean(), "train/explained_variance": explained[0]}
+
+    def update_policy(self) -> dict[str, Tensor]:
+        """``policy_steps`` optimiser steps on the clipped surrogate minus the KL penalty."""
+        optimizer = self._optimizers()[0]
+        hparams = self.hparams
+        batches = self._batches(hparams["policy_batch_size"])
+        logged: dict[str, list[Tensor]] = {}
+        for policy_step in range(hparams["policy_steps"]):
+            for _ in range(hparams["gradient_accumulation"]):
+                transitions = next(batches)
+                # autocast keeps casts of weights for the whole step: those made without gradients, or before an
+                # optimiser step, must not be used again
+                torch.clear_autocast_cache()
+                loss, metrics = self.policy_loss(transitions)
+                self.manual_backward(loss / hparams["gradient_accumulation"])
+                if policy_step > 0:
+                    metrics.pop("train/on_policy_ratio_error")
+                for name, value in metrics.items():
+                    logged.setdefault(name, []).append(value.detach())
+            norm = self._step(optimizer, self.backbone.adapters.parameters(self.adapter_name))
+            logged.setdefault("train/grad_norm", []).append(norm)
+        worst = torch.stack(logged.pop("train/on_policy_ratio_error")).max()
+        means = {name: torch.stack(values).mean() for name, values in logged.items()}
+        return {**means, "train/on_policy_ratio_error": worst}
+
+    def policy_loss(self, transitions: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of some transitions, and what to log about them.
+
+        −reward_weight · A · clipped ratio + kl_weight · KL, averaged over the transitions.
+        """
+        hparams = self.hparams
+        output, reference_output = self._outputs(transitions)
+        step = self.solver.gaussian(output, transitions.latents, transitions.step_index)
+        reference = self.solver.gaussian(reference_output, transitions.latents, transitions.step_index)
+        log_prob = gaussian_log_prob(step, transitions.next_latents)
+        ratio = (log_prob - transitions.log_prob).exp()
+        advantage = self._advantage(transitions)
+        surrogate = OBJECTIVES[hparams["objective"]](advantage, ratio, hparams["clip_range"])
+        exact_kl = gaussian_kl(step, reference)
+        dims = transitions.latents[0].numel()
+        if hparams["kl"] == "exact":
+            penalty = exact_kl / dims  # the log-prob is a mean over dimensions too
+        else:
+            epsilon, reference_epsilon = (self._epsilon(each, transitions) for each in (output, reference_output))
+            penalty = (epsilon - reference_epsilon).square().flatten(1).mean(1)
+        kl_weight = hparams["kl_weight"] if self.rollouts_done >= hparams["kl_warmup"] else 0.0
+        loss = (-hparams["reward_weight"] * surrogate + kl_weight * penalty).mean()
+        fresh = transitions.age == 0
+        return loss, {
+            "train/policy_loss": loss,
+            # the sum over a path of steps, in nats: what eq. (4) multiplies by α
+            "train/kl": exact_kl.mean() * len(self.solver.timesteps),
+            "train/ratio": ratio.mean(),
+            "train/clip_fraction": clip_fraction(ratio, hparams["clip_range"]),
+            "train/advantage_std": advantage.std(correction=0),
+            "train/on_policy_ratio_error": torch.where(fresh, (ratio - 1).abs(), 0).max(),
+        }
+
+    @torch.no_grad()
+    def generate(self, prompts: list[str], prompt_ids: Tensor, seeds: Tensor, blend: Blend | None = None) -> Tensor:
+        """Images (B, 3, H, W) of prompts with this run's sampling settings; ``blend`` None is the adapter in training.
+
+        The image of (prompt_id, seed) has the same noise whatever the blend.
+        """
+        latents = denoise_loop(
+            self.backbone,
+            self.backbone.encode(prompts, self.hparams["negative_prompt"]),
+            self.solver,
+            blend or Single(self.adapter_name),
+            self._noise(prompt_ids, seeds),
+            self.hparams["guidance_scale"],
+        )
+        return self.backbone.decode(latents)
+
+    # ── validation ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
+        images = self.generate(batch["prompt"], batch["prompt_id"], batch["seed"])
+        size = len(batch["prompt"])
+        for name, reward in [("reward", self.reward), *self.eval_rewards.items()]:
+            scores = reward.score(images, batch["prompt"])  # type: ignore[operator]
+            self.log(f"{stage}/{name}", scores.mean(), batch_size=size, sync_dist=True, prog_bar=name == "reward")
+
+    # ── pieces ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def uses_value(self) -> bool:
+        return self.hparams["advantage"] != "prompt"
+
+    @property
+    def trained_steps(self) -> int:
+        """Steps 0 … this − 1 are trained on."""
+        return len(self.solver.timesteps) - int(self.hparams["skip_last_steps"])
+
+    def _noise(self, prompt_ids: Tensor, seeds: Tensor) -> ImageNoise:
+        return ImageNoise.of(self.hparams["seed"], prompt_ids.tolist(), seeds.tolist(), self.device)
+
+    def _rollout_execution(self) -> Execution:
+        chosen: Execution = self.hparams["rollout_execution"]
+        exact = next(self.backbone.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(
+            self.device.type
+        )
+        return chosen if chosen != "auto" else ("merged" if exact else "gated")
+
+    def _store(self, trajectory: Trajectory, batch: dict[str, Any], reward: Tensor) -> None:
+        finite = torch.isfinite(reward)
+        kept = int(finite.sum())
+        self._stop_if_none(kept)
+        scores = reward[finite]
+        prompt_ids = batch["prompt_id"][finite.to(batch["prompt_id"].device)].cpu()
+        self.prompts.update(zip(batch["prompt_id"].tolist(), batch["prompt"], strict=True))
+        for ids, values in self._across_ranks((prompt_ids, scores.cpu())):
+            self.statistics.update(ids, values)
+        baseline, scale = self.statistics(prompt_ids)
+        if kept:
+            buffer = self._buffer(len(reward))
+            walk = Trajectory(trajectory.latents[:, finite], trajectory.log_probs[:, finite])
+            buffer.add(walk, prompt_ids, scores, baseline.to(scores), scale.to(scores))
+        self.log("train/dropped_samples", float(len(reward) - kept), reduce_fx="sum", batch_size=len(reward))
+        self.log("reward", scores.mean(), prog_bar=True, logger=False, batch_size=len(reward))
+        self.log_dict(
+            {"train/reward": scores.mean(), "train/reward_std": scores.std(correction=0)}, batch_size=len(reward)
+        )
+        for prompt_id in prompt_ids.unique().tolist():
+            own = scores[(prompt_ids == prompt_id).to(scores.device)]
+            self.log(f"prompt/{self.prompts[prompt_id]}", own.mean(), batch_size=len(own), rank_zero_only=True)
+
+    def _stop_if_none(self, kept: int) -> None:
+        """Every rank stops, with a checkpoint saved, when no rank has a finite reward."""
+        if sum(self._across_ranks(kept)) > 0:
+            return
+        folder = self.trainer.log_dir or self.trainer.default_root_dir
+        path = f"{folder}/checkpoints/before_nan_rewards.ckpt"
+        self.trainer.save_checkpoint(path)
+        raise RuntimeError(
+            f"every reward of rollout {self.rollouts_done + 1} is NaN or infinite ({self.reward.name}); the state before "
+            f"it is saved in {path}. Check the images and the reward on them"
+        )
+
+    def _buffer(self, batch_size: int) -> ReplayBuffer:
+        """The replay buffer, allocated at the first rollout."""
+        steps, size = len(self.solver.timesteps), self.hparams["buffer_size"]
+        capacity = batch_size if size is None else size // steps
+        if capacity < batch_size:
+            raise ValueError(
+                f"a rollout has {batch_size} trajectories of {steps} steps, more than buffer_size {size} holds; "
+                f"set buffer_size to at least {batch_size * steps}, or null to keep the latest rollout only"
+            )
+        if self.replay is None or (size is None and self.replay.capacity != capacity):
+            self.replay = ReplayBuffer(capacity, steps, self.backbone.latent_shape, self.device)
+        return self.replay
+
+    def _batches(self, count: int) -> Iterator[Transitions]:
+        assert self.replay is not None, "a rollout comes before the updates"
+        for slots, steps in self.replay.batches(count, self.generator, self.trained_steps):
+            yield self.replay.transitions(slots, steps, self.device)
+
+    def _outputs(self, transitions: Transitions) -> tuple[Tensor, Tensor]:
+        """Model outputs of the adapter, with gradients, and of the base model (zero gate, the same network)."""
+        prompts = [self.prompts[prompt_id] for prompt_id in transitions.prompt_id.tolist()]
+        conditioning = self.backbone.encode(prompts, self.hparams["negative_prompt"])
+        timesteps = self.solver.timesteps.to(self.device)[transitions.step_index]
+        arguments = (transitions.latents, timesteps, conditioning, self.hparams["guidance_scale"])
+        with torch.no_grad():
+            reference = self.backbone.denoise(*arguments)
+        names = self.backbone.adapters.names
+        gates = torch.zeros(len(prompts), len(names), device=self.device)
+        gates[:, names.index(self.adapter_name)] = 1
+        return self.backbone.denoise(*arguments, gates=gates), reference
+
+    def _epsilon(self, output: Tensor, transitions: Transitions) -> Tensor:
+        schedule = self.solver.schedule
+        alpha, _ = schedule.at(transitions.step_index, transitions.latents)
+        return to_epsilon(output, transitions.latents, alpha, schedule.prediction_type)
+
+    def _value(self, transitions: Transitions) -> Tensor:
+        prompts = [self.prompts[prompt_id] for prompt_id in transitions.prompt_id.tolist()]
+        text = self.backbone.encode(prompts, self.hparams["negative_prompt"]).pooled
+        return self.value_function(transitions.latents, text.float(), transitions.step_index)
+
+    def _target(self, transitions: Transitions) -> Tensor:
+        """What the value function learns: the reward, less the prompt's mean where that is a baseline too."""
+        if self.hparams["advantage"] == "both":
+            return transitions.reward - transitions.baseline
+        return transitions.reward
+
+    @torch.no_grad()
+    def _advantage(self, transitions: Transitions) -> Tensor:
+        if self.hparams["advantage"] == "prompt":
+            advantage = transitions.reward - transitions.baseline
+        else:
+            with torch.autocast(self.device.type, enabled=False):
+                advantage = self._target(transitions) - self._value(transitions)
+        if self.hparams["normalize_advantage"]:
+            # 1e-3: a prompt whose images all score alike has no signal, and must not be blown up
+            advantage = advantage / transitions.scale.clamp_min(1e-3)
+        return advantage
+
+    # ── optimisation ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        hparams = self.hparams
+        policy = self.backbone.adapters.parameters(self.adapter_name)
+        return [
+            torch.optim.AdamW(policy, lr=hparams["learning_rate"], weight_decay=hparams["weight_decay"]),
+            torch.optim.AdamW(self.value_function.parameters(), lr=hparams["value_learning_rate"]),
+        ]
+
+    def _optimizers(self) -> list[Any]:
+        optimizers: Any = self.optimizers()
+        return optimizers
+
+    def _step(self, optimizer: Any, parameters: Any) -> Tensor:
+        """Average the gradients over ranks, once; then clip, step, reset. Returns the norm before clipping."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if dist.is_initialized() and dist.get_world_size() > 1 and gradients:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            for gradient, part in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        optimizer.step()
+        optimizer.zero_grad()
+        return self._norm
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # here, where a float16 loss scale is already taken out of the gradients
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        policy = parameters[0] is self.backbone.adapters.parameters(self.adapter_name)[0]
+        limit = self.hparams["clip_grad_norm"] if policy else float("inf")
+        self._norm = nn.utils.clip_grad_norm_(parameters, limit)
+
+    def _no_ddp_sync(self) -> AbstractContextManager[None]:
+        """DDP's own gradient exchange is off: :meth:`_step` exchanges once per optimiser step."""
+        model = self.trainer.strategy.model if self._trainer is not None else None
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def _across_ranks(self, value: Any) -> list[Any]:
+        """``value`` of every rank, in rank order."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return [value]
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def setup(self, stage: str) -> None:
+        # ranks draw different orders; a resumed run overwrites this with the saved state
+        self.generator.manual_seed(self.hparams["seed"] * 1_000_003 + self.global_rank)
+        trainable = {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
+        frozen = [name for name, parameter in self.named_parameters() if id(parameter) not in trainable]
+        buffers = [name for name, _ in self.named_buffers()]
+        # every rank loads the same base model: nothing of it is broadcast
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen + buffers)
+
+    # ── checkpoints: adapter, value function, replay, statistics, random state; never the base model ──────────────────
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The trained tensors: ``adapter.*`` and ``value_function.*``."""
+        adapter = self.backbone.adapters.state_dict(self.adapter_name)
+        value = self.value_function.state_dict()
+        return {f"adapter.{key}": tensor for key, tensor in adapter.items()} | {
+            f"value_function.{key}": tensor for key, tensor in value.items()
+        }
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: tensors of another adapter or value function.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "value_function": {}}
+        for key, tensor in state_dict.items():
+            part, _, rest = key.partition(".")
+            parts[part][rest] = tensor
+        self.backbone.adapters.load_state_dict(self.adapter_name, parts["adapter"])
+        return self.value_function.load_state_dict(parts["value_function"], strict=strict)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = {
+            "replay": self.replay.state_dict() if self.replay is not None else None,
+            "capacity": self.replay.capacity if self.replay is not None else None,
+            "generator": self.generator.get_state(),
+        }
+        checkpoint["dblightning"] = {
+            "adapter_name": self.adapter_name,
+            "reward": self.reward.name,
+            "prompts": dict(self.prompts),
+            "statistics": self.statistics.state_dict(),
+            "rollouts_done": self.rollouts_done,
+            "images_done": self.images_done,
+            "ranks": self._across_ranks(own),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["dblightning"]
+        if state["reward"] != self.reward.name:
+            raise ValueError(
+                f"the checkpoint was trained on reward {state['reward']!r}, this run has {self.reward.name!r}"
+            )
+        self.prompts = dict(state["prompts"])
+        self.statistics.load_state_dict(state["statistics"])
+        self.rollouts_done, self.images_done = state["rollouts_done"], state["images_done"]
+        self._resume_ranks = state["ranks"]
+
+    def on_fit_start(self) -> None:
+        ranks = getattr(self, "_resume_ranks", None)
+        if ranks is None:
+            return
+        _check(
+            len(ranks) == self.trainer.world_size,
+            f"the checkpoint was saved by {len(ranks)} processes and this run has {self.trainer.world_size}: "
+            "a replay buffer belongs to its process, so resume with as many",
+        )
+        own = ranks[self.global_rank]
+        self.generator.set_state(own["generator"].cpu())
+        if own["replay"] is not None:
+            self.replay = ReplayBuffer(
+                own["capacity"], len(self.solver.timesteps), self.backbone.latent_shape, self.device
+            )
+            self.replay.load_state_dict(own["replay"])
+        del self._resume_ranks
+
+    def export_adapter(self, folder: str, **facts: Any) -> str:
+        """Write the adapter as diffusers LoRA safetensors, with the run's facts as metadata; returns the file's path."""
+        hparams = {key: value for key, value in self.hparams.items() if value is not None}
+        path = self.backbone.adapters.export(
+            self.adapter_name,
+            folder,
+            self.backbone.pipeline,  # type: ignore[arg-type]
+            {"reward": self.reward.name, "images": self.images_done, "hyperparameters": hparams, **facts},
+        )
+        return str(path)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
