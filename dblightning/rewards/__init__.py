@@ -7,16 +7,25 @@ from dblightning.rewards.hps import HPSv2
 from dblightning.rewards.imagereward import ImageReward
 from dblightning.rewards.jpeg import JPEGCompressibility
 from dblightning.rewards.pickscore import PickScore
+from dblightning.rewards.registry import REWARDS, build_reward
+from dblightning.rewards.remote import RemoteReward
+from dblightning.rewards.vila import VILA
 from dblightning.rewards.weighted import WeightedReward
+from dblightning.rewards.worker import RewardWorker
 
 __all__ = [
+    "REWARDS",
+    "VILA",
     "AestheticScore",
     "CLIPScore",
     "HPSv2",
     "ImageReward",
     "JPEGCompressibility",
     "PickScore",
+    "RemoteReward",
     "RewardMetric",
+    "RewardWorker",
     "WeightedReward",
+    "build_reward",
     "check_images",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +23,7 @@ class WeightedReward(RewardMetric):
         ValueError: no reward, names that differ, or weights that are negative, not finite or do not sum to 1.
     """
 
-    def __init__(
-        self, rewards: dict[str, RewardMetric], weights: dict[str, float], normalize: bool = False
-    ) -> None:
+    def __init__(self, rewards: dict[str, RewardMetric], weights: dict[str, float], normalize: bool = False) -> None:
         super().__init__()
         if not rewards:
             raise ValueError("WeightedReward needs at least one reward")
@@ -41,6 +40,8 @@ class WeightedReward(RewardMetric):
             )
         self.rewards = torch.nn.ModuleDict(rewards)
         self.weights = dict(weights)
+        bounds = [(self.weights[name], reward.value_range) for name, reward in rewards.items()]
+        self.value_range = (_weighted_sum(bounds, 0), _weighted_sum(bounds, 1))
 
     @property
     def name(self) -> str:
@@ -50,10 +51,25 @@ class WeightedReward(RewardMetric):
     def differentiable(self) -> bool:
         return all(self.rewards[name].differentiable for name in self.rewards)
 
-    def score_parts(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    @property
+    def needs_prompt(self) -> bool:  # type: ignore[override]
+        return any(self.rewards[name].needs_prompt for name in self.rewards)
+
+    def score_parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Each basis reward by name, every one (B,)."""
         return {name: reward.score(images, prompts) for name, reward in self.rewards.items()}  # type: ignore[operator]
 
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         parts = self.score_parts(images, prompts)
         return torch.stack([self.weights[name] * parts[name] for name in parts]).sum(0)
+
+
+def _weighted_sum(bounds: list[tuple[float, tuple[float | None, float | None]]], side: int) -> float | None:
+    """Σ weight · bound over rewards that count; None if one of them is unbounded on that side."""
+    total = 0.0
+    for weight, limits in bounds:
+        limit = limits[side]
+        if weight > 0 and limit is None:
+            return None
+        total += weight * (limit or 0.0)
+    return total

@@ -25,7 +25,7 @@ PROMPTS = [
 #: every prompt with every other size: 24 pairs
 PAIRS = [(size, prompt) for size in range(len(SIZES)) for prompt in range(len(PROMPTS)) if (size + prompt) % 2 == 0]
 
-WORDS = "photo painting cat cats dog dogs bird fish horse house tree river sea sky sun moon sign says one two more by of"
+WORDS = "photo painting cat cats dog dogs bird fish horse house tree river sea sky sun moon sign says one two more by"
 VOCABULARY = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
     *".,;!:'-",

@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from image_reward_cases import PAIRS, PROMPTS, SIZES, VOCABULARY, picture  # noqa: E402
+from image_reward_cases import PAIRS, PROMPTS, SIZES, VOCABULARY, picture
 
 WIDTH = 128  # two heads of 64 in both towers
 MED_CONFIG = {
@@ -119,9 +119,7 @@ def main() -> None:
                 PROMPTS[1], padding="max_length", truncation=True, max_length=35, return_tensors="pt"
             )
             model.score_gard(text.input_ids, text.attention_mask, pixels).sum().backward()
-        ids = [
-            model.blip.tokenizer(p, padding="max_length", truncation=True, max_length=35).input_ids for p in PROMPTS
-        ]
+        ids = [model.blip.tokenizer(p, padding="max_length", truncation=True, max_length=35).input_ids for p in PROMPTS]
         os.chdir("/")
     np.savez_compressed(
         out,

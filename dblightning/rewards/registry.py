@@ -1,0 +1,55 @@
+"""Rewards by short name, for command lines and configs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from dblightning.rewards.base import RewardMetric
+
+#: name → class; a module is imported when one of its rewards is built
+REWARDS = {
+    "image_reward": "dblightning.rewards.imagereward.ImageReward",
+    "pickscore": "dblightning.rewards.pickscore.PickScore",
+    "vila": "dblightning.rewards.vila.VILA",
+    "jpeg": "dblightning.rewards.jpeg.JPEGCompressibility",
+    "hpsv2": "dblightning.rewards.hps.HPSv2",
+    "aesthetic": "dblightning.rewards.aesthetic.AestheticScore",
+    "clip_score": "dblightning.rewards.clipscore.CLIPScore",
+    "remote": "dblightning.rewards.remote.RemoteReward",
+}
+
+
+def reward_class(name: str) -> type[RewardMetric]:
+    """The class of a reward.
+
+    Args:
+        name: a key of ``REWARDS``, or the dotted path of a ``RewardMetric`` subclass.
+
+    Raises:
+        ValueError: neither.
+    """
+    path = REWARDS.get(name, name)
+    module, _, attribute = path.rpartition(".")
+    if not module:
+        raise ValueError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}, or the dotted path of a class")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import the reward {path}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, RewardMetric)):
+        raise ValueError(f"{path} is no subclass of dblightning.rewards.RewardMetric")
+    return found
+
+
+def build_reward(name: str, **options: Any) -> RewardMetric:
+    """A reward by name; ``options`` are its constructor's arguments.
+
+    Raises:
+        ValueError: unknown name, or an argument the reward does not take.
+    """
+    found = reward_class(name)
+    try:
+        return found(**options)
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be built with {options}: {error}") from error

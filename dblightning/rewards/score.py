@@ -1,0 +1,212 @@
+"""``python -m dblightning score``: score a folder of images, for people who never train.
+
+python -m dblightning score --images samples/ --prompts prompts.txt --rewards image_reward,jpeg --out scores.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dblightning.rewards.base import RewardMetric
+from dblightning.rewards.preprocess import from_uint8
+from dblightning.rewards.registry import REWARDS, build_reward
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files of a folder (not of folders inside it), sorted by name, numbers by value: 2.png before 10.png.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--images: {folder} is no folder")
+    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not files:
+        raise FileNotFoundError(f"--images: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return sorted(files, key=lambda path: _natural(path.name))
+
+
+def read_prompts(path: Path, images: Sequence[Path]) -> list[str]:
+    """One prompt per image.
+
+    Args:
+        path: a text file with one prompt per line, in the order of the images; or a ``.jsonl`` file, each line an
+            object with "prompt", and with "file" (an image's name) unless the lines are in the order of the images.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: another number of prompts, or an image without one.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts: no file {path}")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix != ".jsonl":
+        return _in_order(lines, images, path)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            records.append((record.get("file"), record["prompt"]))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f'{path}:{number}: expected {{"prompt": …, "file": …}}: {error!r}') from error
+    if any(file is None for file, _ in records):
+        return _in_order([prompt for _, prompt in records], images, path)
+    by_name = dict(records)
+    if missing := [image.name for image in images if image.name not in by_name]:
+        raise ValueError(f"{path} names no prompt for {len(missing)} images, such as {missing[0]}")
+    return [by_name[image.name] for image in images]
+
+
+def read_image(path: Path) -> np.ndarray:
+    """8-bit RGB pixels (H, W, 3); transparency is dropped.
+
+    Raises:
+        ValueError: not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some damaged files
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def score_files(
+    rewards: dict[str, RewardMetric],
+    images: Sequence[Path],
+    prompts: Sequence[str],
+    batch_size: int = 8,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """One row per image: file, prompt, and a column per reward. Neighbouring images of one size share a batch.
+
+    Args:
+        rewards: column name → reward.
+        images: files.
+        prompts: as many strings.
+        batch_size: most images read at once.
+        device: where the rewards run.
+
+    Raises:
+        ValueError: a file that is no image, or another number of prompts than images.
+    """
+    columns: dict[str, list[float]] = {name: [] for name in rewards}
+    for reward in rewards.values():
+        reward.to(device)
+    with tqdm(total=len(images), unit="image", disable=not progress) as bar:
+        batch: list[np.ndarray] = []
+        first = 0
+        for index, path in enumerate(images):
+            pixels = read_image(path)
+            if batch and (len(batch) == batch_size or pixels.shape != batch[0].shape):
+                _score_batch(rewards, columns, from_uint8(batch).to(device), prompts[first:index])
+                bar.update(len(batch))
+                batch, first = [], index
+            batch.append(pixels)
+        if batch:
+            _score_batch(rewards, columns, from_uint8(batch).to(device), prompts[first:])
+            bar.update(len(batch))
+    return pd.DataFrame({"file": [path.name for path in images], "prompt": list(prompts), **columns})
+
+
+def score_main(argv: Sequence[str] | None = None) -> None:
+    """The command ``score``; exits with status 1 and one sentence on bad input."""
+    parser = argparse.ArgumentParser(prog="dblightning score", description="Score a folder of images with rewards.")
+    parser.add_argument(
+        "--images", type=Path, required=True, help="folder of images, taken in the order of their names"
+    )
+    parser.add_argument("--prompts", type=Path, required=True, help="text file, a prompt per line; or .jsonl")
+    parser.add_argument(
+        "--rewards", required=True, help=f"comma-separated: {', '.join(REWARDS)}, or dotted paths of classes"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="file to write, .parquet or .csv")
+    parser.add_argument(
+        "--set", dest="options", action="append", default=[], metavar="REWARD.ARGUMENT=VALUE",
+        help="argument of a reward's constructor, such as image_reward.weights=/models/ImageReward; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    arguments = parser.parse_args(argv)
+    try:
+        _score_command(arguments)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"score: {error}") from error
+
+
+def _score_command(arguments: argparse.Namespace) -> None:
+    out: Path = arguments.out
+    # everything that can be wrong is looked at before a model is loaded
+    if out.suffix not in (".parquet", ".csv"):
+        raise ValueError(f"--out must end in .parquet or .csv, got {out}")
+    if out.exists() and not arguments.overwrite:
+        raise ValueError(f"{out} exists; choose another name or pass --overwrite")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: the folder {out.parent} does not exist")
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size must be >= 1, got {arguments.batch_size}")
+    names = [name.strip() for name in arguments.rewards.split(",") if name.strip()]
+    if len(set(names)) != len(names) or not names:
+        raise ValueError(f"--rewards must name each reward once, got {arguments.rewards!r}")
+    options = _read_options(arguments.options, names)
+    images = list_images(arguments.images)
+    prompts = read_prompts(arguments.prompts, images)
+    rewards = {name: build_reward(name, **options[name]) for name in names}
+    table = score_files(rewards, images, prompts, arguments.batch_size, arguments.device)
+    if out.suffix == ".parquet":
+        table.to_parquet(out, index=False)
+    else:
+        table.to_csv(out, index=False)
+    for name in names:
+        print(f"{name}: mean {table[name].mean():.4f}, from {table[name].min():.4f} to {table[name].max():.4f}")
+    print(f"{out}: {len(table)} images")
+
+
+def _score_batch(
+    rewards: dict[str, RewardMetric], columns: dict[str, list[float]], images: Tensor, prompts: Sequence[str]
+) -> None:
+    with torch.no_grad():
+        for name, reward in rewards.items():
+            columns[name].extend(reward.score(images, prompts).tolist())
+
+
+def _in_order(prompts: list[str], images: Sequence[Path], path: Path) -> list[str]:
+    if len(prompts) != len(images):
+        raise ValueError(
+            f"{path} holds {len(prompts)} prompts for {len(images)} images; it needs one line per image, in the order "
+            "of their names"
+        )
+    return prompts
+
+
+def _read_options(settings: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    options: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for setting in settings:
+        target, equals, value = setting.partition("=")
+        name, dot, argument = target.rpartition(".")
+        if not equals or not dot or name not in options:
+            raise ValueError(f"--set takes REWARD.ARGUMENT=VALUE with a reward of --rewards, got {setting!r}")
+        try:
+            options[name][argument] = json.loads(value)
+        except ValueError:
+            options[name][argument] = value  # a path or another plain string
+    return options
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
