@@ -6,7 +6,6 @@ They measure the world of ``dblightning.miniature.world`` and nothing else: 32 Ã
 from __future__ import annotations
 
 from functools import cache
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -88,7 +87,7 @@ class ShapeAlignment(RewardMetric):
         ValueError: a prompt outside the world's grammar, or images that are not 32 Ã— 32.
     """
 
-    is_differentiable: ClassVar[bool] = True
+    is_differentiable = True
     value_range = (-2.0, 2.0)
 
     def __init__(self, strict: bool = False) -> None:
@@ -128,9 +127,9 @@ class ShapeAesthetic(RewardMetric):
     Calm backgrounds cost alignment nothing; small things, blue and black ones and edges do: a mild conflict.
     """
 
-    is_differentiable: ClassVar[bool] = True
+    is_differentiable = True
     value_range = (-2.0, 2.0)
-    needs_prompt: ClassVar[bool] = False
+    needs_prompt = False
 
     @property
     def name(self) -> str:
