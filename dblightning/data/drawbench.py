@@ -71,7 +71,12 @@ def held_out_prompts(count: int = 1000, seed: int = 25) -> list[str]:
     Args:
         count: how many, at most 39 425: 285 of one object, 39 140 of two.
         seed: of the draws.
+
+    Raises:
+        ValueError: more than there are.
     """
+    if count > 39_425:
+        raise ValueError(f"only 39425 unseen colour prompts exist, got count={count}")
     rng = np.random.default_rng(seed)
     seen = {frozenset([(color, thing)]) for thing, colors in SINGLES for color in colors}
     seen |= {frozenset(two) for two in PAIRS}

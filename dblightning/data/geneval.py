@@ -120,7 +120,13 @@ def held_out_samples(seed: int = 44, per_task: int = 140) -> list[Sample]:
 
     A scene of the 553 with its objects named the other way round counts as seen. There is no single_object prompt:
     the 553 hold all 80. The tasks take turns, so that the first N prompts are a balanced selection for every N.
+
+    Raises:
+        ValueError: more per task than there are.
     """
+    # counting has the fewest: 80 classes · 3 numbers, 80 of them among the 553
+    if per_task > 160:
+        raise ValueError(f"only 160 unseen counting prompts exist, got per_task={per_task}")
     rng = np.random.default_rng(seed)
     seen = {_scene(sample) for sample in train_samples()}
     by_task: list[list[Sample]] = []

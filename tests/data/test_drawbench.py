@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dblightning.data import DrawBenchDataModule
-from dblightning.data.drawbench import COLORS, OBJECTS
+from dblightning.data.drawbench import COLORS, OBJECTS, held_out_prompts
 
 SINGLE = re.compile(rf"An? ({'|'.join(COLORS)}) colored ({'|'.join(OBJECTS)})\.")
 PAIR = re.compile(
@@ -65,6 +65,11 @@ def test_no_pair_is_another_one_or_a_training_pair_the_other_way_round() -> None
 
     module = DrawBenchDataModule()
     assert len({scene(prompt) for prompt in module.train_prompts + module.test_prompts}) == 1025
+
+
+def test_more_prompts_than_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match="only 39425 unseen colour prompts exist, got count=39426"):
+        held_out_prompts(count=39_426)
 
 
 def test_the_article_follows_the_next_word() -> None:

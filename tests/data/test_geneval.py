@@ -48,6 +48,12 @@ def test_700_prompts_are_held_out_140_per_task_and_none_is_a_training_scene() ->
     assert not set(prompts) & swapped
 
 
+def test_more_prompts_than_exist_are_refused_and_all_that_exist_are_found() -> None:
+    assert len(geneval.held_out_samples(per_task=160)) == 800
+    with pytest.raises(ValueError, match="only 160 unseen counting prompts exist, got per_task=161"):
+        geneval.held_out_samples(per_task=161)
+
+
 def test_any_first_prompts_of_the_held_out_are_balanced_over_tasks() -> None:
     assert set(Counter(sample["tag"] for sample in HELD_OUT[:50]).values()) == {10}
 
