@@ -112,7 +112,7 @@ class GatedLinear(LoraLinear):
     def _check_one_rank(self) -> None:
         if len(set(self._ranks)) > 1:
             raise ValueError(
-                f"averaging LoRA factors needs adapters of one rank, got {dict(zip(self._names, self._ranks))}; "
+                f"averaging LoRA factors needs adapters of one rank, got ranks {self._ranks} of {self._names}; "
                 "use the exact soup (rewarded-soup)"
             )
 
@@ -127,7 +127,7 @@ class GatedLinear(LoraLinear):
             self._check_one_rank()
             down = sum(value * self.scaling[name] ** 0.5 * self.lora_A[name].weight.float() for name, value in used)
             up = sum(value * self.scaling[name] ** 0.5 * self.lora_B[name].weight.float() for name, value in used)
-            return up @ down  # type: ignore[operator]
+            return up @ down
         products = (
             value * self.scaling[name] * (self.lora_B[name].weight.float() @ self.lora_A[name].weight.float())
             for name, value in used
@@ -139,7 +139,8 @@ class AdapterBank:
     """The adapters of one denoiser: add, load, export, and choose per row (``gated``) or for all rows (``merged``).
 
     Args:
-        unet: the frozen denoiser, a diffusers model with PEFT support. Its parameters get ``requires_grad=False``.
+        unet: the frozen denoiser, a diffusers model with PEFT support. Its parameters get ``requires_grad=False``;
+            LoRAs it already has are taken over.
         merged_limit: how many merged copies of the adapted matrices may be kept (one per gate vector in use).
     """
 
@@ -149,6 +150,13 @@ class AdapterBank:
         self.merged_limit = merged_limit
         self._merged_keys: OrderedDict[tuple[Any, ...], None] = OrderedDict()
         self._fingerprint = fingerprint(unet)
+        self._layers: list[GatedLinear] = []
+        present = list(getattr(unet, "peft_config", {}))
+        if present:  # LoRAs the pipeline came with
+            self.state.names = present
+            self.refresh()
+            for name in present:
+                self._in_float32(name)
 
     @property
     def names(self) -> list[str]:
@@ -157,7 +165,7 @@ class AdapterBank:
 
     def layers(self) -> Iterator[GatedLinear]:
         """Every adapted layer."""
-        return (module for module in self.unet.modules() if isinstance(module, GatedLinear))
+        return iter(self._layers)  # kept by `refresh`: walking the modules takes milliseconds, too long for every step
 
     def add(
         self,
@@ -368,9 +376,12 @@ class AdapterBank:
                 # same class but for `forward`: so adapters read by diffusers' own loader become gated as they are
                 if type(module) is not LoraLinear:
                     raise ValueError(f"only linear layers can be adapted, got a LoRA on {type(module).__name__}")
+                if module.merged:
+                    raise ValueError("a LoRA is fused into the base weights; call pipe.unfuse_lora() first")
                 module.__class__ = GatedLinear
+        self._layers = [module for module in self.unet.modules() if isinstance(module, GatedLinear)]
         self._merged_keys.clear()
-        for layer in self.layers():
+        for layer in self._layers:
             layer.install(self.state)
 
     def _check_new(self, name: str) -> None:
@@ -382,6 +393,9 @@ class AdapterBank:
     def _adopt(self, name: str) -> None:
         self.state.names.append(name)
         self.refresh()
+        self._in_float32(name)
+
+    def _in_float32(self, name: str) -> None:
         for parameter in self.parameters(name):
             parameter.data = parameter.data.float()  # master weights stay float32 under a half-precision base
 
