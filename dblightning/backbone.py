@@ -136,7 +136,7 @@ class DiffusersBackbone(Backbone):
         pipeline = load_pipeline(pretrained, getattr(torch, dtype), variant)
         self._wrap(pipeline, vae_dtype, resolution, decode_batch_size, prompt_cache_size)
         if channels_last:
-            self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.unet.to(memory_format=torch.channels_last)
         if gradient_checkpointing:
             self.enable_gradient_checkpointing()
         if compile:
@@ -166,13 +166,13 @@ class DiffusersBackbone(Backbone):
             )
         self.pipeline = pipeline
         self.is_xl = kind.startswith("StableDiffusionXL")
-        self.unet: nn.Module = pipeline.unet
-        self.vae: nn.Module = pipeline.vae.requires_grad_(False)
-        self.text_encoder: nn.Module = pipeline.text_encoder.requires_grad_(False)
+        self.unet: Any = pipeline.unet
+        self.vae: Any = pipeline.vae.requires_grad_(False)
+        self.text_encoder: Any = pipeline.text_encoder.requires_grad_(False)
         if self.is_xl:
-            self.text_encoder_2: nn.Module = pipeline.text_encoder_2.requires_grad_(False)
+            self.text_encoder_2: Any = pipeline.text_encoder_2.requires_grad_(False)
         if vae_dtype is None and pipeline.vae.config.get("force_upcast", False):
-            # SD 1.5's config says force_upcast too, from diffusers' default; only SDXL's VAE overflows in half precision
+            # SD 1.5's config says so too, by diffusers' default; only SDXL's VAE overflows in half precision
             vae_dtype = "float32" if self.is_xl else None
         if vae_dtype is not None:
             self.vae.to(getattr(torch, vae_dtype))
@@ -200,9 +200,9 @@ class DiffusersBackbone(Backbone):
 
     @property
     def pooled_dim(self) -> int:
-        encoder = self.text_encoder_2 if self.is_xl else self.text_encoder
-        config: Any = encoder.config
-        return int(config.projection_dim if self.is_xl else config.hidden_size)
+        if self.is_xl:
+            return int(self.text_encoder_2.config.projection_dim)
+        return int(self.text_encoder.config.hidden_size)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass, under the gates the forward had."""
@@ -216,14 +216,16 @@ class DiffusersBackbone(Backbone):
 
             return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
 
-        self.unet.enable_gradient_checkpointing(checkpoint)  # type: ignore[operator]
+        self.unet.enable_gradient_checkpointing(checkpoint)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], negative_prompt: str | Sequence[str] | None = None) -> Conditioning:
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings, got one string; pass [prompt]")
-        one_for_all = negative_prompt is None or isinstance(negative_prompt, str)
-        negatives = [negative_prompt or ""] * len(prompts) if one_for_all else list(negative_prompt or ())
+        if negative_prompt is None or isinstance(negative_prompt, str):
+            negatives = [negative_prompt or ""] * len(prompts)
+        else:
+            negatives = list(negative_prompt)
         if len(negatives) != len(prompts):
             raise ValueError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts")
         self._fill_cache([*prompts, *negatives])
@@ -298,9 +300,8 @@ class DiffusersBackbone(Backbone):
         return torch.tensor([[side, side, 0, 0, side, side]], device=like.device, dtype=like.dtype).expand(rows, -1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        vae: Any = self.vae
-        chunks = (latents / vae.config.scaling_factor).to(vae.dtype).split(self.decode_batch_size)
-        images = [vae.decode(chunk, return_dict=False)[0].float() for chunk in chunks]
+        chunks = (latents / self.vae.config.scaling_factor).to(self.vae.dtype).split(self.decode_batch_size)
+        images = [self.vae.decode(chunk, return_dict=False)[0].float() for chunk in chunks]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 

@@ -124,7 +124,8 @@ class RewardRLModule(L.LightningModule):
         )
         if buffer_size is not None and buffer_size < num_inference_steps:
             raise ValueError(
-                f"buffer_size counts single steps and must hold a trajectory of {num_inference_steps}, got {buffer_size}"
+                f"buffer_size counts single steps and must hold at least one trajectory of {num_inference_steps}, "
+                f"got {buffer_size}"
             )
         self.automatic_optimization = False
         self.backbone = backbone
@@ -169,7 +170,9 @@ class RewardRLModule(L.LightningModule):
         self.latest_images = (images, list(batch["prompt"]), reward)
         self._store(trajectory, batch, reward)
         with self._no_ddp_sync():
-            metrics = self.update_value() if self.uses_value else {}
+            metrics: dict[str, Tensor | float] = {}
+            if self.uses_value:
+                metrics |= self.update_value()
             metrics |= self.update_policy()
         done = time.perf_counter()
         self.rollouts_done += 1
@@ -191,7 +194,7 @@ class RewardRLModule(L.LightningModule):
         for start in range(0, len(batch["prompt"]), size):
             part = slice(start, start + size)
             conditioning = self.backbone.encode(batch["prompt"][part], self.hparams["negative_prompt"])
-            noise = self._noise(batch["prompt_id"][part], batch["seed"][part])
+            noise = self._noise(batch["prompt_id"][part], batch["seed"][part], "training")
             parts.append(
                 rollout(
                     self.backbone,
@@ -287,14 +290,14 @@ class RewardRLModule(L.LightningModule):
     def generate(self, prompts: list[str], prompt_ids: Tensor, seeds: Tensor, blend: Blend | None = None) -> Tensor:
         """Images (B, 3, H, W) of prompts with this run's sampling settings; ``blend`` None is the adapter in training.
 
-        The image of (prompt_id, seed) has the same noise whatever the blend.
+        The image of (prompt_id, seed) has the same noise whatever the blend, and never a training rollout's.
         """
         latents = denoise_loop(
             self.backbone,
             self.backbone.encode(prompts, self.hparams["negative_prompt"]),
             self.solver,
             blend or Single(self.adapter_name),
-            self._noise(prompt_ids, seeds),
+            self._noise(prompt_ids, seeds, "evaluation"),
             self.hparams["guidance_scale"],
         )
         return self.backbone.decode(latents)
@@ -325,8 +328,8 @@ class RewardRLModule(L.LightningModule):
         """Steps 0 … this − 1 are trained on."""
         return len(self.solver.timesteps) - int(self.hparams["skip_last_steps"])
 
-    def _noise(self, prompt_ids: Tensor, seeds: Tensor) -> ImageNoise:
-        return ImageNoise.of(self.hparams["seed"], prompt_ids.tolist(), seeds.tolist(), self.device)
+    def _noise(self, prompt_ids: Tensor, seeds: Tensor, stream: str) -> ImageNoise:
+        return ImageNoise.of(self.hparams["seed"], prompt_ids.tolist(), seeds.tolist(), self.device, stream)
 
     def _rollout_execution(self) -> Execution:
         chosen: Execution = self.hparams["rollout_execution"]
@@ -366,8 +369,8 @@ class RewardRLModule(L.LightningModule):
         path = f"{folder}/checkpoints/before_nan_rewards.ckpt"
         self.trainer.save_checkpoint(path)
         raise RuntimeError(
-            f"every reward of rollout {self.rollouts_done + 1} is NaN or infinite ({self.reward.name}); the state before "
-            f"it is saved in {path}. Check the images and the reward on them"
+            f"every reward of rollout {self.rollouts_done + 1} is NaN or infinite ({self.reward.name}); "
+            f"the state before it is saved in {path}. Check the images and the reward on them"
         )
 
     def _buffer(self, batch_size: int) -> ReplayBuffer:
@@ -554,12 +557,12 @@ class RewardRLModule(L.LightningModule):
         del self._resume_ranks
 
     def export_adapter(self, folder: str, **facts: Any) -> str:
-        """Write the adapter as diffusers LoRA safetensors, with the run's facts as metadata; returns the file's path."""
+        """Write the adapter as diffusers LoRA safetensors, the run's facts as metadata; returns the file's path."""
         hparams = {key: value for key, value in self.hparams.items() if value is not None}
         path = self.backbone.adapters.export(
             self.adapter_name,
             folder,
-            self.backbone.pipeline,  # type: ignore[arg-type]
+            self.backbone.pipeline,
             {"reward": self.reward.name, "images": self.images_done, "hyperparameters": hparams, **facts},
         )
         return str(path)

@@ -42,11 +42,16 @@ class ImageNoise:
 
     @classmethod
     def of(
-        cls, run_seed: int, prompt_ids: Sequence[int], seeds: Sequence[int], device: torch.device | str = "cpu"
+        cls,
+        run_seed: int,
+        prompt_ids: Sequence[int],
+        seeds: Sequence[int],
+        device: torch.device | str = "cpu",
+        stream: str = "noise",
     ) -> ImageNoise:
-        """Noise of the images (prompt_id, seed) of one run."""
+        """Noise of the images (prompt_id, seed) of one run; ``stream`` tells its uses apart (training, evaluation)."""
         keys = zip(prompt_ids, seeds, strict=True)
-        return cls([image_seed(run_seed, prompt_id, seed) for prompt_id, seed in keys], device)
+        return cls([image_seed(run_seed, prompt_id, seed, stream) for prompt_id, seed in keys], device)
 
     def __len__(self) -> int:
         return len(self.generators)
@@ -170,7 +175,10 @@ def predict(
     used = mix != 0
     row_of, image_of = used.nonzero(as_tuple=True)
     vectors = gates[row_of, image_of]  # (R, m)
-    unique, which = torch.unique(vectors, dim=0, return_inverse=True)
+    if vectors.shape[1]:
+        unique, which = torch.unique(vectors, dim=0, return_inverse=True)
+    else:  # no adapter is loaded: all rows are the base model
+        unique, which = vectors[:1], torch.zeros(len(vectors), dtype=torch.long)
     mixed = int((unique != 0).any(1).sum())
     if execution == "auto":
         few = mixed <= backbone.adapters.merged_limit

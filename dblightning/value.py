@@ -28,8 +28,8 @@ class ValueFunction(nn.Module):
         for linear in (*self.layers, self.head):
             nn.init.xavier_normal_(linear.weight)
             nn.init.zeros_(linear.bias)
-        for embedding in self.steps:
-            nn.init.uniform_(embedding.weight)
+        for embedding in self.steps.parameters():
+            nn.init.uniform_(embedding)
 
     def forward(self, latents: Tensor, text: Tensor, step_index: Tensor) -> Tensor:
         """Value of each state.

@@ -22,7 +22,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from dblightning.backbone import Backbone
 from dblightning.blending import Blend, make_blend
-from dblightning.evaluation.scores import interval, summarize
+from dblightning.evaluation.scores import summarize
 from dblightning.figures import blend_grid_figure, pareto_figure
 from dblightning.rewards.base import RewardMetric
 from dblightning.sampling import DDIMSolver, ImageNoise, denoise_loop
@@ -126,7 +126,8 @@ class BlendEvaluationModule(L.LightningModule):
     def generate(self, batch: dict[str, Any], blend: BlendSpec) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of a prompt batch."""
         hparams = self.hparams
-        noise = ImageNoise.of(hparams["seed"], batch["prompt_id"].tolist(), batch["seed"].tolist(), self.device)
+        ids, seeds = batch["prompt_id"].tolist(), batch["seed"].tolist()
+        noise = ImageNoise.of(hparams["seed"], ids, seeds, self.device, stream="evaluation")
         latents = denoise_loop(
             self.backbone,
             self.backbone.encode(batch["prompt"], hparams["negative_prompt"]),
@@ -244,5 +245,3 @@ class BlendEvaluationModule(L.LightningModule):
         titles = [blend.label.replace("_", "\n") for blend in self.blends]
         return blend_grid_figure(images, titles, [prompts[prompt_id] for prompt_id in prompt_ids])
 
-
-__all__ = ["BlendEvaluationModule", "BlendSpec", "interval"]

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from dblightning.backbone import DiffusersBackbone, load_pipeline
+from dblightning.blending import Base
+from dblightning.sampling import DDIMSolver, ImageNoise, denoise_loop
+from dblightning.schedule import DDIMSchedule
+
+
+def ours(backbone: Any, prompts: list[str], noise: torch.Tensor, negative: Any, guidance: float) -> torch.Tensor:
+    solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, 4), eta=0.0)
+    with torch.no_grad():
+        conditioning = backbone.encode(prompts, negative)
+        latents = denoise_loop(
+            backbone, conditioning, solver, Base(), ImageNoise([0] * len(prompts)), guidance, latents=noise
+        )
+        return backbone.decode(latents)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("negative", [None, "a blue star"])
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_an_image_is_the_one_plain_diffusers_makes(
+    request: pytest.FixtureRequest, kind: str, negative: str | None, guidance: float
+) -> None:
+    folder = request.getfixturevalue(f"{kind}_folder")
+    if kind == "sd15":
+        plain = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    else:
+        plain = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    plain.set_progress_bar_config(disable=True)
+    prompts = ["a red circle", "a pink cross"]
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = plain(
+        prompts,
+        negative_prompt=None if negative is None else [negative] * 2,
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        latents=noise,
+        output_type="pt",
+    ).images
+    got = ours(DiffusersBackbone(str(folder)), prompts, noise, negative, guidance)
+    # 1e-4: four guided float32 steps, the two guidance halves batched in another order
+    torch.testing.assert_close(got, expected.float(), rtol=0, atol=1e-4)
+
+
+def test_a_prompt_is_encoded_once(backbone: Any) -> None:
+    calls = []
+    encode = backbone.pipeline.encode_prompt
+    backbone.pipeline.encode_prompt = lambda texts, *args, **options: calls.append(texts) or encode(
+        texts, *args, **options
+    )
+    first = backbone.encode(["a red circle", "a blue star", "a red circle"])
+    second = backbone.encode(["a blue star", "a red circle"])
+    assert calls == [["a red circle", "a blue star", ""]]
+    assert torch.equal(first.prompt_embeds[[1, 0]], second.prompt_embeds)
+    assert torch.equal(first.pooled[0], first.pooled[2])
+
+
+def test_the_prompt_cache_is_bounded(sd15_folder: Path) -> None:
+    backbone = DiffusersBackbone(str(sd15_folder), prompt_cache_size=3)
+    for count in range(10):
+        backbone.encode([f"{count} stars"])
+    assert len(backbone._prompt_cache) <= 3
+
+
+def test_the_pooled_vector_is_the_text_encoders_end_of_text_state(backbone: Any) -> None:
+    tokens = backbone.pipeline.tokenizer(
+        ["a red circle"], padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        expected = backbone.text_encoder(tokens).pooler_output
+    torch.testing.assert_close(backbone.encode(["a red circle"]).pooled, expected)
+    assert expected.shape[1] == backbone.pooled_dim
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_weights_give_float32_latents_near_the_full_ones(
+    backbone: Any, sd15_folder: Path, dtype: Any
+) -> None:
+    half = DiffusersBackbone(str(sd15_folder), dtype=dtype)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    got = ours(half, ["a red circle"], noise, None, 3.0)
+    assert got.dtype == torch.float32
+    # 0.05 of a [0, 1] range: bfloat16 keeps 8 bits
+    torch.testing.assert_close(got, ours(backbone, ["a red circle"], noise, None, 3.0), rtol=0, atol=0.05)
+
+
+def test_the_embedded_miniature_is_a_backbone() -> None:
+    backbone = DiffusersBackbone("miniature")
+    assert backbone.latent_shape == (4, 8, 8)
+    assert backbone.resolution == 32
+
+
+@pytest.mark.parametrize("where", ["./no/such/folder", "miniatur"])
+def test_a_missing_model_is_one_sentence_that_says_what_to_do(where: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"--model\.backbone\.init_args\.pretrained"):
+        load_pipeline(where)
+
+
+def test_a_hub_id_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="download it once"):
+        load_pipeline("nobody/no-such-model-here")
+
+
+def test_a_pipeline_of_another_kind_is_refused(tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="DDPMPipeline"):
+        DiffusersBackbone(str(tmp_path))
+
+
+def test_a_resolution_the_denoiser_cannot_halve_is_refused(sd15_folder: Path) -> None:
+    with pytest.raises(ValueError, match="resolution 20 must be a multiple of 16"):
+        DiffusersBackbone(str(sd15_folder), resolution=20)
+
+
+def test_prompts_must_be_a_list(backbone: Any) -> None:
+    with pytest.raises(TypeError, match="pass \\[prompt\\]"):
+        backbone.encode("a red circle")
+    with pytest.raises(ValueError, match="1 negative prompts for 2 prompts"):
+        backbone.encode(["a", "b"], ["c"])

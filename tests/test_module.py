@@ -1,0 +1,487 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from dblightning.data import PromptFileDataModule
+from dblightning.module import RewardRLModule
+from dblightning.policy_gradient import explained_variance
+from dblightning.rewards import JPEGCompressibility
+from dblightning.rewards.base import RewardMetric
+from dblightning.sampling import DDIMSolver
+from tests.toy import GaussianBackbone, LinearReward
+
+
+def trainer(tmp_path: Path, **options: Any) -> L.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": tmp_path,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+    }
+    return L.Trainer(**(defaults | options))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Any:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(["a red circle", "a blue star", "a green ring", "a pink cross"]))
+
+    def build(**settings: Any) -> PromptFileDataModule:
+        return PromptFileDataModule(str(file), **({"batch_size": 4, "rollouts_per_epoch": 2} | settings))
+
+    return build
+
+
+# ── DPOK finds the known optimum of eq. (4) ─────────────────────────────────────────────────────────────────────────
+
+
+def optimal_shift(backbone: GaussianBackbone, solver: DDIMSolver, slope: float, alpha: float) -> float:
+    """Shift of each dimension's mean x₀ at the optimum of eq. (4), written from the definitions.
+
+    The policy may add d_t to the mean of step t. x₀ moves by Σ c_t d_t, c_t the product of the later steps' gains
+    dμ/dx, and the KL of step t is d_t² / (2σ_t²). So d_t = slope · c_t σ_t² / α and the shift is slope/α Σ c_t² σ_t².
+    """
+    alphas, after = solver.schedule.alphas.tolist(), solver.schedule.alphas_next.tolist()
+    total, gain_of_later_steps = 0.0, 1.0
+    for a, b in zip(reversed(alphas), reversed(after), strict=True):
+        variance = (1 - b) / (1 - a) * (1 - a / b)
+        total += gain_of_later_steps**2 * variance
+        d_epsilon = (1 - a) ** 0.5 / (a * backbone.std**2 + 1 - a)
+        coefficient = (1 - b - variance) ** 0.5 - (b * (1 - a) / a) ** 0.5
+        gain_of_later_steps *= (b / a) ** 0.5 + coefficient * d_epsilon
+    return slope / alpha * total
+
+
+@pytest.mark.parametrize(
+    ("alpha", "dims", "objective", "advantage"),
+    [(1.0, 1, "dpok", "prompt"), (0.4, 1, "dpok", "prompt"), (0.4, 3, "ppo", "both")],
+)
+def test_dpok_converges_to_the_known_optimum(
+    tmp_path: Path, prompts: Any, alpha: float, dims: int, objective: str, advantage: str
+) -> None:
+    slope = 0.5
+    backbone = GaussianBackbone(dims)
+    module = RewardRLModule(
+        backbone,
+        LinearReward(slope),
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        objective=objective,  # type: ignore[arg-type]
+        clip_range=0.5,
+        kl="exact",
+        kl_weight=alpha,
+        advantage=advantage,  # type: ignore[arg-type]
+        learning_rate=0.02,
+        policy_steps=1,
+        policy_batch_size=4 * 256,
+        gradient_accumulation=1,
+        clip_grad_norm=100.0,
+        value_steps=1,
+        value_learning_rate=1e-3,
+        buffer_size=None,
+        statistics_window=4096,
+    )
+    shifts: list[Tensor] = []
+
+    class Average(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            shifts.append(backbone.shifts[module.adapter_name].detach().clone())
+
+    rollouts = 150
+    data = prompts(batch_size=256, rollouts_per_epoch=rollouts)
+    trainer(tmp_path, callbacks=[Average()]).fit(module, datamodule=data)
+
+    # the average of the last iterates takes out the noise of the last gradient
+    backbone.shifts[module.adapter_name].data = torch.stack(shifts[-75:]).mean(0)
+    count = 2000
+    ids = torch.arange(count)
+    from dblightning.blending import Base
+
+    texts = ["a red circle"] * count
+    moved = module.generate(texts, ids, ids) - module.generate(texts, ids, ids, Base())
+    # base and adapter share their noise and the shift is the same for all noise, so no Monte-Carlo error is left
+    assert moved.std(0).max() < 1e-4
+    expected = optimal_shift(backbone, module.solver, slope, alpha)
+    # 5 %: what is left of the policy gradient's noise after averaging
+    assert moved.mean(0).flatten().tolist() == pytest.approx([expected] * dims, rel=0.05)
+
+
+# ── on a real architecture ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Redness(RewardMetric):
+    """Mean of red less green and blue; counts its calls so that tests can spoil one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        self.calls += 1
+        return (images[:, 0] - images[:, 1:].mean(1)).flatten(1).mean(1)
+
+
+FAST: dict[str, Any] = {
+    "num_inference_steps": 4,
+    "guidance_scale": 2.0,
+    "clip_range": 1e-2,
+    "learning_rate": 1e-2,
+    "policy_steps": 2,
+    "policy_batch_size": 4,
+    "gradient_accumulation": 2,
+    "value_batch_size": 8,
+    "value_steps": 2,
+    "buffer_size": 32,
+}
+
+
+def build(backbone: Any, reward: RewardMetric | None = None, **settings: Any) -> RewardRLModule:
+    return RewardRLModule(backbone, reward or Redness(), **(FAST | settings))
+
+
+def rolled_out(module: RewardRLModule, tmp_path: Path, data: Any) -> RewardRLModule:
+    """A module with one rollout in its buffer and no update made."""
+    module.update_policy = dict  # type: ignore[method-assign, assignment]
+    module.update_value = dict  # type: ignore[method-assign, assignment]
+    module.log_dict = lambda *args, **options: None  # type: ignore[method-assign, assignment]
+    module.log = lambda *args, **options: None  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyError, match="train/kl"):  # the metrics an update would have given
+        trainer(tmp_path, limit_train_batches=1).fit(module, datamodule=data)
+    assert module.replay is not None
+    return module
+
+
+def every_transition(module: RewardRLModule) -> Any:
+    assert module.replay is not None
+    count = module.replay.size * module.replay.num_steps
+    slots, steps = next(module.replay.batches(count, torch.Generator().manual_seed(0)))
+    return module.replay.transitions(slots, steps, "cpu")
+
+
+def give_effect(module: RewardRLModule, scale: float = 0.2) -> None:
+    from tests.conftest import randomize
+
+    randomize(module.backbone.adapters, module.adapter_name, 5, scale)
+
+
+@pytest.mark.parametrize("rollout_execution", ["auto", "gated"])
+def test_the_on_policy_ratio_of_every_stored_transition_is_one(
+    backbone: Any, tmp_path: Path, prompts: Any, rollout_execution: str
+) -> None:
+    module = build(backbone, rollout_execution=rollout_execution)
+    give_effect(module)
+    rolled_out(module, tmp_path, prompts())
+    transitions = every_transition(module)
+    assert len(transitions.reward) == 4 * 4
+    output, _ = module._outputs(transitions)
+    from dblightning.schedule import gaussian_log_prob
+
+    step = module.solver.gaussian(output, transitions.latents, transitions.step_index)
+    ratio = (gaussian_log_prob(step, transitions.next_latents) - transitions.log_prob).exp()
+    assert (ratio - 1).abs().max() < 1e-5
+    _, metrics = module.policy_loss(transitions)
+    assert metrics["train/on_policy_ratio_error"] < 1e-5
+
+
+def test_the_reference_is_the_base_model_without_any_adapter(
+    backbone: Any, sd15_folder: Path, tmp_path: Path, prompts: Any
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    module = build(backbone)
+    give_effect(module)
+    rolled_out(module, tmp_path, prompts())
+    transitions = every_transition(module)
+    output, reference = module._outputs(transitions)
+    plain = UNet2DConditionModel.from_pretrained(sd15_folder, subfolder="unet")
+    conditioning = backbone.encode([module.prompts[each] for each in transitions.prompt_id.tolist()])
+    timesteps = module.solver.timesteps[transitions.step_index]
+    with torch.no_grad():
+        conditional, unconditional = (
+            plain(transitions.latents, timesteps, embeds).sample
+            for embeds in (conditioning.prompt_embeds, conditioning.negative_prompt_embeds)
+        )
+    torch.testing.assert_close(reference, unconditional + 2 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
+    assert (output - reference).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kl", ["exact", "eps_mse"])
+def test_the_kl_penalty_is_the_formula(backbone: Any, tmp_path: Path, prompts: Any, kl: str) -> None:
+    """The penalty against float64 formulas written from ᾱ alone; the reward is weighted away."""
+    module = build(backbone, kl=kl, kl_weight=1.0, reward_weight=1e-12)
+    give_effect(module)
+    rolled_out(module, tmp_path, prompts())
+    transitions = every_transition(module)
+    loss, metrics = module.policy_loss(transitions)
+    output, reference = (each.detach().double() for each in module._outputs(transitions))
+    difference = (output - reference).square().flatten(1).mean(1)
+    alphas = module.backbone.pipeline.scheduler.alphas_cumprod.double()
+    weights = []
+    for step_index in transitions.step_index.tolist():
+        timestep = int(module.solver.timesteps[step_index])
+        before, after = alphas[timestep], alphas[max(timestep - 250, 0)]
+        variance = (1 - after) / (1 - before) * (1 - before / after)
+        coefficient = (1 - after - variance).sqrt() - (after * (1 - before) / before).sqrt()
+        weights.append(coefficient**2 / (2 * variance))
+    exact = difference * torch.stack(weights)
+    expected = exact if kl == "exact" else difference
+    # 1e-4: float32 against float64
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-4)
+    dims = transitions.latents[0].numel()
+    assert metrics["train/kl"].item() == pytest.approx(exact.mean().item() * dims * 4, rel=1e-4)
+
+
+def test_the_loss_gradient_on_policy_is_minus_advantage_times_score(
+    backbone: Any, tmp_path: Path, prompts: Any
+) -> None:
+    module = build(backbone, kl_weight=0.0, advantage="prompt", reward_weight=3.0)
+    give_effect(module)
+    rolled_out(module, tmp_path, prompts())
+    transitions = every_transition(module)
+    parameters = backbone.adapters.parameters(module.adapter_name)
+    loss, _ = module.policy_loss(transitions)
+    got = torch.autograd.grad(loss, parameters)
+    output, _ = module._outputs(transitions)
+    step = module.solver.gaussian(output, transitions.latents, transitions.step_index)
+    density = torch.distributions.Normal(step.mean, step.std.expand_as(step.mean))
+    log_prob = density.log_prob(transitions.next_latents).flatten(1).mean(1)
+    advantage = transitions.reward - transitions.baseline
+    expected = torch.autograd.grad(-(3.0 * advantage * log_prob).mean(), parameters)
+    scale = max(each.abs().max() for each in expected)
+    assert scale > 0
+    for one, other in zip(got, expected, strict=True):
+        # 1e-3 of the largest: the ratio differs from 1 by 1e-6, the sums run in another order
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(scale))
+
+
+@pytest.mark.parametrize("advantage", ["value", "prompt", "both"])
+@pytest.mark.parametrize("objective", ["dpok", "ppo"])
+def test_a_fit_moves_the_adapter_and_nothing_of_the_base(
+    backbone: Any, tmp_path: Path, prompts: Any, advantage: str, objective: str
+) -> None:
+    before = {name: each.clone() for name, each in backbone.named_parameters() if ".lora_" not in name}
+    module = build(backbone, advantage=advantage, objective=objective, normalize_advantage=True)
+    start = backbone.adapters.state_dict(module.adapter_name)
+    fit = trainer(tmp_path)
+    fit.fit(module, datamodule=prompts())
+    moved = backbone.adapters.state_dict(module.adapter_name)
+    assert not all(torch.equal(start[key], moved[key]) for key in start)
+    assert all(torch.isfinite(each).all() for each in moved.values())
+    after = {name: each for name, each in backbone.named_parameters() if ".lora_" not in name}
+    assert {name.replace(".base_layer", "") for name in after} == set(before)
+    for name, each in after.items():
+        assert torch.equal(each, before[name.replace(".base_layer", "")])
+    logged = {name for name in fit.logged_metrics if not name.startswith("prompt/")}
+    expected = {"reward", "reward_std", "kl", "ratio", "clip_fraction", "on_policy_ratio_error", "grad_norm"}
+    assert {f"train/{name}" for name in expected} <= logged
+    assert ("train/value_loss" in logged) == (advantage != "prompt")
+    assert "time/images_per_s" in logged
+    assert any(name.startswith("prompt/") for name in fit.logged_metrics)
+
+
+def test_the_value_function_takes_real_steps_and_learns(backbone: Any, tmp_path: Path, prompts: Any) -> None:
+    module = build(backbone, value_steps=40, value_learning_rate=1e-2, learning_rate=0.0)
+    start = {name: each.clone() for name, each in module.value_function.state_dict().items()}
+    trainer(tmp_path, max_epochs=4).fit(module, datamodule=prompts())
+    changed = [not torch.equal(each, start[name]) for name, each in module.value_function.state_dict().items()]
+    assert any(changed)
+    transitions = every_transition(module)
+    assert explained_variance(module._value(transitions), transitions.reward) > 0.5
+
+
+def test_steps_left_out_of_training_are_never_trained_on(backbone: Any, tmp_path: Path, prompts: Any) -> None:
+    module = build(backbone, skip_last_steps=3)
+    seen: list[int] = []
+    loss = module.policy_loss
+
+    def spy(transitions: Any) -> Any:
+        seen.extend(transitions.step_index.tolist())
+        return loss(transitions)
+
+    module.policy_loss = spy  # type: ignore[method-assign]
+    trainer(tmp_path).fit(module, datamodule=prompts())
+    assert set(seen) == {0}
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(sd15_folder: Path, tmp_path: Path, prompts: Any) -> None:
+    from dblightning.backbone import DiffusersBackbone
+
+    gradients = []
+    for checkpointing in (False, True):
+        module = build(DiffusersBackbone(str(sd15_folder), gradient_checkpointing=checkpointing))
+        give_effect(module)
+        rolled_out(module, tmp_path, prompts())
+        loss, _ = module.policy_loss(every_transition(module))
+        loss.backward()  # the recomputation happens here, after the gates were reset
+        gradients.append([each.grad for each in module.backbone.adapters.parameters(module.adapter_name)])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_bf16_autocast_trains_on_current_weights(sd15_folder: Path, tmp_path: Path, prompts: Any) -> None:
+    """Autocast caches casts of weights; a stale one would leave the adapter without gradients, or a step behind."""
+    from dblightning.backbone import DiffusersBackbone
+
+    moved: dict[str, set[str]] = {}
+    ratios: dict[str, list[float]] = {}
+    for precision in ("32-true", "bf16-mixed"):
+        module = build(
+            DiffusersBackbone(str(sd15_folder)), policy_steps=3, gradient_accumulation=1, clip_range=10.0
+        )
+        give_effect(module)
+        start = module.backbone.adapters.state_dict(module.adapter_name)
+        seen = ratios[precision] = []
+        loss = module.policy_loss
+
+        def spy(transitions: Any, loss: Any = loss, seen: list[float] = seen) -> Any:
+            result = loss(transitions)
+            seen.append(float((result[1]["train/ratio"].detach() - 1).abs()))
+            return result
+
+        module.policy_loss = spy  # type: ignore[method-assign]
+        trainer(tmp_path, precision=precision, limit_train_batches=1).fit(module, datamodule=prompts())
+        after = module.backbone.adapters.state_dict(module.adapter_name)
+        assert all(each.dtype == torch.float32 for each in after.values())
+        moved[precision] = {key for key in start if not torch.equal(start[key], after[key])}
+    # the mid block attends over a single position here, so its query and key have no gradient; all else must move
+    idle = {key for key in start if "mid_block" in key and ("attn1.to_q" in key or "attn1.to_k" in key)}
+    assert moved["bf16-mixed"] - idle == moved["32-true"] - idle == set(start) - idle
+    # later steps see the moved weights: the ratio leaves 1 by more than the on-policy rounding
+    assert ratios["bf16-mixed"][2] > 2 * ratios["bf16-mixed"][0]
+
+
+def test_a_nan_reward_drops_its_sample_alone(backbone: Any, tmp_path: Path, prompts: Any) -> None:
+    class OneNaN(Redness):
+        def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+            return super()._score(images, prompts).index_fill(0, torch.tensor([1]), float("nan"))
+
+    module = build(backbone, OneNaN())
+    fit = trainer(tmp_path, limit_train_batches=1)
+    fit.fit(module, datamodule=prompts())
+    assert module.replay is not None
+    assert module.replay.size == 3
+    assert fit.logged_metrics["train/dropped_samples"] == 1
+    assert torch.isfinite(fit.logged_metrics["train/reward"])
+    assert all(torch.isfinite(each).all() for each in backbone.adapters.state_dict(module.adapter_name).values())
+
+
+def test_all_nan_rewards_stop_the_run_after_saving_a_checkpoint(backbone: Any, tmp_path: Path, prompts: Any) -> None:
+    class AllNaN(Redness):
+        def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+            return super()._score(images, prompts) * (float("nan") if self.calls > 1 else 1.0)
+
+    module = build(backbone, AllNaN())
+    with pytest.raises(RuntimeError, match="every reward of rollout 2 is NaN"):
+        trainer(tmp_path).fit(module, datamodule=prompts())
+    saved = list(tmp_path.rglob("*.ckpt"))
+    assert len(saved) == 1
+    assert torch.load(saved[0], weights_only=True)["dblightning"]["rollouts_done"] == 1
+
+
+def test_a_resumed_run_is_bit_identical_to_one_that_never_stopped(
+    sd15_folder: Path, tmp_path: Path, prompts: Any
+) -> None:
+    from dblightning.backbone import DiffusersBackbone
+
+    def run(rollouts: int, ckpt_path: str | None = None) -> tuple[RewardRLModule, L.Trainer]:
+        module = build(DiffusersBackbone(str(sd15_folder)), advantage="both")
+        fit = trainer(tmp_path, max_epochs=rollouts)
+        fit.fit(module, datamodule=prompts(rollouts_per_epoch=1, batch_size=3), ckpt_path=ckpt_path)
+        return module, fit
+
+    whole, _ = run(5)
+    _, stopped = run(3)
+    stopped.save_checkpoint(tmp_path / "middle.ckpt")
+    resumed, _ = run(5, str(tmp_path / "middle.ckpt"))
+    assert (resumed.rollouts_done, resumed.images_done) == (5, 15)
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[key]), key
+    assert whole.replay is not None
+    assert resumed.replay is not None
+    for key, tensor in whole.replay.state_dict().items():
+        assert torch.equal(torch.as_tensor(tensor), torch.as_tensor(resumed.replay.state_dict()[key])), key
+
+
+def test_a_checkpoint_holds_nothing_of_the_base_model(backbone: Any, tmp_path: Path, prompts: Any) -> None:
+    module = build(backbone)
+    fit = trainer(tmp_path)
+    fit.fit(module, datamodule=prompts())
+    fit.save_checkpoint(tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    adapter = set(backbone.adapters.state_dict(module.adapter_name))
+    value = set(module.value_function.state_dict())
+    expected = {f"adapter.{key}" for key in adapter} | {f"value_function.{key}" for key in value}
+    assert set(checkpoint["state_dict"]) == expected
+
+
+def test_a_checkpoint_of_another_reward_is_refused(backbone: Any, sd15_folder: Path, tmp_path: Path, prompts: Any) -> None:
+    from dblightning.backbone import DiffusersBackbone
+
+    fit = trainer(tmp_path, limit_train_batches=1)
+    fit.fit(build(backbone), datamodule=prompts())
+    fit.save_checkpoint(tmp_path / "run.ckpt")
+    other = build(DiffusersBackbone(str(sd15_folder)), JPEGCompressibility(), adapter_name="Redness")
+    with pytest.raises(ValueError, match="trained on reward 'Redness'"):
+        trainer(tmp_path).fit(other, datamodule=prompts(), ckpt_path=str(tmp_path / "run.ckpt"))
+
+
+def test_sdxl_trains_a_step_and_exports_a_lora_that_plain_diffusers_loads(
+    sdxl_folder: Path, tmp_path: Path, prompts: Any
+) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    from dblightning.backbone import DiffusersBackbone
+
+    module = build(DiffusersBackbone(str(sdxl_folder)))
+    trainer(tmp_path, limit_train_batches=1).fit(module, datamodule=prompts())
+    module.export_adapter(str(tmp_path / "lora"))
+    plain = StableDiffusionXLPipeline.from_pretrained(sdxl_folder, add_watermarker=False)
+    plain.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 2, "output_type": "pt", "guidance_scale": 3.0}
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = plain("a red circle", latents=noise, **settings).images
+    plain.load_lora_weights(tmp_path / "lora")
+    after = plain("a red circle", latents=noise, **settings).images
+    assert (after - before).abs().max() > 0
+
+
+def test_validation_scores_the_adapter_with_every_reward(backbone: Any, tmp_path: Path, prompts: Any) -> None:
+    module = build(backbone, eval_rewards={"size": JPEGCompressibility()})
+    fit = trainer(tmp_path, limit_val_batches=1.0)
+    metrics = fit.validate(module, datamodule=prompts(), verbose=False)[0]
+    images = module.generate(["a red circle"], torch.tensor([0]), torch.tensor([0]))
+    assert images.shape == (1, 3, 16, 16)
+    assert {"val/reward", "val/size"} == set(metrics)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eta": 0.0}, "eta must be > 0"),
+        ({"clip_range": 0.0}, "clip_range"),
+        ({"kl_weight": -1.0}, "kl_weight"),
+        ({"policy_steps": 0}, "policy_steps must be at least 1"),
+        ({"skip_last_steps": 4}, "skip_last_steps"),
+        ({"buffer_size": 3}, "buffer_size counts single steps"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_any_work(backbone: Any, settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(backbone, **settings)
+
+
+def test_a_rollout_larger_than_the_buffer_is_refused(backbone: Any, tmp_path: Path, prompts: Any) -> None:
+    with pytest.raises(ValueError, match="set buffer_size to at least 16"):
+        trainer(tmp_path).fit(build(backbone, buffer_size=8), datamodule=prompts())
+
