@@ -101,7 +101,7 @@ def _download(repo: str, names: Sequence[str], purpose: str) -> Path:
             failure = error
     raise FileNotFoundError(
         f"{purpose}: could not get {' or '.join(names)} from the hub ({repo}). Without a network, download it "
-        f"elsewhere and pass weights=/path/to/{names[0]} (a file or its folder)"
+        f"elsewhere and pass its path, such as weights=/path/to/{names[0]} (the file or its folder)"
     ) from failure
 
 
@@ -124,7 +124,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         raise ValueError(
             f"{path} ({size} bytes) cannot be read as a weight file; it is corrupted, truncated or of another kind. "
-            f"Download it again and compare its size. Cause: {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"Download it again and compare its size. Cause: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         ) from error
     for entry in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(entry), dict):

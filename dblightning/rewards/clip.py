@@ -171,12 +171,18 @@ def open_clip_tokenizer(architecture: str | dict[str, Any] | None = None) -> Tok
     return open_clip.SimpleTokenizer(context_length=77)
 
 
-def huggingface_tokenizer(source: str | Path | None = None, context_length: int = 77) -> Tokenizer:
+def huggingface_tokenizer(
+    source: str | Path | None = None, context_length: int = 77, vocabulary_size: int = 49408
+) -> Tokenizer:
     """transformers' CLIP tokenizer. It cleans no text: curly quotes and HTML entities differ from open_clip's ids.
 
     Args:
         source: a folder with tokenizer files or a hub id; None: built from the vocabulary that open_clip ships.
         context_length: tokens kept, start and end included.
+        vocabulary_size: of the network; transformers returns an empty tokenizer where it finds no files.
+
+    Raises:
+        ValueError: ``source`` gives no tokenizer of that size.
     """
     from transformers import CLIPTokenizer
 
@@ -190,6 +196,11 @@ def huggingface_tokenizer(source: str | Path | None = None, context_length: int 
         vocabulary = {names.get(token, token): index for token, index in ours.encoder.items()}
         merges = sorted(ours.bpe_ranks, key=lambda pair: ours.bpe_ranks[pair])
         tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
+    if len(tokenizer) != vocabulary_size:
+        raise ValueError(
+            f"the tokenizer from {source or 'open_clip'} knows {len(tokenizer)} tokens, the network {vocabulary_size}; "
+            "pass a folder with CLIP's vocab.json and merges.txt, or tokenizer=None"
+        )
 
     def tokenize(texts: list[str]) -> Tensor:
         ids = tokenizer(

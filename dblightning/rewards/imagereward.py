@@ -38,8 +38,8 @@ class ImageReward(RewardMetric):
 
     Args:
         weights: ``ImageReward.pt``, its folder, or a hub id; None: ``THUDM/ImageReward``.
-        tokenizer: ``vocab.txt`` of bert-base-uncased, its folder, a hub id, or a transformers tokenizer; None: looked
-            for beside the weights, then ``bert-base-uncased`` from the hub.
+        tokenizer: ``vocab.txt`` of bert-base-uncased, its folder, or a hub id; None: looked for beside the weights,
+            then ``google-bert/bert-base-uncased`` from the hub.
         standardize: subtract 0.1672 and divide by 1.0333, as the package does; False gives the head's own output,
             which DAS and the paper's CoDe and RGG baselines use.
         preprocessing: "auto": Pillow as published unless a gradient is asked for; "exact"; "tensor".
@@ -54,7 +54,7 @@ class ImageReward(RewardMetric):
     def __init__(
         self,
         weights: str | Path | None = None,
-        tokenizer: Any = None,
+        tokenizer: str | Path | None = None,
         standardize: bool = True,
         preprocessing: Preprocessing = "auto",
         micro_batch_size: int | None = 32,
@@ -66,7 +66,7 @@ class ImageReward(RewardMetric):
         self.hold("model", model)
         self.tokenizer = load_tokenizer(tokenizer, path.parent)
         rows = model.text.embeddings.word_embeddings.num_embeddings
-        if len(self.tokenizer) > rows:
+        if len(self.tokenizer) != rows:
             raise ValueError(
                 f"the tokenizer knows {len(self.tokenizer)} tokens, ImageReward's text tower {rows}; "
                 "use the vocab.txt of bert-base-uncased"
@@ -161,37 +161,31 @@ def load_image_reward(path: Path) -> ImageRewardModel:
     return model
 
 
-def load_tokenizer(tokenizer: Any, beside: Path) -> Any:
+def load_tokenizer(vocabulary: str | Path | None, beside: Path) -> Any:
     """bert-base-uncased's tokenizer with BLIP's two extra tokens.
 
     Args:
-        tokenizer: see ``ImageReward``.
-        beside: folder of the weights, searched for ``vocab.txt`` when ``tokenizer`` is None.
+        vocabulary: see ``ImageReward``.
+        beside: folder of the weights, searched for ``vocab.txt`` when ``vocabulary`` is None.
 
     Raises:
         FileNotFoundError: no vocabulary found, and the hub does not give it.
     """
     from transformers import BertTokenizer
 
-    if tokenizer is None:
-        folders = [beside, beside / "bert-base-uncased"]
-        tokenizer = next((folder for folder in folders if (folder / "vocab.txt").is_file()), "bert-base-uncased")
-    if isinstance(tokenizer, (str, Path)):
-        path = Path(tokenizer).expanduser()
-        try:
-            if path.is_file():
-                tokenizer = BertTokenizer.from_pretrained(path.parent)
-            else:
-                tokenizer = BertTokenizer.from_pretrained(path if path.is_dir() else str(tokenizer))
-        except Exception as error:
-            raise FileNotFoundError(
-                f"ImageReward needs bert-base-uncased's vocab.txt, and {tokenizer} gives none. Put the file beside "
-                "ImageReward.pt, or pass tokenizer=/path/to/vocab.txt"
-            ) from error
+    if vocabulary is None and (beside / "vocab.txt").is_file():
+        vocabulary = beside
+    # read here: offline, transformers' from_pretrained returns a tokenizer of five words without complaint
+    path = _convert.find_file(
+        vocabulary,
+        ["vocab.txt"],
+        "google-bert/bert-base-uncased",
+        "ImageReward's tokenizer (tokenizer=, or vocab.txt beside ImageReward.pt)",
+    )
+    words = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)})
     # so that a prompt with these words in it is split as in training
-    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-    extra = "extra_special_tokens" if hasattr(tokenizer, "extra_special_tokens") else "additional_special_tokens"
-    tokenizer.add_special_tokens({extra: ["[ENC]"]})
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "extra_special_tokens": ["[ENC]"]})
     return tokenizer
 
 

@@ -50,7 +50,7 @@ class JPEGCompressibility(RewardMetric):
         if not 1 <= quality <= 100:
             raise ValueError(f"quality must be between 1 and 100, got {quality}")
         if not scale_kb > 0:
-            raise ValueError(f"scale_kb must be > 0, got {scale_kb}; swap its sign for incompressibility outside")
+            raise ValueError(f"scale_kb must be > 0, got {scale_kb}; smaller files always score higher here")
         if subsampling not in _SUBSAMPLING:
             raise ValueError(f"subsampling must be one of {list(_SUBSAMPLING)}, got {subsampling!r}")
         if num_threads is not None and num_threads < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -42,10 +43,10 @@ class PickScore(CLIPReward):
         micro_batch_size: int | None = 32,
     ) -> None:
         names = HUGGINGFACE_FILES + OPEN_CLIP_FILES
-        model = load_clip(weights, ARCHITECTURE, "PickScore", names, "yuvalkirstain/PickScore_v1")
+        model: Any = load_clip(weights, ARCHITECTURE, "PickScore", names, "yuvalkirstain/PickScore_v1")
         super().__init__(
             model,
-            huggingface_tokenizer(tokenizer, model.context_length),  # type: ignore[arg-type]
+            huggingface_tokenizer(tokenizer, model.context_length, model.vocab_size),
             crop_rounding="floor",
             preprocessing=preprocessing,
             micro_batch_size=micro_batch_size,

@@ -152,10 +152,12 @@ def _margin(excess: int, rounding: str) -> int:
 
 
 def _resize_tensor(images: Tensor, size: tuple[int, int]) -> Tensor:
-    if images.shape[-2:] == size:
-        return images
-    resized = functional.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
-    return resized.clamp(0, 1)  # bicubic overshoots at edges; Pillow's 8 bits clip too
+    """Antialiased bicubic resize, one axis after the other and clipped after each, since Pillow's 8 bits clip there."""
+    for shape in ((images.shape[-2], size[1]), size):
+        if images.shape[-2:] != shape:
+            resized = functional.interpolate(images, shape, mode="bicubic", align_corners=False, antialias=True)
+            images = resized.clamp(0, 1)
+    return images
 
 
 def _tf1_lerp(images: Tensor, size: int, axis: int) -> Tensor:

@@ -132,3 +132,8 @@ def save_image_reward(folder: Path, fixture: dict[str, np.ndarray]) -> Path:
     torch.save(image_reward_state(fixture), folder / "ImageReward.pt")
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
     return folder
+
+
+def vila_parameters(fixture: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """VILA-R's parameters under praxis' names."""
+    return {name.removeprefix("param/"): array for name, array in fixture.items() if name.startswith("param/")}

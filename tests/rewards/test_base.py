@@ -1,0 +1,263 @@
+"""What every reward does before and after its own formula."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from dblightning.rewards import RewardMetric
+
+
+class Brightness(RewardMetric):
+    """A reward with a closed form and a frozen network: the mean of the red channel, times the network's weight."""
+
+    is_differentiable = True
+
+    def __init__(self, weight: float = 1.0, micro_batch_size: int | None = None) -> None:
+        super().__init__(micro_batch_size)
+        network = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Dropout(0.5))
+        nn.init.constant_(network[0].weight, weight)
+        self.hold("network", network)
+        self.batches: list[int] = []
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        self.batches.append(len(prompts))
+        red = images[:, 0].mean((-2, -1))[:, None]
+        return self.held("network")(red.to(self.held("network")[0].weight.dtype)).squeeze(-1)
+
+
+GOOD = torch.full((2, 3, 4, 4), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "error", "words"),
+    [
+        (GOOD.mul(255).byte(), ["a", "b"], TypeError, "float tensor.*uint8.*divide"),
+        (GOOD.numpy(), ["a", "b"], TypeError, "float tensor.*ndarray"),
+        (GOOD[0], ["a", "b"], ValueError, r"shape \(B, 3, H, W\), got \(3, 4, 4\)"),
+        (GOOD[:, :1], ["a", "b"], ValueError, r"shape \(B, 3, H, W\), got \(2, 1, 4, 4\)"),
+        (GOOD.permute(0, 2, 3, 1), ["a", "b"], ValueError, r"got \(2, 4, 4, 3\)"),
+        (GOOD[:0], [], ValueError, "empty batch"),
+        (GOOD[..., :0], ["a", "b"], ValueError, "at least one pixel"),
+        (torch.full_like(GOOD, float("nan")), ["a", "b"], ValueError, "NaN"),
+        (torch.cat([GOOD[:1], GOOD[1:] / 0]), ["a", "b"], ValueError, "NaN or infinite"),
+        (GOOD * 2.2, ["a", "b"], ValueError, r"\[0, 1\], got \[1.1, 1.1\]"),
+        (GOOD - 1, ["a", "b"], ValueError, r"got \[-0.5, -0.5\]; map"),
+        (GOOD, ["a"], ValueError, "2 images and 1 prompts"),
+        (GOOD, "ab", ValueError, "2 images and one string"),
+        (GOOD, ["a", None], TypeError, "NoneType at index 1"),
+    ],
+)
+def test_bad_input_is_refused_with_what_was_wrong(
+    images: Tensor, prompts: list[str], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        Brightness().score(images, prompts)
+
+
+def test_a_decoders_rounding_beyond_the_range_is_accepted() -> None:
+    assert Brightness().score(GOOD * 2 + 5e-4, ["a", "b"]).shape == (2,)
+
+
+def test_mean_and_standard_error_over_batches_are_numpys() -> None:
+    reward = Brightness()
+    images = torch.rand(11, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    reward.update(images[:4], ["a"] * 4)
+    reward.update(images[4:], ["a"] * 7)
+    values = images[:, 0].mean((-2, -1)).double().numpy()
+    assert reward.compute().item() == pytest.approx(values.mean(), rel=1e-6)  # float32 result
+    assert reward.standard_error().item() == pytest.approx(values.std(ddof=1) / np.sqrt(11), rel=1e-5)
+    reward.reset()
+    reward.update(images[:4], ["a"] * 4)
+    assert reward.compute().item() == pytest.approx(values[:4].mean(), rel=1e-6)
+
+
+def test_micro_batches_change_nothing_but_the_size_of_a_pass() -> None:
+    images = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    whole, parts = Brightness(), Brightness(micro_batch_size=3)
+    assert torch.equal(whole.score(images, ["a"] * 7), parts.score(images, ["a"] * 7))
+    assert whole.batches == [7]
+    assert parts.batches == [3, 3, 1]
+    with pytest.raises(ValueError, match="micro_batch_size must be >= 1"):
+        Brightness(micro_batch_size=0)
+
+
+def test_micro_batches_carry_the_same_gradient() -> None:
+    images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for reward in (Brightness(), Brightness(micro_batch_size=2)):
+        leaf = images.clone().requires_grad_()
+        reward.score(leaf, ["a"] * 5).sum().backward()
+        gradients.append(leaf.grad)
+    assert gradients[0].abs().sum() > 0
+    assert torch.equal(*gradients)
+
+
+class Hungry(Brightness):
+    """Runs out of memory above two images."""
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super()._score(images, prompts)
+
+
+def test_running_out_of_memory_halves_the_micro_batch_and_goes_on() -> None:
+    images = torch.rand(9, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    reward = Hungry()
+    with pytest.warns(UserWarning, match="ran out of memory on 9 images: micro_batch_size is now 4"):
+        scores = reward.score(images, ["a"] * 9)
+    assert torch.equal(scores, Brightness().score(images, ["a"] * 9))
+    assert reward.batches == [2, 2, 2, 2, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the size found is remembered
+        reward.score(images, ["a"] * 9)
+
+
+def test_one_image_that_does_not_fit_is_an_error() -> None:
+    class Starved(Brightness):
+        def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError):
+        Starved().score(GOOD, ["a", "b"])
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Linear(2, 2)
+        self.reward = Brightness(0.3)
+
+
+def test_a_held_network_is_no_part_of_the_module_around_it() -> None:
+    around = Around().train()
+    assert set(around.state_dict()) == {"own.weight", "own.bias"}
+    assert [name for name, _ in around.named_parameters()] == ["own.weight", "own.bias"]
+    network = around.reward.held("network")
+    assert not network.training and not network[1].training
+    assert not network[0].weight.requires_grad
+
+
+def test_a_trainers_precision_leaves_the_rewards_alone_and_its_own_call_changes_it() -> None:
+    around = Around()
+    around.to(torch.bfloat16)
+    around.half()
+    assert around.own.weight.dtype == torch.float16
+    assert around.reward.held("network")[0].weight.dtype == torch.float32
+    around.reward.update(GOOD, ["a", "b"])
+    assert around.reward.total.dtype == torch.float64
+    for dtype, change in ((torch.float64, "double"), (torch.bfloat16, "bfloat16"), (torch.float32, "float")):
+        assert getattr(around.reward, change)() is around.reward
+        assert around.reward.held("network")[0].weight.dtype == dtype
+    around.reward.to("cpu", torch.float16)
+    assert around.reward.held("network")[0].weight.dtype == torch.float16
+    assert around.reward.total.dtype == torch.float64
+
+
+def test_a_held_network_follows_to_a_device() -> None:
+    around = Around().to("meta")
+    assert around.reward.held("network")[0].weight.device.type == "meta"
+    assert around.reward.total.device.type == "meta"
+
+
+def test_copies_and_pickles_score_alike() -> None:
+    reward = Brightness(0.3)
+    reward.update(GOOD, ["a", "b"])
+    for other in (copy.deepcopy(reward), pickle.loads(pickle.dumps(reward))):
+        assert torch.equal(other.score(GOOD, ["a", "b"]), reward.score(GOOD, ["a", "b"]))
+        assert other.compute() == reward.compute()
+
+
+def test_a_metric_collection_keeps_rewards_apart() -> None:
+    collection = MetricCollection({"one": Brightness(1.0), "two": Brightness(2.0)})
+    for _ in range(2):
+        collection.update(GOOD, ["a", "b"])
+    assert collection.compute() == {"one": 0.5, "two": 1.0}
+    assert collection(GOOD, ["a", "b"])["two"] == 1.0  # forward: this batch's mean
+
+
+def test_a_trainer_logs_the_mean_to_tensorboard_and_leaves_the_network_out_of_checkpoints(tmp_path: Path) -> None:
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.Linear(2, 1)
+            self.reward = Brightness()
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return self.own(batch[:, 0, 0, :2]).sum()
+
+        def validation_step(self, batch: Tensor, index: int) -> None:
+            self.reward.update(batch, ["a"] * len(batch))
+            self.log("reward", self.reward)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    loader = torch.utils.data.DataLoader(images, batch_size=2)
+    logger = TensorBoardLogger(tmp_path, name="run", version=0)
+    trainer = lightning.Trainer(
+        max_epochs=1, logger=logger, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    module = Module()
+    trainer.fit(module, loader, loader)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(logger.log_dir).Reload().Scalars("reward")
+    # batches of 2, 2, 1: the mean over images, not over batches
+    assert events[-1].value == pytest.approx(images[:, 0].mean().item(), rel=1e-6)
+    keys = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
+    assert set(keys) == {"own.weight", "own.bias"}
+
+
+def test_two_ranks_report_the_mean_and_standard_error_of_all_images(tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        """
+        import os, sys, torch, torch.distributed as dist
+        sys.path.insert(0, os.getcwd())
+        from tests.rewards.test_base import Brightness
+        torch.set_num_threads(1)
+        rank = int(sys.argv[1])
+        dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+        images = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        reward = Brightness()
+        part = images[:5] if rank == 0 else images[5:]
+        reward.update(part, ["a"] * len(part))
+        before = reward.total.item()
+        print(reward.standard_error().item(), reward.compute().item())
+        assert reward.total.item() == before  # the local sums are put back
+        """
+    )
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(rank), str(tmp_path / "rendezvous")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    values = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))[:, 0].mean((-2, -1)).double().numpy()
+    for worker in workers:
+        output, errors = worker.communicate(timeout=120)
+        assert worker.returncode == 0, errors
+        error, mean = map(float, output.split())
+        assert mean == pytest.approx(values.mean(), rel=1e-6)
+        assert error == pytest.approx(values.std(ddof=1) / np.sqrt(7), rel=1e-5)
