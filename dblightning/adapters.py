@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -195,7 +196,8 @@ class AdapterBank:
             if seed is not None:
                 torch.manual_seed(seed)
             try:
-                self.unet.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+                with _several_adapters():
+                    self.unet.add_adapter(config, adapter_name=name)  # type: ignore[operator]
             except ValueError as error:
                 raise ValueError(f"no adapter {name!r}: {error}") from error
         self._adopt(name)
@@ -225,9 +227,12 @@ class AdapterBank:
             raise FileNotFoundError(f"no LoRA for adapter {name!r}: {file} does not exist; give the exported folder")
         metadata = read_metadata(file)
         self._check_base(name, file, metadata, allow_other_base)
-        state, *_ = pipeline.lora_state_dict(str(file.parent), weight_name=file.name, unet_config=self.unet.config)
+        state, alphas, config = pipeline.lora_state_dict(
+            str(file.parent), weight_name=file.name, unet_config=self.unet.config, return_lora_metadata=True
+        )
         self._check_fit(name, file, state)
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+        with _several_adapters():
+            pipeline.load_lora_into_unet(state, alphas, self.unet, adapter_name=name, metadata=config)
         self._adopt(name)
         loaded = set(self.state_dict(name))
         expected = {key.removeprefix("unet.") for key in state if ".lora_" in key}
@@ -429,6 +434,14 @@ class AdapterBank:
                     f"adapter {name!r}: {file} was made for another architecture: {path} is {theirs} wide there and "
                     f"{ours} here"
                 )
+
+
+@contextmanager
+def _several_adapters() -> Iterator[None]:
+    """Silence PEFT's warning that a model has more than one adapter: here that is the point."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        yield
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
+from dblightning import __version__
 from dblightning.backbone import Backbone
 from dblightning.blending import Blend, make_blend
 from dblightning.evaluation.scores import summarize
@@ -162,13 +163,14 @@ class BlendEvaluationModule(L.LightningModule):
         """What made the images, apart from prompt and blend: models, sampling settings, versions, command."""
         hparams = self.hparams
         names = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt")
-        packages = ("dblightning", "torch", "diffusers", "peft", "transformers")
+        packages = ("torch", "diffusers", "peft", "transformers")
         return {
             "base": getattr(self.backbone, "pretrained", type(self.backbone).__name__),
             "adapters": self.adapter_facts,
             **{name: hparams[name] for name in names},
             "run_seed": hparams["seed"],
-            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "versions": {"dblightning": __version__}
+            | {name: importlib.metadata.version(name) for name in packages},
             "command": "python -m dblightning " + shlex.join(sys.argv[1:]),
         }
 
