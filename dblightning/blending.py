@@ -10,6 +10,7 @@ on t alone. Weights and λ are per image, so one batch can serve many users' pre
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -28,7 +29,7 @@ class BlendStep(NamedTuple):
     """Who predicts at one denoising step, on the CPU."""
 
     gates: Tensor  # (K, B, m) float32
-    mix: Tensor  # (K, B) float32, sums to 1 over K
+    mix: Tensor  # (K, B) float64, sums to 1 over K
     factors: bool = False  # gate A and B apart (the paper code's Rewarded Soup)
 
 
@@ -36,19 +37,30 @@ class BlendStep(NamedTuple):
 BlendPlan = Callable[[int], BlendStep]
 
 
-def check_weights(weights: Weights, adapters: Sequence[str], normalize: bool = False) -> dict[str, float]:
-    """Weights as floats, each ≥ 0, sum 1, naming only loaded adapters.
+def check_weights(
+    weights: Weights, names: Sequence[str], normalize: bool = False, kind: str = "loaded adapters"
+) -> dict[str, float]:
+    """Weights as floats, each ≥ 0, sum 1, naming only what there is.
+
+    Args:
+        weights: name → weight.
+        names: the names there are.
+        normalize: divide the weights by their sum.
+        kind: what the names are, for the message.
 
     Raises:
+        TypeError: something else than a mapping of names to numbers.
         ValueError: weights that are empty, negative, not finite, do not sum to 1 (tolerance 1e-6), or name an unknown
             adapter.
     """
-    unknown = [name for name in weights if name not in adapters]
+    if not isinstance(weights, Mapping) or not all(isinstance(value, numbers.Real) for value in weights.values()):
+        raise TypeError(f"weights must map names to numbers, such as {{'aesthetic': 1.0}}, got {weights!r}")
+    unknown = [name for name in weights if name not in names]
     if unknown:
-        raise ValueError(f"weights name {unknown[0]!r}, but the loaded adapters are {list(adapters)}")
+        raise ValueError(f"weights name {unknown[0]!r}, but the {kind} are {list(names)}")
     values = {name: float(value) for name, value in weights.items()}
     if not values:
-        raise ValueError(f"weights are empty; give a weight to at least one of {list(adapters)}")
+        raise ValueError(f"weights are empty; give a weight to at least one of {list(names)}")
     if any(not math.isfinite(value) or value < 0 for value in values.values()):
         raise ValueError(f"blend weights must be finite and >= 0, got {values}")
     total = sum(values.values())
@@ -63,32 +75,42 @@ def check_weights(weights: Weights, adapters: Sequence[str], normalize: bool = F
     return values
 
 
-def weights_tensor(weights: BatchWeights, adapters: Sequence[str], batch: int, normalize: bool = False) -> Tensor:
-    """Checked weights as a matrix (B, m) in adapter order.
+def weights_tensor(
+    weights: BatchWeights,
+    names: Sequence[str],
+    batch: int,
+    normalize: bool = False,
+    kind: str = "loaded adapters",
+) -> Tensor:
+    """Checked weights as a matrix (B, m), float64, in the order of ``names``.
 
     Raises:
-        ValueError: see :func:`check_weights`; also a list whose length is not the number of images.
+        TypeError, ValueError: see :func:`check_weights`; also a list whose length is not the number of images.
     """
     per_image = [weights] * batch if isinstance(weights, Mapping) else list(weights)
     if len(per_image) != batch:
-        raise ValueError(f"got weights for {len(per_image)} images, but the batch has {batch}")
-    rows = [check_weights(each, adapters, normalize) for each in per_image]
-    return torch.tensor([[row.get(name, 0.0) for name in adapters] for row in rows], dtype=torch.float32)
+        raise ValueError(f"got weights for {len(per_image)} images, but the batch has {batch}; give one per image")
+    rows = [check_weights(each, names, normalize, kind) for each in per_image]
+    return torch.tensor([[row.get(name, 0.0) for name in names] for row in rows], dtype=torch.float64)
 
 
 def kl_scales(kl_scale: float | Sequence[float], batch: int) -> Tensor:
-    """λ of each image, (B,), each finite and ≥ 0.
+    """λ of each image, float64 (B,), each finite and ≥ 0.
 
     Raises:
         ValueError: a negative or infinite λ, or a list of another length than the batch.
     """
-    values = [float(kl_scale)] * batch if isinstance(kl_scale, int | float) else [float(each) for each in kl_scale]
+    values = [float(kl_scale)] * batch if _is_scalar(kl_scale) else [float(each) for each in kl_scale]  # type: ignore[arg-type, union-attr]
     if len(values) != batch:
-        raise ValueError(f"got kl_scale for {len(values)} images, but the batch has {batch}")
+        raise ValueError(f"got kl_scale for {len(values)} images, but the batch has {batch}; give one per image")
     wrong = [value for value in values if not math.isfinite(value) or value < 0]
     if wrong:
         raise ValueError(f"kl_scale (λ) must be finite and >= 0, got {wrong[0]}; 0 is the base model, 1 the adapters")
-    return torch.tensor(values, dtype=torch.float32)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 class Blend(ABC):
@@ -111,13 +133,17 @@ class Blend(ABC):
         """
 
 
+def _ones(batch: int) -> Tensor:
+    return torch.ones(1, batch, dtype=torch.float64)
+
+
 class Base(Blend):
     """The base model alone."""
 
     def start(
         self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
     ) -> BlendPlan:
-        step = BlendStep(torch.zeros(1, batch, len(adapters)), torch.ones(1, batch))
+        step = BlendStep(torch.zeros(1, batch, len(adapters)), _ones(batch))
         return lambda step_index: step
 
 
@@ -147,7 +173,9 @@ class DBMPA(_Weighted):
     ε = (1−λ) ε_pre + λ Σᵢ wᵢ εᵢ.
 
     Args:
-        weights, normalize: see the class's siblings; weights per image or as a function of the step.
+        weights: adapter → weight, each ≥ 0, sum 1; one mapping for all images, a list with one per image, or a
+            function (step_index, num_steps) → either.
+        normalize: divide weights by their sum.
         kl_scale: λ ≥ 0, one for all images or one each; 1 is plain DB-MPA, 0 the base model, above 1 extrapolates.
     """
 
@@ -179,19 +207,27 @@ class DBKLA(DBMPA):
     """DB-KLA, ε = (1−λ) ε_pre + λ ε_rl (Algorithm 2, eq. 10): regularisation α/λ without retraining.
 
     Args:
-        adapter: the fine-tuned model's adapter.
+        adapter: the fine-tuned model's adapter; or one per image.
         kl_scale: λ ≥ 0, one for all images or one each; may exceed 1.
     """
 
-    def __init__(self, adapter: str, kl_scale: float | Sequence[float] = 1.0) -> None:
-        super().__init__({adapter: 1.0}, kl_scale)
+    def __init__(self, adapter: str | Sequence[str], kl_scale: float | Sequence[float] = 1.0) -> None:
+        super().__init__(_one_hot(adapter), kl_scale)
 
 
 class Single(DBMPA):
-    """One adapter alone: an endpoint of a blend, or a MORL oracle trained on the weighted reward itself (B.1)."""
+    """One adapter alone: an endpoint of a blend, or a MORL oracle trained on the weighted reward itself (B.1).
 
-    def __init__(self, adapter: str) -> None:
-        super().__init__({adapter: 1.0})
+    Args:
+        adapter: its name; or one per image.
+    """
+
+    def __init__(self, adapter: str | Sequence[str]) -> None:
+        super().__init__(_one_hot(adapter))
+
+
+def _one_hot(adapter: str | Sequence[str]) -> BatchWeights:
+    return {adapter: 1.0} if isinstance(adapter, str) else [{each: 1.0} for each in adapter]
 
 
 class DBMPALS(_Weighted):
@@ -208,13 +244,13 @@ class DBMPALS(_Weighted):
         self,
         weights: BatchWeights | WeightSchedule,
         schedule: str = "iid",
-        kl_scale: float = 1.0,
+        kl_scale: float | Sequence[float] = 1.0,
         normalize: bool = False,
     ) -> None:
         super().__init__(weights, normalize)
         if schedule not in ("iid", "systematic"):
             raise ValueError(f"schedule must be 'iid' or 'systematic', got {schedule!r}")
-        if kl_scale != 1:
+        if not _is_one(kl_scale):
             raise ValueError(
                 f"DB-MPA-LS draws adapters with probability w, and with kl_scale {kl_scale} the coefficients can be "
                 "negative, which no probability is; use DB-MPA for kl_scale other than 1"
@@ -231,13 +267,13 @@ class DBMPALS(_Weighted):
             raise ValueError(f"got {len(generators)} generators for a batch of {batch} images")
         columns = [self._draw(table[:, b], generators[b] if generators is not None else None) for b in range(batch)]
         gates = torch.nn.functional.one_hot(torch.stack(columns, dim=1), len(adapters)).float()  # (T, B, m)
-        ones = torch.ones(1, batch)
+        ones = _ones(batch)
         return lambda step_index: BlendStep(gates[step_index][None], ones)
 
     def _draw(self, weights: Tensor, generator: torch.Generator | None) -> Tensor:
         """One image's adapter at each step, int64 (T,), from its weights (T, m)."""
         num_steps = len(weights)
-        cumulative = weights.double().cumsum(1)
+        cumulative = weights.cumsum(1)
         if self.schedule == "iid":
             points = torch.rand(num_steps, 1, generator=generator, dtype=torch.float64)
         else:
@@ -261,8 +297,8 @@ class RewardedSoup(_Weighted):
     def start(
         self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
     ) -> BlendPlan:
-        table = self.table(adapters, batch, num_steps)
-        ones = torch.ones(1, batch)
+        table = self.table(adapters, batch, num_steps).float()
+        ones = _ones(batch)
         return lambda step_index: BlendStep(table[step_index][None], ones, self.factors)
 
 
@@ -303,6 +339,9 @@ def make_blend(
     if method not in METHODS:
         raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
     if method == "base":
+        if weights:
+            raise ValueError(f"method 'base' has no weights, got {weights}; use db-mpa for a blend")
+        _refuse_scale(method, kl_scale)
         return Base()
     if weights is None:
         raise ValueError(f"method {method!r} needs weights, for example weights={{'aesthetic': 1.0}}")
@@ -315,20 +354,25 @@ def make_blend(
     if method == "db-mpa":
         return DBMPA(weights, kl_scale, normalize)
     if method == "db-mpa-ls":
-        if not isinstance(kl_scale, int | float):
-            raise ValueError("db-mpa-ls takes no kl_scale other than 1; use db-mpa")
         return DBMPALS(weights, ls_schedule, kl_scale, normalize)
     _refuse_scale(method, kl_scale)
     return RewardedSoupFactors(weights, normalize) if method.endswith("factors") else RewardedSoup(weights, normalize)
 
 
-def _only_adapter(method: str, weights: BatchWeights | WeightSchedule) -> str:
-    chosen = [name for name, value in weights.items() if value != 0] if isinstance(weights, Mapping) else []
-    if len(chosen) != 1 or weights[chosen[0]] != 1:  # type: ignore[index, call-overload]
-        raise ValueError(f"method {method!r} takes one adapter of weight 1, got {weights}; use db-mpa for several")
-    return chosen[0]
+def _only_adapter(method: str, weights: BatchWeights | WeightSchedule) -> str | list[str]:
+    if isinstance(weights, Mapping):
+        chosen = [name for name, value in weights.items() if value != 0]
+        if len(chosen) == 1 and weights[chosen[0]] == 1:
+            return chosen[0]
+    elif not callable(weights):
+        return [str(_only_adapter(method, each)) for each in weights]
+    raise ValueError(f"method {method!r} takes one adapter of weight 1, got {weights}; use db-mpa for several")
+
+
+def _is_one(kl_scale: float | Sequence[float]) -> bool:
+    return all(each == 1 for each in ([kl_scale] if _is_scalar(kl_scale) else kl_scale))  # type: ignore[union-attr]
 
 
 def _refuse_scale(method: str, kl_scale: float | Sequence[float]) -> None:
-    if kl_scale != 1:
+    if not _is_one(kl_scale):
         raise ValueError(f"method {method!r} has no kl_scale, got {kl_scale}; use db-kla or db-mpa")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dblightning.backbone import Backbone, Conditioning
-from dblightning.blending import Blend, BlendStep
-from dblightning.schedule import DDIMSchedule, GaussianStep, gaussian_log_prob
+from dblightning.blending import Blend, BlendPlan, BlendStep
+from dblightning.schedule import DDIMSchedule, GaussianStep, gaussian_log_prob, predict_original, to_epsilon
 
 Execution = Literal["auto", "gated", "merged"]
 
@@ -35,7 +38,10 @@ class ImageNoise:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        #: as diffusers' schedulers take it: one per image, one for the whole batch, or None for the global one
+        self.generators: list[torch.Generator] | torch.Generator | None = [
+            torch.Generator().manual_seed(seed) for seed in seeds
+        ]
         # apart from the noise, so that a method that draws sees the same noise as one that does not
         self.draws = [torch.Generator().manual_seed(image_seed(seed, 0, 0, "draws")) for seed in seeds]
         self.device = torch.device(device)
@@ -54,12 +60,60 @@ class ImageNoise:
         return cls([image_seed(run_seed, prompt_id, seed, stream) for prompt_id, seed in keys], device)
 
     def __len__(self) -> int:
-        return len(self.generators)
+        return len(self.draws)
 
-    def __call__(self, shape: Sequence[int]) -> Tensor:
-        """The next noise, float32 (B, *shape)."""
-        noise = torch.stack([torch.randn(tuple(shape), generator=generator) for generator in self.generators])
+    def __call__(self, shape: Sequence[int], copies: int = 1) -> Tensor:
+        """The next noise, float32 (B · copies, *shape), an image's copies side by side."""
+        assert isinstance(self.generators, list)
+        size = (copies, *shape)
+        noise = torch.cat([torch.randn(size, generator=generator) for generator in self.generators])
         return noise.to(self.device, non_blocking=True)
+
+
+class GeneratorNoise(ImageNoise):
+    """Noise as diffusers' pipelines draw it: from one generator for the whole batch, or one per image.
+
+    Args:
+        generator: one generator, a list of B, or None for torch's global one. Generators of another device work.
+        batch: number of images B.
+        device: where the noise is wanted.
+        dtype: precision in which it is drawn; the noise itself is float32.
+
+    Raises:
+        ValueError: a list of another length than B.
+    """
+
+    def __init__(
+        self,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        batch: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        listed = isinstance(generator, Sequence)
+        given = list(generator) if isinstance(generator, Sequence) else [generator]
+        if listed and len(given) != batch:
+            raise ValueError(f"got {len(given)} generators for {batch} images; give one, or one per image")
+        self.generators = given if listed else given[0]  # type: ignore[assignment]
+        self.device = torch.device(device)
+        self.dtype = dtype
+        # from the states, without drawing: the noise stays what it is without a method that draws
+        states = [torch.get_rng_state() if each is None else each.get_state() for each in given]
+        keys = [hashlib.blake2b(state.numpy().tobytes(), digest_size=8).hexdigest() for state in states]
+        seeds = [image_seed(int(keys[i % len(keys)], 16), i, 0, "draws") for i in range(batch)]
+        self.draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, shape: Sequence[int], copies: int = 1) -> Tensor:
+        from diffusers.utils.torch_utils import randn_tensor
+
+        batch = len(self.draws)
+        if copies == 1:
+            size = (batch, *shape)
+            noise = randn_tensor(size, generator=self.generators, device=self.device, dtype=self.dtype)
+        else:
+            size = (batch, copies, *shape)
+            noise = randn_tensor(size, generator=self.generators, device=self.device, dtype=self.dtype).flatten(0, 1)
+        return noise.float()
 
 
 class Solver(Protocol):
@@ -75,8 +129,10 @@ class Solver(Protocol):
         """The latents as the denoiser wants them."""
         ...
 
-    def step(self, model_output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise) -> Tensor:
-        """The next latents."""
+    def step(
+        self, model_output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1
+    ) -> Tensor:
+        """The next latents; ``copies`` rows per image where a search rolls several."""
         ...
 
 
@@ -105,11 +161,19 @@ class DDIMSolver:
         """The step's distribution; ``step_index`` may differ per row."""
         return self.schedule.step(model_output, latents, step_index, self.eta)
 
-    def step(self, model_output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise) -> Tensor:
+    def original(self, model_output: Tensor, latents: Tensor, step_index: int, detach: bool = False) -> Tensor:
+        """Tweedie's x̂₀ of the latents at a step; ``detach`` treats ε as a constant."""
+        alpha, _ = self.schedule.at(step_index, latents)
+        epsilon = to_epsilon(model_output, latents, alpha, self.schedule.prediction_type)
+        return predict_original(epsilon.detach() if detach else epsilon, latents, alpha)
+
+    def step(
+        self, model_output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1
+    ) -> Tensor:
         gaussian = self.gaussian(model_output, latents, step_index)
         if self.eta == 0:
             return gaussian.mean
-        return gaussian.sample(noise(latents.shape[1:]))
+        return gaussian.sample(noise(latents.shape[1:], copies))
 
 
 class DiffusersSolver:
@@ -122,20 +186,22 @@ class DiffusersSolver:
 
     def __init__(self, scheduler: Any, num_inference_steps: int) -> None:
         self.scheduler = type(scheduler).from_config(scheduler.config)
+        self.num_inference_steps = num_inference_steps
         self.scheduler.set_timesteps(num_inference_steps)
         self.timesteps: Tensor = self.scheduler.timesteps
+        self._takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
 
     def initial(self, noise: Tensor) -> Tensor:
+        self.scheduler.set_timesteps(self.num_inference_steps)  # forget an earlier run's history
         return noise * float(self.scheduler.init_noise_sigma)
 
     def scale(self, latents: Tensor, step_index: int) -> Tensor:
         return self.scheduler.scale_model_input(latents, self.timesteps[step_index])
 
-    def step(self, model_output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise) -> Tensor:
-        import inspect
-
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": noise.generators} if takes_generator else {}
+    def step(
+        self, model_output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1
+    ) -> Tensor:
+        extra = {"generator": noise.generators} if self._takes_generator else {}
         return self.scheduler.step(model_output, self.timesteps[step_index], latents, return_dict=False, **extra)[0]
 
 
@@ -146,72 +212,231 @@ class Trajectory(NamedTuple):
     log_probs: Tensor  # (T, B), of latents[t + 1] given latents[t]; mean over C, h, w
 
 
+class Call(NamedTuple):
+    """One call of the denoiser: some rows of the flattened (K, B)."""
+
+    rows: Tensor  # int64 (r,), k · B + b
+    images: Tensor | None  # int64 (r,), b; None: every image, in order
+    gates: Tensor | None  # (r, m); None: no gates
+    merged: tuple[float, ...] | None  # the gate vector to run on merged weights
+
+
+class Calls(NamedTuple):
+    """How a blend step is executed, on the latents' device."""
+
+    calls: list[Call]
+    mix: Tensor | None  # (K, B); None: one row per image, unscaled
+    factors: bool
+
+
+#: on the CPU, images per gate vector from which merged weights beat one gated batch (measured on the miniature, where
+#: the gated layer weighs most; see docs/methods.md)
+MERGED_GROUP = 16
+
+
+def arrange(
+    blend: BlendStep,
+    device: torch.device,
+    execution: Execution = "auto",
+    max_rows: int | None = None,
+    merged_limit: int = 4,
+) -> Calls:
+    """Split a blend step into denoiser calls: only rows whose mix is not zero are computed.
+
+    Args:
+        blend: gates and mix, on the CPU.
+        device: where the latents are.
+        execution: "gated" runs all rows in one batch; "merged" runs the rows of each gate vector on merged weights;
+            "auto" takes merged where all rows share one gate vector (and, on the CPU, where each vector has at least
+            16 rows and all merged copies fit), else gated. Gradients to the adapters need "gated".
+        max_rows: rows per denoiser call, before guidance doubles them; None is no limit.
+        merged_limit: merged copies that may be kept.
+
+    Raises:
+        ValueError: ``max_rows`` below 1, or an unknown execution.
+    """
+    if execution not in ("auto", "gated", "merged"):
+        raise ValueError(f"execution must be auto, gated or merged, got {execution!r}")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, or None for no limit, got {max_rows}")
+    needed = (blend.mix != 0).any(1)
+    gates, mix = blend.gates[needed], blend.mix[needed]
+    batch = mix.shape[1]
+    row_of, image_of = (mix != 0).nonzero(as_tuple=True)
+    vectors = gates[row_of, image_of]  # (R, m)
+    unique, which, counts = torch.unique(vectors, dim=0, return_inverse=True, return_counts=True)
+    if execution == "auto":
+        large = device.type == "cpu" and int(counts.min()) >= MERGED_GROUP
+        fits = int((unique != 0).any(1).sum()) <= merged_limit
+        execution = "merged" if len(unique) == 1 or (large and fits) else "gated"
+    if execution == "merged":
+        vectors_used: list[tuple[float, ...] | None] = [tuple(vector.tolist()) for vector in unique]
+        groups = [(which == each).nonzero().flatten() for each in range(len(unique))]
+    else:
+        vectors_used, groups = [None], [torch.arange(len(row_of))]
+    calls = []
+    for group, vector in zip(groups, vectors_used, strict=True):
+        for part in group.split(max_rows or len(group)):
+            images = image_of[part]
+            in_order = len(part) == batch and bool((images == torch.arange(batch)).all())
+            gated = vector is None and bool(vectors[part].any())
+            calls.append(
+                Call(
+                    (row_of[part] * batch + images).to(device),
+                    None if in_order else images.to(device),
+                    vectors[part].to(device) if gated else None,
+                    vector,
+                )
+            )
+    plain = mix.shape[0] == 1 and bool((mix == 1).all())
+    return Calls(calls, None if plain else mix.to(device), blend.factors)
+
+
 def predict(
     backbone: Backbone,
     latents: Tensor,
     timesteps: Tensor,
     conditioning: Conditioning,
-    blend: BlendStep,
+    calls: Calls,
     guidance_scale: float,
-    execution: Execution = "auto",
-    max_rows: int | None = None,
 ) -> Tensor:
-    """The blended prediction of B images, at the price of the rows whose mix is not zero.
+    """The blended prediction of B images, Σ_k mix[k, b] · ε(x_b, t, c_b ; gates[k, b]).
 
     Args:
         latents: (B, C, h, w), as the denoiser wants them.
         timesteps: int64 (B,).
         conditioning: B rows.
-        blend: gates and mix, on the CPU.
+        calls: of :func:`arrange`.
         guidance_scale: classifier-free guidance; 1 off. Applied per row, which equals applying it to the mix.
-        execution: "gated" runs all rows in one batch; "merged" runs the rows of each gate vector on merged weights;
-            "auto" takes merged where all rows share a gate vector, and for mixed rows on the CPU.
-        max_rows: rows per denoiser call; None is no limit.
 
     Returns:
         (B, C, h, w), float32.
     """
-    gates, mix, factors = blend
-    used = mix != 0
-    row_of, image_of = used.nonzero(as_tuple=True)
-    vectors = gates[row_of, image_of]  # (R, m)
-    if vectors.shape[1]:
-        unique, which = torch.unique(vectors, dim=0, return_inverse=True)
-    else:  # no adapter is loaded: all rows are the base model
-        unique, which = vectors[:1], torch.zeros(len(vectors), dtype=torch.long)
-    mixed = int((unique != 0).any(1).sum())
-    if execution == "auto":
-        few = mixed <= backbone.adapters.merged_limit
-        fits = len(unique) == 1 or (latents.device.type == "cpu" and few)
-        execution = "merged" if fits and not torch.is_grad_enabled() else "gated"
-    if execution == "merged":
-        groups = [((which == each).nonzero().flatten(), unique[each].tolist()) for each in range(len(unique))]
-    else:
-        groups = [(torch.arange(len(row_of)), None)]
-    coefficients = mix[row_of, image_of].to(latents.device).view(-1, 1, 1, 1)
-    alone = len(row_of) == len(latents) and bool((image_of == torch.arange(len(latents))).all())
-    total = torch.zeros_like(latents, dtype=torch.float32)
-    for group, vector in groups:
-        for rows in group.split(max_rows or len(group)):
-            everything = alone and len(rows) == len(latents)
-            images = image_of[rows].to(latents.device)
-            output = backbone.denoise(
-                latents if everything else latents[images],
-                timesteps if everything else timesteps[images],
-                conditioning if everything else conditioning.rows(images),
-                guidance_scale,
-                gates=_row_gates(vectors[rows], latents.device) if vector is None else None,
-                factors=factors,
-                merged=vector,
+    outputs = [
+        backbone.denoise(
+            latents if call.images is None else latents[call.images],
+            timesteps if call.images is None else timesteps[call.images],
+            conditioning if call.images is None else conditioning.rows(call.images),
+            guidance_scale,
+            gates=call.gates,
+            factors=calls.factors,
+            merged=call.merged,
+        )
+        for call in calls.calls
+    ]
+    if calls.mix is None and len(outputs) == 1:
+        return outputs[0]
+    output = torch.cat(outputs)
+    # scattered to (K, B) and summed over K, not index_add: atomics would make a GPU's sum depend on its order
+    height = 1 if calls.mix is None else len(calls.mix)
+    rows = torch.zeros(height * len(latents), *output.shape[1:], dtype=output.dtype, device=output.device)
+    rows = rows.index_copy(0, torch.cat([call.rows for call in calls.calls]), output)
+    if calls.mix is None:
+        return rows
+    shape = (height, len(latents), *[1] * (output.ndim - 1))
+    return (calls.mix.to(output.dtype).view(shape) * rows.unflatten(0, shape[:2])).sum(0)
+
+
+@dataclass
+class Run:
+    """One walk from noise to latents: what every step needs to know."""
+
+    backbone: Backbone
+    conditioning: Conditioning  # B rows
+    solver: Solver
+    plan: BlendPlan
+    noise: ImageNoise
+    guidance_scale: float
+    execution: Execution = "auto"
+    max_rows: int | None = None
+    prompts: list[str] | None = None  # for steering, which scores images
+    _arranged: dict[tuple[Any, ...], Calls] = field(default_factory=dict)
+    _copied: dict[int, Conditioning] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.execution == "auto" and not self._vectors_last():
+            self.execution = "gated"  # merging anew at every step costs more than gating
+
+    @property
+    def batch(self) -> int:
+        """B, the number of images."""
+        return len(self.conditioning.prompt_embeds)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.solver.timesteps)
+
+    def _vectors_last(self) -> bool:
+        vectors: set[bytes] = set()
+        for step_index in range(self.num_steps):
+            gates, mix, _ = self.plan(step_index)
+            vectors |= {vector.numpy().tobytes() for vector in torch.unique(gates[mix != 0], dim=0)}
+        return len(vectors) <= self.backbone.adapters.merged_limit
+
+    def predict(self, latents: Tensor, step_index: int) -> Tensor:
+        """The blended prediction for B · copies rows, an image's copies side by side: float32, latents' shape."""
+        copies = len(latents) // self.batch
+        scaled = self.solver.scale(latents, step_index)
+        timesteps = self.solver.timesteps[step_index].to(latents.device).expand(len(latents))
+        calls = self._calls(self.plan(step_index), copies, latents.device)
+        return predict(self.backbone, scaled, timesteps, self._rows(copies), calls, self.guidance_scale)
+
+    def _calls(self, blend: BlendStep, copies: int, device: torch.device) -> Calls:
+        # most plans repeat a few steps; a run's device copies are made once
+        execution = "gated" if torch.is_grad_enabled() else self.execution
+        key = (blend.gates.numpy().tobytes(), blend.mix.numpy().tobytes(), copies, execution)
+        if key not in self._arranged:
+            many = BlendStep(
+                blend.gates.repeat_interleave(copies, 1), blend.mix.repeat_interleave(copies, 1), blend.factors
             )
-            if everything and bool((mix[used] == 1).all()):
-                return output
-            total = total.index_add(0, images, output * coefficients[rows.to(latents.device)])
-    return total
+            limit = self.backbone.adapters.merged_limit
+            self._arranged[key] = arrange(many, device, execution, self.max_rows, limit)
+        return self._arranged[key]
+
+    def _rows(self, copies: int) -> Conditioning:
+        if copies == 1:
+            return self.conditioning
+        if copies not in self._copied:
+            self._copied[copies] = self.conditioning.rows(torch.arange(self.batch).repeat_interleave(copies))
+        return self._copied[copies]
 
 
-def _row_gates(vectors: Tensor, device: torch.device) -> Tensor | None:
-    return vectors.to(device, non_blocking=True) if bool(vectors.any()) else None
+class State(NamedTuple):
+    """Where the walk stands before a step."""
+
+    latents: Tensor  # (B · copies, C, h, w), an image's copies side by side
+    output: Tensor | None = None  # the prediction for these latents, where a look-ahead has made it already
+
+
+class Steering(ABC):
+    """What bends the steps of a walk. It wraps the step; who predicts stays the blend's business."""
+
+    def start(self, run: Run) -> None:  # noqa: B027 (optional)
+        """Check settings and prepare, before the first denoiser call.
+
+        Raises:
+            ValueError: settings that do not fit the run.
+        """
+
+    @abstractmethod
+    def step(self, run: Run, step_index: int, state: State) -> tuple[Tensor, State]:
+        """One step.
+
+        Returns:
+            The model output it took, for B · copies rows, and the state after it.
+        """
+
+
+class Unsteered(Steering):
+    """Predict, then let the solver step."""
+
+    def step(self, run: Run, step_index: int, state: State) -> tuple[Tensor, State]:
+        output = run.predict(state.latents, step_index)
+        return output, State(run.solver.step(output, state.latents, step_index, run.noise))
+
+
+#: called after each step with (step_index, latents, model output, next latents); may return latents to go on with
+OnStep = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 
 
 def denoise_loop(
@@ -224,7 +449,9 @@ def denoise_loop(
     latents: Tensor | None = None,
     execution: Execution = "auto",
     max_rows: int | None = None,
-    on_step: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
+    steering: Steering | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Tensor:
     """Denoise from noise to latents ready for decoding.
 
@@ -236,33 +463,46 @@ def denoise_loop(
         noise: one generator per image.
         guidance_scale: classifier-free guidance; 1 off.
         latents: initial standard normal latents (B, C, h, w); None draws them from ``noise``.
-        execution, max_rows: see :func:`predict`.
-        on_step: called after each step with (step_index, latents, model output, next latents).
+        execution, max_rows: see :func:`arrange`.
+        on_step: see :data:`OnStep`.
+        steering: CoDe or RGG; None takes plain steps.
+        prompts: B texts, which steering scores images against.
 
     Returns:
-        Latents (B, C, h, w), float32.
+        Latents (B, C, h, w), float32 (float64 in, float64 out).
+
+    Raises:
+        ValueError: settings that do not fit, before the first denoiser call.
     """
     batch = len(conditioning.prompt_embeds)
-    num_steps = len(solver.timesteps)
-    plan = blend.start(backbone.adapters.names, batch, num_steps, noise.draws)
-    latents = solver.initial(noise(backbone.latent_shape) if latents is None else latents.float())
-    for step_index in range(num_steps):
-        timesteps = solver.timesteps[step_index].to(latents.device).expand(batch)
-        output = predict(
-            backbone,
-            solver.scale(latents, step_index),
-            timesteps,
-            conditioning,
-            plan(step_index),
-            guidance_scale,
-            execution,
-            max_rows,
-        )
-        next_latents = solver.step(output, latents, step_index, noise)
+    plan = blend.start(backbone.adapters.names, batch, len(solver.timesteps), noise.draws)
+    run = Run(
+        backbone,
+        conditioning,
+        solver,
+        plan,
+        noise,
+        guidance_scale,
+        execution,
+        max_rows,
+        None if prompts is None else list(prompts),
+    )
+    steering = steering or Unsteered()
+    steering.start(run)
+    first = noise(backbone.latent_shape) if latents is None else latents.to(_at_least_float32(latents))
+    state = State(solver.initial(first))
+    for step_index in range(run.num_steps):
+        before = state.latents
+        output, state = steering.step(run, step_index, state)
         if on_step is not None:
-            on_step(step_index, latents, output, next_latents)
-        latents = next_latents
-    return latents
+            replaced = on_step(step_index, before, output, state.latents)
+            if replaced is not None and replaced is not state.latents:
+                state = State(replaced.to(before.dtype))
+    return state.latents
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 @torch.no_grad()
