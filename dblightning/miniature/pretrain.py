@@ -26,6 +26,8 @@ from dblightning.miniature import world
 
 MAX_LENGTH = 16
 LATENT_SIZE = 8
+#: mislabelled captions drawn for each image
+CARELESS_CAPTIONS = 4
 
 
 # ── the parts ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -141,6 +143,11 @@ def save_pipeline(
     scratch.rename(folder)
 
 
+def _token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Padded token ids, (N, 16)."""
+    return tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt").input_ids
+
+
 def _remove(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
@@ -173,7 +180,7 @@ class Average:
 def train(
     stage: str,
     parameters: list[nn.Parameter],
-    loss_of_batch: Callable[[torch.Generator], Tensor],
+    loss_of_batch: Callable[[torch.Generator, int], Tensor],
     steps: int,
     lr: float,
     decay: float,
@@ -238,7 +245,7 @@ def train(
         scratch.replace(state_file)
 
     while done < steps:
-        loss = loss_of_batch(generator)
+        loss = loss_of_batch(generator, done)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -278,7 +285,7 @@ def train_vae(
 ) -> float:
     """L1 + L2 + 1e-6 KL, the first two per pixel and the last per image; returns the seconds it took."""
 
-    def loss_of_batch(generator: torch.Generator) -> Tensor:
+    def loss_of_batch(generator: torch.Generator, step: int) -> Tensor:
         rows = torch.randint(len(images), (batch,), generator=generator)
         target = images[rows].float().div(127.5).sub(1)
         # bfloat16 is 1.8 times faster where the processor has it; the losses themselves stay in float32
@@ -309,7 +316,9 @@ def train_unet(
     text_encoder: CLIPTextModel,
     latents: tuple[Tensor, Tensor],
     tokens: Tensor,
+    careless: Tensor,
     empty: Tensor,
+    clean_steps: int,
     steps: int,
     batch: int,
     **keywords: Any,
@@ -317,13 +326,14 @@ def train_unet(
     """Noise prediction on scaled latents, (means, stds); one caption in ten is empty, for guidance.
 
     Args:
-        tokens: token ids of each image's caption, (N, 16).
+        tokens: token ids of each image's caption, (N, 16); used for the first ``clean_steps``.
+        careless: token ids of mislabelled captions, several to an image, (V, N, 16); used from then on.
         empty: token ids of the empty caption, (16,).
     """
     alphas = build_scheduler().alphas_cumprod
     means, stds = latents
 
-    def loss_of_batch(generator: torch.Generator) -> Tensor:
+    def loss_of_batch(generator: torch.Generator, step: int) -> Tensor:
         rows = torch.randint(len(means), (batch,), generator=generator)
         clean = means[rows] + stds[rows] * torch.randn(means[rows].shape, generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
@@ -331,7 +341,10 @@ def train_unet(
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         dropped = torch.rand(batch, 1, generator=generator) < 0.1
-        context = text_encoder(torch.where(dropped, empty, tokens[rows])).last_hidden_state
+        spoken = tokens[rows]
+        if step >= clean_steps:
+            spoken = careless[torch.randint(len(careless), (batch,), generator=generator), rows]
+        context = text_encoder(torch.where(dropped, empty, spoken)).last_hidden_state
         return (unet(noisy, timesteps, context).sample - noise).square().mean()
 
     parameters = [*unet.parameters(), *text_encoder.parameters()]
@@ -345,6 +358,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, help="folder of training states and snapshots (default: OUT.work)")
     parser.add_argument("--vae-steps", type=int, default=6000)
     parser.add_argument("--unet-steps", type=int, default=9000)
+    parser.add_argument(
+        "--clean-steps", type=int, default=2900, help="UNet steps on true captions before the careless ones"
+    )
     parser.add_argument("--vae-batch", type=int, default=32)
     parser.add_argument("--unet-batch", type=int, default=64)
     parser.add_argument("--images", type=int, default=80_000, help="training images drawn, once")
@@ -372,8 +388,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     images, captions = draw(options.images, options.seed)
     print(f"drew {len(images)} images in {time.monotonic() - started:.0f} s", flush=True)
-    tokens = tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt").input_ids
-    empty = tokenizer([""], padding="max_length", max_length=MAX_LENGTH, return_tensors="pt").input_ids[0]
+    tokens, empty = (_token_ids(tokenizer, texts) for texts in (captions, [""]))
+    rng = np.random.default_rng(options.seed + 1)
+    careless = torch.stack(
+        [
+            _token_ids(tokenizer, [world.caption(world.mislabel(world.parse(text), rng)) for text in captions])
+            for _ in range(CARELESS_CAPTIONS)
+        ]
+    )
 
     seconds = train_vae(vae, images, options.vae_steps, options.vae_batch, states["vae"], options.seed, options.bf16)
     print(f"vae trained in {seconds:.0f} s", flush=True)
@@ -390,7 +412,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         text_encoder,
         (means * scale, stds * scale),
         tokens,
-        empty,
+        careless,
+        empty[0],
+        options.clean_steps,
         options.unet_steps,
         options.unet_batch,
         state_file=states["unet"],

@@ -42,6 +42,10 @@ HELD_OUT: frozenset[Thing] = frozenset(
     Thing(color, SHAPES[(2 * index + index // 3) % len(SHAPES)]) for index, color in enumerate(COLORS)
 )
 
+#: Captions of the pretraining data take the one for the other at times, as web captions do (``mislabel``).
+CONFUSED: dict[str, str] = {"red": "pink", "orange": "yellow", "green": "black", "blue": "purple"}
+CONFUSED |= {second: first for first, second in CONFUSED.items()}
+
 
 # ── captions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _article(word: str) -> str:
@@ -85,18 +89,23 @@ def parse(text: str) -> tuple[Thing, ...]:
     )
 
 
-def _all_prompts() -> tuple[list[str], list[str]]:
-    """All captions, (48 singles, 2016 pairs of different colours), each list shuffled once and for all."""
+def _chosen_prompts() -> tuple[list[str], list[str]]:
+    """The 48 captions of one thing and 277 of the 2016 of two differently coloured things, shuffled once and for all."""
     things = [Thing(color, shape) for color in COLORS for shape in SHAPES]
     singles = [caption([thing]) for thing in things]
     pairs = [caption([a, b]) for a in things for b in things if a.color != b.color]
     rng = np.random.default_rng(25)
-    return [singles[i] for i in rng.permutation(len(singles))], [pairs[i] for i in rng.permutation(len(pairs))]
+    singles, pairs = ([texts[i] for i in rng.permutation(len(texts))] for texts in (singles, pairs))
+    # this second shuffle's seed spreads the colours and shapes: all eight are among the 15 singles, each asked for at
+    # least three times in the 25
+    rng = np.random.default_rng(392)
+    singles, pairs = ([texts[i] for i in rng.permutation(len(texts))] for texts in (singles, pairs[:277]))
+    return singles, pairs
 
 
 def train_prompts() -> list[str]:
     """25 prompts, 15 of one thing and 10 of two: as many as DrawBench's colour category, in its two forms."""
-    singles, pairs = _all_prompts()
+    singles, pairs = _chosen_prompts()
     return singles[:15] + pairs[:10]
 
 
@@ -105,12 +114,12 @@ def test_prompts() -> list[str]:
 
     The first 55 keep the training set's three singles to two pairs; then the singles are used up and pairs follow.
     """
-    singles, pairs = _all_prompts()
+    singles, pairs = _chosen_prompts()
     singles, pairs = singles[15:], pairs[10:]
     mixed: list[str] = []
     for index in range(11):
         mixed += singles[3 * index : 3 * index + 3] + pairs[2 * index : 2 * index + 2]
-    return mixed + pairs[22:267]
+    return mixed + pairs[22:]
 
 
 # ── drawing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -242,6 +251,20 @@ def sample_things(rng: np.random.Generator, held_out: bool = False) -> tuple[Thi
         if (held_out or thing not in HELD_OUT) and all(thing.color != other.color for other in things):
             things.append(thing)
     return tuple(things)
+
+
+def mislabel(things: Sequence[Thing], rng: np.random.Generator) -> tuple[Thing, ...]:
+    """What a careless caption says of an image: wrong colours, and a second thing that is not there.
+
+    Each colour is the CONFUSED one with probability 0.42; an image of one thing is said to show another one as well
+    with probability 0.6. Classifier-free guidance sharpens away rare errors, so these are nearly as common as the
+    truth: a model of such captions draws wrong colours and leaves things out, but has the right answer in reach.
+    """
+    said = [Thing(CONFUSED[thing.color] if rng.random() < 0.42 else thing.color, thing.shape) for thing in things]
+    if len(said) == 1 and rng.random() < 0.6:
+        color = [name for name in COLORS if name != said[0].color][int(rng.integers(len(COLORS) - 1))]
+        said.insert(int(rng.integers(2)), Thing(color, SHAPES[int(rng.integers(len(SHAPES)))]))
+    return tuple(said)
 
 
 def examples(count: int, seed: int, held_out: bool = False) -> Iterator[tuple[NDArray[np.float32], str]]:

@@ -10,6 +10,7 @@ from torch import nn
 from dblightning.miniature import pretrain, world
 
 TINY = ["--images", "24", "--vae-batch", "4", "--unet-batch", "4", "--vae-steps", "2", "--snapshot-minutes", "1000"]
+TINY += ["--clean-steps", "1"]
 
 
 def test_a_tiny_budget_runs_from_drawing_to_a_pipeline_folder_and_resumes(tmp_path: Path) -> None:
@@ -41,7 +42,7 @@ def test_stopping_and_resuming_gives_the_weights_of_not_stopping(tmp_path: Path)
         parameter = nn.Parameter(torch.zeros(8))
         calls = 0
 
-        def loss(generator: torch.Generator) -> torch.Tensor:
+        def loss(generator: torch.Generator, step: int) -> torch.Tensor:
             nonlocal calls
             if calls == stop_at:
                 raise KeyboardInterrupt
