@@ -76,14 +76,15 @@ def test_score_carries_the_gradient_to_the_images_and_only_when_asked(make_rewar
         assert not reward.score(images, PROMPTS[:2]).requires_grad
 
 
-#: largest error of a score under autocast and with half-precision weights, on models as small as these; see docs
+#: largest error of a score in bfloat16, by autocast or weights, about three times what was measured on these models,
+#: whose scores spread over 0.24, 21, 0.23, 0.02, 0.54 and 0.04
 LOW_PRECISION = {
-    "image_reward": 0.05,
-    "pickscore": 1.5,
-    "hpsv2": 0.015,
-    "aesthetic": 0.05,
-    "clip_score": 0.04,
-    "vila": 0.04,
+    "image_reward": 0.04,
+    "pickscore": 0.8,
+    "hpsv2": 0.012,
+    "aesthetic": 0.016,
+    "clip_score": 0.02,
+    "vila": 0.025,
 }
 
 
@@ -96,7 +97,7 @@ def test_low_precision_stays_within_the_stated_tolerance(make_reward: Make, name
     with torch.autocast("cpu", dtype):
         autocast = reward.score(images, PROMPTS[:4])
     weights = make_reward(name).to(dtype).score(images, PROMPTS[:4])
-    # bfloat16 has 8 bits, float16 11: an eighth of the error
+    # bfloat16 has 8 bits, float16 has 11: an eighth of the error
     tolerance = LOW_PRECISION[name] / (1 if dtype == torch.bfloat16 else 8)
     for scores in (autocast, weights):
         assert scores.dtype == torch.float32
