@@ -90,7 +90,7 @@ def parse(text: str) -> tuple[Thing, ...]:
 
 
 def _chosen_prompts() -> tuple[list[str], list[str]]:
-    """The 48 captions of one thing and 277 of the 2016 of two differently coloured things, shuffled once and for all."""
+    """The 48 captions of one thing and 277 of the 2016 of two differently coloured things, shuffled for good."""
     things = [Thing(color, shape) for color in COLORS for shape in SHAPES]
     singles = [caption([thing]) for thing in things]
     pairs = [caption([a, b]) for a in things for b in things if a.color != b.color]
