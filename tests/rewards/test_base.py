@@ -232,8 +232,11 @@ def test_two_ranks_report_the_mean_and_standard_error_of_all_images(tmp_path: Pa
         """
         import os, sys, torch, torch.distributed as dist
         sys.path.insert(0, os.getcwd())
-        from tests.rewards.test_base import Brightness
+        from dblightning.rewards.base import RewardMetric
         torch.set_num_threads(1)
+        class Brightness(RewardMetric):
+            def _score(self, images, prompts):
+                return images[:, 0].mean((-2, -1))
         rank = int(sys.argv[1])
         dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
         images = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))

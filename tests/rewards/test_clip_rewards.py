@@ -16,7 +16,8 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from torchvision.transforms import functional as torchvision
 
 from dblightning.rewards import AestheticScore, CLIPScore, HPSv2, PickScore
-from dblightning.rewards.clip import huggingface_tokenizer, open_clip_tokenizer
+from dblightning.rewards._convert import open_clip_state
+from dblightning.rewards.clip import huggingface_config, huggingface_tokenizer, open_clip_tokenizer
 from dblightning.rewards.preprocess import CLIP_MEAN, CLIP_STD, to_uint8
 from tests.rewards import tiny
 
@@ -65,6 +66,29 @@ def test_pickscore_reads_single_files_of_both_formats(tmp_path: Path, clip_folde
     torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": tiny.OPEN_CLIP_CONFIG}))
     torch.testing.assert_close(PickScore(tmp_path).score(images, ["a", "b"]), expected)
+
+
+def test_the_published_pickscore_network_maps_onto_vit_h_14_in_full() -> None:
+    """Every key and shape of the 986 million parameters, on the meta device."""
+    from transformers import CLIPConfig, CLIPModel
+
+    # config.json of yuvalkirstain/PickScore_v1
+    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    config = CLIPConfig(
+        projection_dim=1024,
+        vision_config={**vision, "patch_size": 14, "image_size": 224, "hidden_act": "gelu"},
+        text_config={**text, "hidden_act": "gelu"},
+    )
+    with torch.device("meta"):
+        published = CLIPModel(config).state_dict()
+        ours = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")).state_dict()
+        ours_from_config = open_clip.CLIP(**huggingface_config(config.to_dict(), "config.json")).state_dict()
+    mapped = open_clip_state(published, "PickScore")
+    assert sum(value.numel() for value in published.values()) == sum(value.numel() for value in mapped.values())
+    shapes = {key: value.shape for key, value in mapped.items()}
+    assert shapes == {key: value.shape for key, value in ours.items()}
+    assert shapes == {key: value.shape for key, value in ours_from_config.items()}
 
 
 def test_the_offline_tokenizer_cleans_nothing_and_open_clips_does() -> None:
