@@ -27,7 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: $(STAMP)  ## train, blend and score the embedded miniature; no download, no GPU
-	$(PY) -m dblightning quickstart
+	$(PY) -m dblightning fit --config configs/quickstart.yaml
+	$(PY) -m dblightning test --config configs/eval/quickstart.yaml
+	@echo "See runs/quickstart/before_after.png and runs/quickstart/blend/pareto.png;" \
+	  "the curves: $(VENV)/bin/tensorboard --logdir runs"
 
 test: $(STAMP)  ## the everyday tests
 	$(PY) -m pytest
