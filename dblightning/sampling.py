@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -251,14 +251,7 @@ def arrange(
             16 rows and all merged copies fit), else gated. Gradients to the adapters need "gated".
         max_rows: rows per denoiser call, before guidance doubles them; None is no limit.
         merged_limit: merged copies that may be kept.
-
-    Raises:
-        ValueError: ``max_rows`` below 1, or an unknown execution.
     """
-    if execution not in ("auto", "gated", "merged"):
-        raise ValueError(f"execution must be auto, gated or merged, got {execution!r}")
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows must be at least 1, or None for no limit, got {max_rows}")
     needed = (blend.mix != 0).any(1)
     gates, mix = blend.gates[needed], blend.mix[needed]
     batch = mix.shape[1]
@@ -354,6 +347,10 @@ class Run:
     _copied: dict[int, Conditioning] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.execution not in ("auto", "gated", "merged"):
+            raise ValueError(f"execution must be auto, gated or merged, got {self.execution!r}")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, or None for no limit, got {self.max_rows}")
         if self.execution == "auto" and not self._vectors_last():
             self.execution = "gated"  # merging anew at every step costs more than gating
 
@@ -372,6 +369,21 @@ class Run:
             gates, mix, _ = self.plan(step_index)
             vectors |= {vector.numpy().tobytes() for vector in torch.unique(gates[mix != 0], dim=0)}
         return len(vectors) <= self.backbone.adapters.merged_limit
+
+    def images(self, part: slice) -> Run:
+        """The same run for some of its images."""
+        index = torch.arange(self.batch)[part]
+        if len(index) == self.batch:
+            return self
+
+        def plan(step_index: int) -> BlendStep:
+            gates, mix, factors = self.plan(step_index)
+            return BlendStep(gates[:, index], mix[:, index], factors)
+
+        prompts = None if self.prompts is None else self.prompts[part]
+        return replace(
+            self, conditioning=self.conditioning.rows(index), plan=plan, prompts=prompts, _arranged={}, _copied={}
+        )
 
     def predict(self, latents: Tensor, step_index: int) -> Tensor:
         """The blended prediction for B · copies rows, an image's copies side by side: float32, latents' shape."""

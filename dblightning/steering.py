@@ -1,0 +1,284 @@
+"""CoDe and RGG: what bends a step. Rewards steer the walk at inference; no fine-tuned model is needed.
+
+Both work on top of any blend (the paper runs them on the base model) and score x̂₀, Tweedie's estimate of the image.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dblightning.blending import BatchWeights, weights_tensor
+from dblightning.sampling import DDIMSolver, Run, State, Steering
+
+
+class Reward(Protocol):
+    """What steering asks of a reward; every ``RewardMetric`` is one."""
+
+    @property
+    def differentiable(self) -> bool: ...
+
+    def score(self, images: Tensor, prompts: Any) -> Tensor: ...
+
+
+class _RewardSteering(Steering):
+    """What CoDe and RGG share: rewards and preference weights.
+
+    Args:
+        rewards: name → reward.
+        weights: name → weight of each reward, ≥ 0, sum 1; or a list of such, one per image. None weights a single
+            reward with 1.
+        normalize: divide weights by their sum.
+    """
+
+    def __init__(
+        self, rewards: Mapping[str, Reward], weights: BatchWeights | None = None, normalize: bool = False
+    ) -> None:
+        if not rewards:
+            raise ValueError(f"{type(self).__name__} needs at least one reward, for example {{'jpeg': JPEG...()}}")
+        if weights is None and len(rewards) > 1:
+            raise ValueError(f"{type(self).__name__} has the rewards {list(rewards)}; give each a weight")
+        self.rewards = dict(rewards)
+        self.weights: BatchWeights = weights if weights is not None else dict.fromkeys(rewards, 1.0)
+        self.normalize = normalize
+
+    def start(self, run: Run) -> None:
+        name = type(self).__name__
+        if not isinstance(run.solver, DDIMSolver):
+            raise ValueError(f"{name} needs DDIM steps, whose distribution is known; got {type(run.solver).__name__}")
+        if run.solver.eta == 0:
+            raise ValueError(f"{name} needs steps with noise, got eta 0; set eta to 1")
+        if run.prompts is None or len(run.prompts) != run.batch:
+            got = "none" if run.prompts is None else len(run.prompts)
+            raise ValueError(f"{name} scores images against {run.batch} prompts, got {got}")
+        table = weights_tensor(self.weights, list(self.rewards), run.batch, self.normalize, kind="rewards")
+        self._table = table.float()  # (B, rewards)
+        self._used = [(i, name) for i, name in enumerate(self.rewards) if bool(self._table[:, i].any())]
+
+    @abstractmethod
+    def step(self, run: Run, step_index: int, state: State) -> tuple[Tensor, State]: ...
+
+
+class CoDe(_RewardSteering):
+    """CoDe (Singh et al. 2025): of N candidates keep the one whose x̂₀ scores best, again and again; no gradients.
+
+    Two forms:
+
+    * ``"block"``, CoDe itself: every ``block_size`` steps each image is copied N times, all copies walk on with noise
+      of their own, and at the block's end a look-ahead prediction scores them; the last block scores the images.
+    * ``"lookahead"``, what the Diffusion Blend paper ran: candidates live for one step, every ``block_size`` steps.
+
+    The look-ahead's prediction is the survivor's next prediction, and a block's copies share their first one, so
+    neither is computed twice: 1 + (T − 1) N rows per image for ``block`` with T steps, T + (N − 1) ⌈T / B⌉ for
+    ``lookahead`` (one block less where a block starts at the last step).
+
+    Args:
+        rewards, weights, normalize: what to raise; any reward, differentiable or not.
+        candidates: N (paper: 20).
+        block_size: B, steps from one choice to the next (paper: 5).
+        form: "block" or "lookahead".
+        score_batch_size: candidates decoded and scored at once; None takes the backbone's ``decode_batch_size``.
+
+    The run's ``max_rows`` limits the rows of a denoiser call.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        weights: BatchWeights | None = None,
+        candidates: int = 20,
+        block_size: int = 5,
+        form: str = "block",
+        normalize: bool = False,
+        score_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(rewards, weights, normalize)
+        if form not in ("block", "lookahead"):
+            raise ValueError(f"form must be 'block' or 'lookahead', got {form!r}")
+        for name, value in (("candidates", candidates), ("block_size", block_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if score_batch_size is not None and score_batch_size < 1:
+            raise ValueError(f"score_batch_size must be at least 1, or None, got {score_batch_size}")
+        self.candidates = candidates
+        self.block_size = block_size
+        self.form = form
+        self.score_batch_size = score_batch_size
+
+    @torch.no_grad()
+    def step(self, run: Run, step_index: int, state: State) -> tuple[Tensor, State]:
+        output = state.output if state.output is not None else run.predict(state.latents, step_index)
+        copies = len(state.latents) // run.batch
+        last = step_index == run.num_steps - 1
+        latents, taken = state.latents, output
+        if step_index % self.block_size == 0 and not (last and self.form == "lookahead"):
+            copies = self.candidates
+            # copies of one image share the prediction; their noise parts them
+            latents, taken = latents.repeat_interleave(copies, 0), output.repeat_interleave(copies, 0)
+        following = State(run.solver.step(taken, latents, step_index, run.noise, copies))
+        ends = self.form == "lookahead" or (step_index + 1) % self.block_size == 0 or last
+        if copies > 1 and ends:
+            following = self._best(run, step_index, following.latents)
+        return output, following
+
+    def _best(self, run: Run, step_index: int, latents: Tensor) -> State:
+        """Each image's best candidate, with the prediction that looked ahead from it."""
+        ahead = None
+        originals = latents
+        if step_index + 1 < run.num_steps:
+            ahead = run.predict(latents, step_index + 1)
+            originals = run.solver.original(ahead, latents, step_index + 1)  # type: ignore[attr-defined]
+        scores = self._score(run, originals).nan_to_num(nan=-torch.inf).view(run.batch, -1)
+        chosen = scores.argmax(1) + torch.arange(run.batch, device=scores.device) * scores.shape[1]
+        return State(latents[chosen], None if ahead is None else ahead[chosen])
+
+    def _score(self, run: Run, originals: Tensor) -> Tensor:
+        """Weighted reward of B · N latents, (B · N,)."""
+        assert run.prompts is not None
+        copies = len(originals) // run.batch
+        prompts = [prompt for prompt in run.prompts for _ in range(copies)]
+        weights = self._table.repeat_interleave(copies, 0).to(originals.device)
+        size: int = self.score_batch_size or getattr(run.backbone, "decode_batch_size", None) or 16
+        scores = []
+        for start in range(0, len(originals), size):
+            part = slice(start, start + size)
+            images = run.backbone.decode(originals[part])
+            parts = [self.rewards[name].score(images, prompts[part]) * weights[part, i] for i, name in self._used]
+            scores.append(torch.stack(parts).sum(0))
+        return torch.cat(scores)
+
+
+class RGG(_RewardSteering):
+    """Reward-gradient guidance, paper eqs. (12)-(14): the mean of a step moves by λ σ_t² / α · ∇_{x_t} r(x̂₀(x_t)).
+
+    Args:
+        rewards, weights, normalize: what to raise; every reward must be differentiable.
+        normalization: of each reward's gradient before they are mixed: "global", eq. (14)'s norm over a whole image's
+            latents; "pixel", as the paper's code does, unit norm over the channels of each latent pixel (√(h·w) times
+            longer, and α has no effect, for the code divides by α before it normalises); "none", eq. (13).
+        kl_weight: α > 0, the smaller the stronger.
+        gamma: γ ≥ 0 of the ramp λ_i = min((1 + γ)^i − 1, 1) at step i (0 … T − 1); None is λ = 1 throughout. The paper
+            prints (1 + γ)^(t−1) and its code computes the former, with γ = 0.024.
+        through_denoiser: back-propagate through the denoiser as well (as DAS does; much memory); otherwise ε is a
+            constant, as in the paper's code.
+
+    The run's ``max_rows`` limits the images whose gradients are computed at once.
+
+    Raises:
+        ValueError: a reward without a gradient, named; or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        weights: BatchWeights | None = None,
+        normalization: str = "global",
+        kl_weight: float = 0.1,
+        gamma: float | None = 0.024,
+        through_denoiser: bool = False,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__(rewards, weights, normalize)
+        stuck = [name for name, reward in self.rewards.items() if not reward.differentiable]
+        if stuck:
+            kind = getattr(self.rewards[stuck[0]], "name", type(self.rewards[stuck[0]]).__name__)
+            raise ValueError(f"RGG follows gradients, and the reward {stuck[0]!r} ({kind}) has none; use CoDe for it")
+        if normalization not in ("global", "pixel", "none"):
+            raise ValueError(f"normalization must be 'global', 'pixel' or 'none', got {normalization!r}")
+        if not kl_weight > 0:
+            raise ValueError(f"kl_weight (α) must be > 0, got {kl_weight}")
+        if gamma is not None and not gamma >= 0:
+            raise ValueError(f"gamma must be >= 0, or None for no ramp, got {gamma}")
+        self.normalization = normalization
+        self.kl_weight = kl_weight
+        self.gamma = gamma
+        self.through_denoiser = through_denoiser
+
+    def ramp(self, step_index: int) -> float:
+        """λ_i."""
+        return 1.0 if self.gamma is None else min((1 + self.gamma) ** step_index - 1, 1.0)
+
+    def step(self, run: Run, step_index: int, state: State) -> tuple[Tensor, State]:
+        solver: Any = run.solver
+        latents = state.latents
+        scale = self.ramp(step_index)
+        if scale == 0:
+            with torch.no_grad():
+                output = run.predict(latents, step_index)
+            return output, State(solver.step(output, latents, step_index, run.noise))
+        output, gradient = self._gradient(run, step_index, latents)
+        with torch.no_grad():
+            alpha = 1.0 if self.normalization == "pixel" else self.kl_weight
+            variance = solver.gaussian(output, latents, step_index).std.square()
+            following = solver.step(output, latents, step_index, run.noise)
+            return output, State(following + scale * variance / alpha * gradient)
+
+    def _gradient(self, run: Run, step_index: int, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Prediction and Σ_i w_i g_i for all images, some at a time."""
+        assert run.prompts is not None
+        outputs, gradients = [], []
+        if not self.through_denoiser:
+            with torch.no_grad():
+                whole = run.predict(latents, step_index)
+        size = run.max_rows or len(latents)
+        for start in range(0, len(latents), size):
+            part = slice(start, min(start + size, len(latents)))
+            # inference mode (Lightning's test and predict) would forbid gradients altogether
+            with torch.inference_mode(False), torch.enable_grad():
+                x = latents[part].detach().clone().requires_grad_()
+                if self.through_denoiser:
+                    output = run.images(part).predict(x, step_index)
+                    original = run.solver.original(output, x, step_index)  # type: ignore[attr-defined]
+                else:
+                    output = whole[part].detach().clone()
+                    original = run.solver.original(output, x, step_index, detach=True)  # type: ignore[attr-defined]
+                images = run.backbone.decode(original)
+                total = torch.zeros_like(x)
+                for count, (index, name) in enumerate(self._used, start=1):
+                    score = self.rewards[name].score(images, run.prompts[part])
+                    (gradient,) = torch.autograd.grad(score.sum(), x, retain_graph=count < len(self._used))
+                    weight = self._table[part, index].to(x.device).view(-1, 1, 1, 1)
+                    total = total + weight * self._normalized(gradient)
+            outputs.append(output.detach())
+            gradients.append(total.detach())
+        return torch.cat(outputs), torch.cat(gradients)
+
+    def _normalized(self, gradient: Tensor) -> Tensor:
+        if self.normalization == "none":
+            return gradient
+        dims = (1, 2, 3) if self.normalization == "global" else 1
+        norm = gradient.square().sum(dims, keepdim=True).sqrt()
+        return torch.where(norm > 0, gradient / norm, 0)
+
+
+#: method name → class, for the command line and the pipeline
+STEERING: dict[str, type[CoDe | RGG]] = {"code": CoDe, "rgg": RGG}
+
+
+def make_steering(
+    method: str,
+    rewards: Mapping[str, Reward] | None,
+    weights: BatchWeights | None = None,
+    normalize: bool = False,
+    **options: Any,
+) -> CoDe | RGG:
+    """The steering of a method's name, "code" or "rgg"; ``options`` are its class's further arguments.
+
+    Raises:
+        ValueError: an unknown method or option, no rewards, or settings the class refuses.
+    """
+    if method not in STEERING:
+        raise ValueError(f"steering must be one of {sorted(STEERING)}, got {method!r}")
+    if not rewards:
+        raise ValueError(f"method {method!r} needs rewards={{name: reward}}, whose names the weights use")
+    try:
+        return STEERING[method](rewards, weights, normalize=normalize, **options)
+    except TypeError as error:
+        raise ValueError(f"method {method!r}: {error}") from error
