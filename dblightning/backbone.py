@@ -190,6 +190,12 @@ class DiffusersBackbone(Backbone):
         self.eval()
 
     @property
+    def device(self) -> torch.device:
+        hook = getattr(self.unet, "_hf_hook", None)  # model offload: weights wait on the CPU and compute elsewhere
+        place = getattr(hook, "execution_device", None)
+        return super().device if place is None else torch.device(place)
+
+    @property
     def scheduler_config(self) -> dict[str, Any]:
         return dict(self.pipeline.scheduler.config)
 
@@ -242,8 +248,10 @@ class DiffusersBackbone(Backbone):
         return conditioning
 
     def _fill_cache(self, texts: Sequence[str]) -> None:
-        if self._prompt_cache and next(iter(self._prompt_cache.values()))[0].device != self.device:
-            self._prompt_cache.clear()
+        if self._prompt_cache:
+            cached = next(iter(self._prompt_cache.values()))[0]
+            if (cached.device, cached.dtype) != (self.device, self.text_encoder.dtype):
+                self._prompt_cache.clear()
         missing = [text for text in dict.fromkeys(texts) if text not in self._prompt_cache]
         for start in range(0, len(missing), 64):
             chunk = missing[start : start + 64]
