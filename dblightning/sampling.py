@@ -234,6 +234,13 @@ class Calls(NamedTuple):
 MERGED_GROUP = 16
 
 
+def unique_vectors(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct rows of gate vectors (R, m), each row's index among them (R,), and their counts; m may be 0."""
+    if vectors.shape[1] == 0:  # no adapter is loaded: all rows are the base model, and torch.unique refuses them
+        return vectors[:1], torch.zeros(len(vectors), dtype=torch.long), torch.tensor([len(vectors)])
+    return torch.unique(vectors, dim=0, return_inverse=True, return_counts=True)
+
+
 def arrange(
     blend: BlendStep,
     device: torch.device,
@@ -257,7 +264,7 @@ def arrange(
     batch = mix.shape[1]
     row_of, image_of = (mix != 0).nonzero(as_tuple=True)
     vectors = gates[row_of, image_of]  # (R, m)
-    unique, which, counts = torch.unique(vectors, dim=0, return_inverse=True, return_counts=True)
+    unique, which, counts = _distinct(vectors)
     if execution == "auto":
         large = device.type == "cpu" and int(counts.min()) >= MERGED_GROUP
         fits = int((unique != 0).any(1).sum()) <= merged_limit
@@ -283,6 +290,14 @@ def arrange(
             )
     plain = mix.shape[0] == 1 and bool((mix == 1).all())
     return Calls(calls, None if plain else mix.to(device), blend.factors)
+
+
+def _distinct(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct rows of (R, m), the index of each row's, and how often each occurs."""
+    if vectors.shape[1] == 0:  # no adapters
+        count = len(vectors)
+        return vectors[:1], torch.zeros(count, dtype=torch.int64), torch.tensor([count])
+    return torch.unique(vectors, dim=0, return_inverse=True, return_counts=True)
 
 
 def predict(
@@ -367,7 +382,7 @@ class Run:
         vectors: set[bytes] = set()
         for step_index in range(self.num_steps):
             gates, mix, _ = self.plan(step_index)
-            vectors |= {vector.numpy().tobytes() for vector in torch.unique(gates[mix != 0], dim=0)}
+            vectors |= {vector.numpy().tobytes() for vector in _distinct(gates[mix != 0])[0]}
         return len(vectors) <= self.backbone.adapters.merged_limit
 
     def images(self, part: slice) -> Run:
