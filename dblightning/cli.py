@@ -45,7 +45,7 @@ def _lightning(command: str, arguments: list[str]) -> None:
 
     import torch
     from lightning.pytorch import LightningDataModule
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from dblightning.evaluation import BlendEvaluationModule
     from dblightning.module import RewardRLModule
@@ -62,6 +62,8 @@ def _lightning(command: str, arguments: list[str]) -> None:
         RewardRLModule if training else BlendEvaluationModule,
         LightningDataModule,
         subclass_mode_data=True,
+        # an evaluation's settings are in the record it writes beside its results
+        save_config_callback=SaveConfigCallback if training else None,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
         seed_everything_default=0,

@@ -51,7 +51,7 @@ def run_config(sd15_folder: Path, tmp_path: Path) -> list[str]:
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
     config: dict[str, Any] = {
         "trainer": {"accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False, "logger": False,
-                    "enable_checkpointing": False, "num_sanity_val_steps": 0},
+                    "enable_checkpointing": False, "num_sanity_val_steps": 0, "default_root_dir": str(tmp_path)},
         "model": {
             "backbone": {
                 "class_path": "dblightning.backbone.DiffusersBackbone",
