@@ -107,6 +107,7 @@ class DiffusersBackbone(Backbone):
         vae_dtype: precision of the VAE; None takes ``dtype``, or float32 where the VAE's config forces it (SDXL).
         resolution: image side in pixels; None takes the model's own.
         variant: weight variant of the files, such as "fp16".
+        attention: "sdpa", torch's fused kernel, or "eager", plain matrix products (slower; for comparison).
         gradient_checkpointing: recompute activations in the backward pass; much less memory, a third more time.
         channels_last: memory layout that speeds up convolutions on GPUs.
         compile: compile the denoiser's repeated blocks with torch.compile.
@@ -125,6 +126,7 @@ class DiffusersBackbone(Backbone):
         vae_dtype: DType | None = None,
         resolution: int | None = None,
         variant: str | None = None,
+        attention: Literal["sdpa", "eager"] = "sdpa",
         gradient_checkpointing: bool = False,
         channels_last: bool = False,
         compile: bool = False,
@@ -135,6 +137,10 @@ class DiffusersBackbone(Backbone):
         self.pretrained = pretrained
         pipeline = load_pipeline(pretrained, getattr(torch, dtype), variant)
         self._wrap(pipeline, vae_dtype, resolution, decode_batch_size, prompt_cache_size)
+        if attention == "eager":
+            from diffusers.models.attention_processor import AttnProcessor
+
+            self.unet.set_attn_processor(AttnProcessor())
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
         if gradient_checkpointing:

@@ -92,6 +92,24 @@ def test_half_precision_weights_give_float32_latents_near_the_full_ones(
     torch.testing.assert_close(got, ours(backbone, ["a red circle"], noise, None, 3.0), rtol=0, atol=0.05)
 
 
+def test_both_attention_kernels_give_the_same_image(backbone: Any, sd15_folder: Path) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    eager = DiffusersBackbone(str(sd15_folder), attention="eager")
+    assert all(isinstance(each, AttnProcessor) for each in eager.unet.attn_processors.values())
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    one, other = (ours(each, ["a red circle"], noise, None, 3.0) for each in (eager, backbone))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def test_channels_last_is_only_a_memory_layout(backbone: Any, sd15_folder: Path) -> None:
+    other = DiffusersBackbone(str(sd15_folder), channels_last=True)
+    assert other.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    one, two = (ours(each, ["a red circle"], noise, None, 3.0) for each in (other, backbone))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
+
+
 def test_the_embedded_miniature_is_a_backbone() -> None:
     backbone = DiffusersBackbone("miniature")
     assert backbone.latent_shape == (4, 8, 8)
