@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import dblightning
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_public_names_are_there() -> None:
+    from dblightning import blending, callbacks, data, rewards
+
+    assert dblightning.RewardRLModule.__module__ == "dblightning.module"
+    assert dblightning.DiffusionBlendPipeline.__module__ == "dblightning.pipeline"
+    for room, names in {
+        blending: "Base Single DBMPA DBKLA DBMPALS RewardedSoup RewardedSoupFactors",
+        callbacks: "BeforeAfterGrid ExportAdapter SampleGrid",
+        data: "DrawBenchDataModule GenEvalDataModule PromptFileDataModule MiniatureDataModule",
+        rewards: "ImageReward PickScore VILA JPEGCompressibility HPSv2 AestheticScore CLIPScore WeightedReward",
+    }.items():
+        for name in names.split():
+            assert hasattr(room, name), f"{room.__name__}.{name}"
+    with pytest.raises(AttributeError, match="NoSuchName"):
+        _ = dblightning.NoSuchName
+
+
+def test_the_version_stands_in_one_place() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "dblightning.__version__"}
+
+
+def test_importing_the_package_imports_neither_torch_nor_lightning() -> None:
+    code = "import sys, dblightning, dblightning.miniature; print({'torch', 'lightning', 'diffusers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_nothing_below_the_lightning_line_imports_lightning() -> None:
+    rooms = ["schedule", "adapters", "backbone", "blending", "sampling", "steering", "policy_gradient", "replay", "value"]
+    code = f"import sys\nfor room in {rooms}: __import__('dblightning.' + room)\nprint('lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
