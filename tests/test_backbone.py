@@ -53,8 +53,8 @@ def test_an_image_is_the_one_plain_diffusers_makes(
 def test_a_prompt_is_encoded_once(backbone: Any) -> None:
     calls = []
     encode = backbone.pipeline.encode_prompt
-    backbone.pipeline.encode_prompt = lambda texts, *args, **options: calls.append(texts) or encode(
-        texts, *args, **options
+    backbone.pipeline.encode_prompt = lambda texts, *args, **options: (
+        calls.append(texts) or encode(texts, *args, **options)
     )
     first = backbone.encode(["a red circle", "a blue star", "a red circle"])
     second = backbone.encode(["a blue star", "a red circle"])

@@ -336,9 +336,7 @@ def test_bf16_autocast_trains_on_current_weights(sd15_folder: Path, tmp_path: Pa
     moved: dict[str, set[str]] = {}
     ratios: dict[str, list[float]] = {}
     for precision in ("32-true", "bf16-mixed"):
-        module = build(
-            DiffusersBackbone(str(sd15_folder)), policy_steps=3, gradient_accumulation=1, clip_range=10.0
-        )
+        module = build(DiffusersBackbone(str(sd15_folder)), policy_steps=3, gradient_accumulation=1, clip_range=10.0)
         give_effect(module)
         start = module.backbone.adapters.state_dict(module.adapter_name)
         seen = ratios[precision] = []
@@ -425,7 +423,9 @@ def test_a_checkpoint_holds_nothing_of_the_base_model(backbone: Any, tmp_path: P
     assert set(checkpoint["state_dict"]) == expected
 
 
-def test_a_checkpoint_of_another_reward_is_refused(backbone: Any, sd15_folder: Path, tmp_path: Path, prompts: Any) -> None:
+def test_a_checkpoint_of_another_reward_is_refused(
+    backbone: Any, sd15_folder: Path, tmp_path: Path, prompts: Any
+) -> None:
     from dblightning.backbone import DiffusersBackbone
 
     fit = trainer(tmp_path, limit_train_batches=1)
@@ -484,4 +484,3 @@ def test_settings_out_of_range_are_refused_before_any_work(backbone: Any, settin
 def test_a_rollout_larger_than_the_buffer_is_refused(backbone: Any, tmp_path: Path, prompts: Any) -> None:
     with pytest.raises(ValueError, match="set buffer_size to at least 16"):
         trainer(tmp_path).fit(build(backbone, buffer_size=8), datamodule=prompts())
-
