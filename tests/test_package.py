@@ -42,7 +42,8 @@ def test_importing_the_package_imports_neither_torch_nor_lightning() -> None:
 
 
 def test_nothing_below_the_lightning_line_imports_lightning() -> None:
-    rooms = "schedule adapters backbone blending sampling steering policy_gradient replay value".split()
+    rooms = ["schedule", "adapters", "backbone", "blending", "sampling", "steering"]
+    rooms += ["policy_gradient", "replay", "value"]
     code = f"import sys\nfor room in {rooms}: __import__('dblightning.' + room)\nprint('lightning' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
