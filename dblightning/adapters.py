@@ -99,7 +99,7 @@ class GatedLinear(LoraLinear):
         if state.merged is not None:
             weight = self.merged_weights.get(state.merged)
             if weight is not None:
-                return F.linear(x, weight, self.get_base_layer().bias)
+                return F.linear(x, weight, self.base_layer.bias)
         y = self.base_layer(x, *args, **kwargs)
         gates = state.gates
         if gates is None or not self._names or state.merged is not None:
@@ -152,6 +152,7 @@ class AdapterBank:
         self._merged_keys: OrderedDict[tuple[Any, ...], None] = OrderedDict()
         self._fingerprint = fingerprint(unet)
         self._layers: list[GatedLinear] = []
+        self._sides: list[Tensor] = []
         present = list(getattr(unet, "peft_config", {}))
         if present:  # LoRAs the pipeline came with
             self.state.names = present
@@ -346,10 +347,9 @@ class AdapterBank:
     @torch.no_grad()
     def _merge(self, gate: tuple[float, ...], factors: bool) -> tuple[Any, ...]:
         # the version sum notices an optimiser's in-place update, so a stale merge is never used
-        layers = list(self.layers())
-        sides = [side[name].weight for layer in layers for side in (layer.lora_A, layer.lora_B) for name in side]
-        weight = layers[0].get_base_layer().weight
-        key = (gate, factors, sum(side._version for side in sides), weight.device, weight.dtype)
+        layers = self._layers
+        weight = layers[0].base_layer.weight
+        key = (gate, factors, sum(side._version for side in self._sides), weight.device, weight.dtype)
         if key in self._merged_keys:
             self._merged_keys.move_to_end(key)
             return key
@@ -385,6 +385,9 @@ class AdapterBank:
                     raise ValueError("a LoRA is fused into the base weights; call pipe.unfuse_lora() first")
                 module.__class__ = GatedLinear
         self._layers = [module for module in self.unet.modules() if isinstance(module, GatedLinear)]
+        self._sides = [
+            side[name].weight for layer in self._layers for side in (layer.lora_A, layer.lora_B) for name in side
+        ]
         self._merged_keys.clear()
         for layer in self._layers:
             layer.install(self.state)
