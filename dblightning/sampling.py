@@ -234,13 +234,6 @@ class Calls(NamedTuple):
 MERGED_GROUP = 16
 
 
-def unique_vectors(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct rows of gate vectors (R, m), each row's index among them (R,), and their counts; m may be 0."""
-    if vectors.shape[1] == 0:  # no adapter is loaded: all rows are the base model, and torch.unique refuses them
-        return vectors[:1], torch.zeros(len(vectors), dtype=torch.long), torch.tensor([len(vectors)])
-    return torch.unique(vectors, dim=0, return_inverse=True, return_counts=True)
-
-
 def arrange(
     blend: BlendStep,
     device: torch.device,
