@@ -169,8 +169,7 @@ class BlendEvaluationModule(L.LightningModule):
             "adapters": self.adapter_facts,
             **{name: hparams[name] for name in names},
             "run_seed": hparams["seed"],
-            "versions": {"dblightning": __version__}
-            | {name: importlib.metadata.version(name) for name in packages},
+            "versions": {"dblightning": __version__} | {name: importlib.metadata.version(name) for name in packages},
             "command": "python -m dblightning " + shlex.join(sys.argv[1:]),
         }
 
@@ -246,4 +245,3 @@ class BlendEvaluationModule(L.LightningModule):
         )
         titles = [blend.label.replace("_", "\n") for blend in self.blends]
         return blend_grid_figure(images, titles, [prompts[prompt_id] for prompt_id in prompt_ids])
-

@@ -32,15 +32,24 @@ def interval(values: pd.Series, groups: pd.Series) -> float:
 def summarize(scores: pd.DataFrame, rewards: Sequence[str]) -> pd.DataFrame:
     """Mean of each reward per blend, with the half width of its 95 % interval, seconds per image and image count.
 
+    Where the base model is among the blends, also the gain over it, paired image by image (``<reward>_gain``), with the
+    half width of its interval.
+
     Args:
-        scores: one row per image: ``order``, ``method``, ``blend``, ``prompt_id``, ``seconds`` and the rewards.
+        scores: one row per image: ``order``, ``method``, ``blend``, ``prompt_id``, ``seed``, ``seconds``, rewards.
         rewards: their column names.
     """
+    base = scores[scores["method"] == "base"].drop_duplicates(["prompt_id", "seed"])
+    base = base.set_index(["prompt_id", "seed"])
     rows = []
     for (order, method, blend), part in scores.groupby(["order", "method", "blend"], sort=True):
         row: dict[str, object] = {"order": order, "method": method, "blend": blend}
         for name in rewards:
             row[name] = part[name].mean()
             row[f"{name}_ci"] = interval(part[name], part["prompt_id"])
+            if len(base):
+                same = base.loc[pd.MultiIndex.from_frame(part[["prompt_id", "seed"]]), name].to_numpy()
+                gain = part[name] - same
+                row[f"{name}_gain"], row[f"{name}_gain_ci"] = gain.mean(), interval(gain, part["prompt_id"])
         rows.append(row | {"seconds": part["seconds"].mean(), "images": len(part)})
     return pd.DataFrame(rows)
