@@ -278,8 +278,8 @@ class RewardRLModule(L.LightningModule):
         fresh = transitions.age == 0
         return loss, {
             "train/policy_loss": loss,
-            # the sum over a path of steps, in nats: what eq. (4) multiplies by α
-            "train/kl": exact_kl.mean() * len(self.solver.timesteps),
+            # the sum over a path's trained steps, in nats: what eq. (4) multiplies by α
+            "train/kl": exact_kl.mean() * self.trained_steps,
             "train/ratio": ratio.mean(),
             "train/clip_fraction": clip_fraction(ratio, hparams["clip_range"]),
             "train/advantage_std": advantage.std(correction=0),
@@ -387,7 +387,8 @@ class RewardRLModule(L.LightningModule):
         return self.replay
 
     def _batches(self, count: int) -> Iterator[Transitions]:
-        assert self.replay is not None, "a rollout comes before the updates"
+        if self.replay is None:
+            raise RuntimeError(f"rank {self.global_rank} has no finite reward to learn from yet; check the reward model")
         for slots, steps in self.replay.batches(count, self.generator, self.trained_steps):
             yield self.replay.transitions(slots, steps, self.device)
 
