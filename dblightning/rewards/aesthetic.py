@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dblightning.rewards import _convert
 from dblightning.rewards.clip import HUGGINGFACE_FILES, OPEN_CLIP_FILES, CLIPReward, load_clip, open_clip_tokenizer
@@ -44,13 +44,15 @@ class AestheticScore(CLIPReward):
         # the head first: a file of 4 MB tells that something is wrong before one of 1.7 GB is read
         head = load_head(_convert.find_file(weights, HEAD_FILES, "trl-lib/ddpo-aesthetic-predictor", "AestheticScore"))
         names = HUGGINGFACE_FILES + OPEN_CLIP_FILES
+        model: Any = load_clip(clip_weights, architecture, "AestheticScore", names, "openai/clip-vit-large-patch14")
+        model.transformer = model.token_embedding = nn.Identity()  # the text tower's 0.5 GB are not used
         super().__init__(
-            load_clip(clip_weights, architecture, "AestheticScore", names, "openai/clip-vit-large-patch14"),
+            model,
             open_clip_tokenizer(),
             preprocessing=preprocessing,
             micro_batch_size=micro_batch_size,
         )
-        features = self.held("clip").visual.output_dim
+        features = model.visual.output_dim
         if features != head.layers[0].in_features:
             raise ValueError(
                 f"the aesthetic head takes {head.layers[0].in_features} features, the CLIP network gives {features}; "

@@ -24,6 +24,8 @@ from dblightning.rewards.preprocess import (
     is_exact,
     long_side_pad,
     normalize,
+    one_by_one,
+    quantise,
     short_side_crop,
 )
 
@@ -90,11 +92,14 @@ class CLIPReward(RewardMetric):
         exact = is_exact(self.preprocessing, images)
         # half precision keeps 11 bits at most: resize and normalise above it
         images = images.to(weight.device, torch.promote_types(images.dtype, torch.float32))
+        size = self.image_size
         if self.resize == "pad":
-            images = long_side_pad(images, self.image_size, quantise=exact, antialias=self.antialias)
+            pixels = one_by_one(
+                lambda image: long_side_pad(quantise(image) if exact else image, size, self.antialias), images
+            )
         else:
-            images = short_side_crop(images, self.image_size, exact, self.crop_rounding)
-        return normalize(images, self.mean, self.std).to(weight.dtype)
+            pixels = short_side_crop(images, size, exact, self.crop_rounding)
+        return normalize(pixels, self.mean, self.std).to(weight.dtype)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit-length features (B, D) of images (B, 3, H, W) in [0, 1]; float32 unless the network runs in float64."""

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dblightning.rewards.base import RewardMetric
-from dblightning.rewards.preprocess import map_threads, to_uint8
+from dblightning.rewards.preprocess import map_images
 
 #: JPEG chroma subsampling → Pillow's argument of the same meaning
 _SUBSAMPLING = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
@@ -70,7 +70,7 @@ class JPEGCompressibility(RewardMetric):
         Args:
             images: float tensor (B, 3, H, W) in [0, 1].
         """
-        sizes = map_threads(self._encoded_bytes, to_uint8(images), self.num_threads)
+        sizes = map_images(self._encoded_bytes, images, self.num_threads)
         return torch.tensor(sizes, dtype=torch.float32, device=images.device) / 1000
 
     def _encoded_bytes(self, array: np.ndarray) -> int:

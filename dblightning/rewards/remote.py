@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dblightning.rewards.base import RewardMetric
-from dblightning.rewards.preprocess import map_threads, to_uint8
+from dblightning.rewards.preprocess import map_images
 
 #: answers of a server that is starting, busy or restarting; any other error is not helped by asking again
 _WORTH_RETRYING = (429, 502, 503, 504)
@@ -72,7 +72,7 @@ class RemoteReward(RewardMetric):
             ConnectionError: no answer after all tries. RuntimeError: the server's function failed (its traceback is in
             the text), or its answer makes no sense.
         """
-        pictures = map_threads(_encode_png, to_uint8(images))
+        pictures = map_images(_encode_png, images)
         answer = self._post({"images": pictures, "prompts": prompts})
         scores = answer.get("scores") if isinstance(answer, dict) else None
         numbers = isinstance(scores, list) and all(

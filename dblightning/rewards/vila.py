@@ -20,7 +20,15 @@ from torch.nn import functional
 
 from dblightning.rewards import _convert
 from dblightning.rewards.base import RewardMetric
-from dblightning.rewards.preprocess import Preprocessing, check_preprocessing, is_exact, tf1_resize_crop, to_uint8
+from dblightning.rewards.preprocess import (
+    Preprocessing,
+    check_preprocessing,
+    is_exact,
+    one_by_one,
+    quantise,
+    tf1_resize_crop,
+    to_uint8,
+)
 
 #: attention logits of the encoder and the text tower pass through 50·tanh(x/50)
 LOGIT_CAP = 50.0
@@ -93,7 +101,10 @@ class VILA(RewardMetric):
             images = images.to(weight.device, torch.promote_types(images.dtype, torch.float32))
             # published: 272 before the crop to 224
             pre_crop = model.image_size * 272 // 224
-            score = model(tf1_resize_crop(images, pre_crop, model.image_size, quantise=exact).to(weight.dtype))
+            pixels = one_by_one(
+                lambda image: tf1_resize_crop(quantise(image) if exact else image, pre_crop, model.image_size), images
+            )
+            score = model(pixels.to(weight.dtype))
         return self.scale * score + self.shift
 
 

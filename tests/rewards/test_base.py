@@ -118,8 +118,12 @@ class Hungry(Brightness):
 def test_running_out_of_memory_halves_the_micro_batch_and_goes_on() -> None:
     images = torch.rand(9, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     reward = Hungry()
-    with pytest.warns(UserWarning, match="ran out of memory on 9 images: micro_batch_size is now 4"):
+    with pytest.warns(UserWarning) as said:
         scores = reward.score(images, ["a"] * 9)
+    assert [str(warning.message) for warning in said] == [
+        "Hungry ran out of memory on 9 images: micro_batch_size is now 4",
+        "Hungry ran out of memory on 4 images: micro_batch_size is now 2",
+    ]
     assert torch.equal(scores, Brightness().score(images, ["a"] * 9))
     assert reward.batches == [2, 2, 2, 2, 1]
     with warnings.catch_warnings():

@@ -92,6 +92,7 @@ def test_bad_input_ends_with_one_sentence_and_no_file(folder: Path, change: dict
     assert not (folder / "scores.csv").exists()
 
 
+@pytest.mark.filterwarnings("ignore:JPEGCompressibility")
 def test_too_few_prompts_a_damaged_image_and_an_existing_table_are_refused(folder: Path) -> None:
     run(folder)
     with pytest.raises(SystemExit, match=r"scores\.csv exists.*--overwrite"):
