@@ -60,8 +60,8 @@ def test_the_gradient_is_that_of_finite_differences(make_reward: Make, name: str
         with torch.no_grad():
             ahead, behind = (reward._score(images + sign * step * direction, prompts).sum() for sign in (1, -1))
         numeric = (ahead - behind) / (2 * step)
-        # central differences: relative error step² times the third derivative, and 1e-16 / step of rounding
-        torch.testing.assert_close((gradient * direction).sum(), numeric, rtol=1e-6, atol=1e-9)
+        # rounding: 1e-13 of a score over the step; derivatives here are of order 1e-3 to 10
+        torch.testing.assert_close((gradient * direction).sum(), numeric, rtol=1e-5, atol=1e-8)
     assert gradient.flatten(1).abs().sum(1).min() > 0
 
 

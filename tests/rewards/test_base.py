@@ -6,7 +6,6 @@ import copy
 import pickle
 import subprocess
 import sys
-import textwrap
 import warnings
 from pathlib import Path
 
@@ -231,40 +230,37 @@ def test_a_trainer_logs_the_mean_to_tensorboard_and_leaves_the_network_out_of_ch
     assert set(keys) == {"own.weight", "own.bias"}
 
 
+RANK_1 = """
+import os, sys, torch
+sys.path.insert(0, os.getcwd())
+from dblightning.rewards.base import RewardMetric
+torch.set_num_threads(1)
+class Red(RewardMetric):
+    def _score(self, images, prompts):
+        return images[:, 0].mean((-2, -1))
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=1, world_size=2)
+images = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))[5:]
+reward = Red()
+reward.update(images, ["a"] * 2)
+print(reward.standard_error().item(), reward.compute().item())
+"""
+
+
 def test_two_ranks_report_the_mean_and_standard_error_of_all_images(tmp_path: Path) -> None:
-    script = textwrap.dedent(
-        """
-        import os, sys, torch, torch.distributed as dist
-        sys.path.insert(0, os.getcwd())
-        from dblightning.rewards.base import RewardMetric
-        torch.set_num_threads(1)
-        class Brightness(RewardMetric):
-            def _score(self, images, prompts):
-                return images[:, 0].mean((-2, -1))
-        rank = int(sys.argv[1])
-        dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-        images = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    meeting = tmp_path / "rendezvous"
+    other = subprocess.Popen([sys.executable, "-c", RANK_1, str(meeting)], stdout=subprocess.PIPE, text=True)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=2)
+    try:
         reward = Brightness()
-        part = images[:5] if rank == 0 else images[5:]
-        reward.update(part, ["a"] * len(part))
+        reward.update(images[:5], ["a"] * 5)
         before = reward.total.item()
-        print(reward.standard_error().item(), reward.compute().item())
+        ours = [reward.standard_error().item(), reward.compute().item()]
         assert reward.total.item() == before  # the local sums are put back
-        """
-    )
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(tmp_path / "rendezvous")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    values = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))[:, 0].mean((-2, -1)).double().numpy()
-    for worker in workers:
-        output, errors = worker.communicate(timeout=120)
-        assert worker.returncode == 0, errors
-        error, mean = map(float, output.split())
-        assert mean == pytest.approx(values.mean(), rel=1e-6)
-        assert error == pytest.approx(values.std(ddof=1) / np.sqrt(7), rel=1e-5)
+        theirs = [float(number) for number in other.communicate(timeout=120)[0].split()]
+    finally:
+        torch.distributed.destroy_process_group()
+        other.kill()
+    values = images[:, 0].mean((-2, -1)).double().numpy()
+    assert ours == theirs
+    assert ours == pytest.approx([values.std(ddof=1) / np.sqrt(7), values.mean()], rel=1e-5)
