@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -249,7 +250,8 @@ def arrange(
         execution: "gated" runs all rows in one batch; "merged" runs the rows of each gate vector on merged weights;
             "auto" takes merged where all rows share one gate vector (and, on the CPU, where each vector has at least
             16 rows and all merged copies fit), else gated. Gradients to the adapters need "gated".
-        max_rows: rows per denoiser call, before guidance doubles them; None is no limit.
+        max_rows: rows per denoiser call, before guidance doubles them; None is no limit. A run that is out of memory
+            halves it and tries again.
         merged_limit: merged copies that may be kept.
     """
     needed = (blend.mix != 0).any(1)
@@ -398,8 +400,20 @@ class Run:
         copies = len(latents) // self.batch
         scaled = self.solver.scale(latents, step_index)
         timesteps = self.solver.timesteps[step_index].to(latents.device).expand(len(latents))
-        calls = self._calls(self.plan(step_index), copies, latents.device)
-        return predict(self.backbone, scaled, timesteps, self._rows(copies), calls, self.guidance_scale)
+        while True:
+            calls = self._calls(self.plan(step_index), copies, latents.device)
+            largest = max(len(call.rows) for call in calls.calls)
+            try:
+                return predict(self.backbone, scaled, timesteps, self._rows(copies), calls, self.guidance_scale)
+            except torch.OutOfMemoryError:
+                if largest == 1:
+                    raise
+            # outside the except block: the exception no longer keeps the failed call's activations alive
+            self.max_rows = largest // 2
+            self._arranged.clear()
+            warnings.warn(f"out of memory on {largest} rows: max_rows is now {self.max_rows}", stacklevel=2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _calls(self, blend: BlendStep, copies: int, device: torch.device) -> Calls:
         # most plans repeat a few steps; a run's device copies are made once

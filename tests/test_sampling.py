@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,27 @@ def test_a_row_limit_changes_nothing_but_the_batch(ours: Any, max_rows: int) -> 
     torch.testing.assert_close(limited, our_blend(ours, blend, 0.0), rtol=0, atol=1e-4)
 
 
+def test_a_run_that_is_out_of_memory_halves_its_calls(ours: Any) -> None:
+    blend = DBMPA([{"a": 0.3, "b": 0.7}, {"a": 0.2, "b": 0.5, "c": 0.3}])
+    sizes: list[int] = []
+    denoise = ours.denoise
+
+    def small_device(latents: Any, *args: Any, **options: Any) -> Any:
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("five rows do not fit")
+        sizes.append(len(latents))
+        return denoise(latents, *args, **options)
+
+    ours.denoise = small_device
+    try:
+        with pytest.warns(UserWarning, match="out of memory on 5 rows: max_rows is now 2"):
+            got = our_blend(ours, blend, 0.0)
+    finally:
+        del ours.denoise
+    assert sizes == [2, 2, 1] * FEW
+    torch.testing.assert_close(got, our_blend(ours, blend, 0.0), rtol=0, atol=1e-4)
+
+
 def test_schedules_are_run_as_given(ours: Any) -> None:
     """Adapter a on the first half of the steps, b on the second."""
     blend = DBMPA(lambda step, steps: {"a": 1.0} if step < steps // 2 else {"b": 1.0})
@@ -283,6 +305,33 @@ def test_schedules_are_run_as_given(ours: Any) -> None:
     half = FEW // 2
     assert torch.equal(walk["both"][half - 1], walk["a"][half - 1])
     assert not torch.equal(walk["both"][half], walk["a"][half])
+
+
+def test_the_exact_soup_is_db_mpa_to_first_order_in_the_adapters(ours: Any) -> None:
+    """Halving ΔW quarters their difference: soup − DB-MPA is of second order."""
+    conditioning, weights = ours.encode(PROMPTS), {"a": 0.5, "c": 0.5}
+    solver = DDIMSolver(DDIMSchedule(ours.scheduler_config, FEW), 0.0)
+    latents, _ = noises_of(2)
+
+    @torch.no_grad()
+    def difference(scale: float) -> float:
+        for layer in ours.adapters.layers():
+            for side in layer.lora_B.values():
+                side.weight.mul_(scale)
+        predictions = [
+            Run(ours, conditioning, solver, blend.start(ours.adapters.names, 2, FEW), ImageNoise([0, 1]), GUIDANCE)
+            for blend in (RewardedSoup(weights), DBMPA(weights))
+        ]
+        soup, blend = (run.predict(latents, 2) for run in predictions)
+        for layer in ours.adapters.layers():
+            for side in layer.lora_B.values():
+                side.weight.div_(scale)
+        return float((soup - blend).norm())
+
+    differences = [difference(scale) for scale in (0.25, 0.125, 0.0625)]
+    for larger, smaller in itertools.pairwise(differences):
+        # 15 %: the third order at these scales, and float32
+        assert larger / smaller == pytest.approx(4, rel=0.15)
 
 
 # ── how it is executed ───────────────────────────────────────────────────────────────────────────────────────────────
