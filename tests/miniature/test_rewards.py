@@ -15,7 +15,7 @@ REWARDS = [ShapeAlignment(), ShapeAlignment(strict=True), ShapeAesthetic()]
 
 def _rendered(count: int, seed: int = 0) -> tuple[Tensor, list[tuple[Thing, ...]]]:
     rng = np.random.default_rng(seed)
-    things = [world.sample_things(rng, held_out=True) for _ in range(count)]
+    things = [world.sample_things(rng) for _ in range(count)]
     return torch.from_numpy(np.stack([world.render(each, rng) for each in things])), things
 
 

@@ -11,7 +11,7 @@ EVERY_THING = [Thing(color, shape) for color in world.COLORS for shape in world.
 
 def test_a_caption_parses_back_to_what_was_drawn() -> None:
     rng = np.random.default_rng(0)
-    drawn = [(thing,) for thing in EVERY_THING] + [world.sample_things(rng, held_out=True) for _ in range(300)]
+    drawn = [(thing,) for thing in EVERY_THING] + [world.sample_things(rng) for _ in range(300)]
     assert {len(things) for things in drawn} == {1, 2}
     for things in drawn:
         assert world.parse(world.caption(things)) == things
@@ -70,11 +70,28 @@ def test_the_same_seed_draws_the_same_examples_and_another_seed_others() -> None
     assert any(a[1] != b[1] for a, b in zip(first, other, strict=True))
 
 
-def test_held_out_things_are_one_per_colour_and_never_in_pretraining() -> None:
-    assert sorted(thing.color for thing in world.HELD_OUT) == sorted(world.COLORS)
+def test_every_thing_is_drawn_and_a_pair_has_two_colours() -> None:
     rng = np.random.default_rng(5)
-    seen = {thing for _ in range(2000) for thing in world.sample_things(rng)}
-    assert seen == set(EVERY_THING) - world.HELD_OUT
+    drawn = [world.sample_things(rng) for _ in range(2000)]
+    assert {thing for things in drawn for thing in things} == set(EVERY_THING)
+    assert all(things[0].color != things[1].color for things in drawn if len(things) == 2)
+
+
+def test_careless_captions_confuse_colours_and_add_things_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(6)
+    drawn = [world.sample_things(rng) for _ in range(4000)]
+    said = [world.mislabel(things, rng) for things in drawn]
+    pairs = [(true, told) for true, told in zip(drawn, said, strict=True) if len(true) == 2]
+    wrong = [a.color != b.color for true, told in pairs for a, b in zip(true, told, strict=True)]
+    added = [len(told) == 2 for true, told in zip(drawn, said, strict=True) if len(true) == 1]
+    # about 4000 and 2000 draws: five standard errors are 0.04 and 0.055
+    assert abs(np.mean(wrong) - 0.45) < 0.04
+    assert abs(np.mean(added) - 0.6) < 0.055
+    for true, told in pairs:
+        for a, b in zip(true, told, strict=True):
+            assert b.color in (a.color, world.CONFUSED[a.color]) and a.shape == b.shape
+    for things in said:
+        assert world.parse(world.caption(things)) == things
 
 
 def test_prompts_are_unique_and_disjoint_and_as_many_as_promised() -> None:

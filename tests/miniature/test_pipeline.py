@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from dblightning import miniature
+from dblightning.miniature import world
+from dblightning.miniature.rewards import ShapeAlignment
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(miniature.path())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_the_shipped_pipeline_draws_what_its_prompt_asks_for(pipeline: StableDiffusionPipeline) -> None:
+    prompts = world.test_prompts()[:20]
+    images = pipeline(
+        prompts,
+        num_inference_steps=20,
+        guidance_scale=3.0,
+        eta=1.0,
+        height=32,
+        width=32,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
+        output_type="pt",
+    ).images
+    reward = ShapeAlignment()
+    asked = reward.score(images, prompts)
+    others = torch.stack([reward.score(images, prompts[k:] + prompts[:k]) for k in range(1, 20)]).mean(0)
+    # measured: 1.5 to 2 points apart; 20 images have a standard error of about 0.2
+    assert asked.mean() > others.mean() + 1.0
+
+
+def test_the_shipped_weights_are_a_few_megabytes_of_half_precision(pipeline: StableDiffusionPipeline) -> None:
+    files = list(miniature.path().rglob("*.safetensors"))
+    parameters = sum(
+        parameter.numel()
+        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+        for parameter in part.parameters()
+    )
+    stored = sum(file.stat().st_size for file in files)
+    # two bytes a number, and headers that name a few hundred tensors
+    assert 2 * parameters <= stored < 2 * parameters + 200_000
+    assert stored < 5_000_000
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):  # and load as float32, all of them
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+
+
+def test_weights_come_with_licence_and_provenance() -> None:
+    assert "Apache License" in (miniature.path() / "LICENSE").read_text()
+    assert "pretrain-miniature" in (miniature.path() / "PROVENANCE.md").read_text()
+
+
+def test_missing_package_data_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(miniature, "_FOLDER", tmp_path)
+    for ask in (miniature.path, miniature.adapters):
+        with pytest.raises(FileNotFoundError, match="reinstall dblightning"):
+            ask()
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model_index.json").write_text("{}")
+    assert miniature.adapters() == {}
+    for name in ("b", "a"):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+        (tmp_path / "adapters" / name / "pytorch_lora_weights.safetensors").touch()
+    assert list(miniature.adapters()) == ["a", "b"]
+    (tmp_path / "adapters" / "c").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no \.safetensors file"):
+        miniature.adapters()
+
+
+def test_finding_the_folders_needs_no_torch() -> None:
+    code = f"import runpy, sys; runpy.run_path({miniature.__file__!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
