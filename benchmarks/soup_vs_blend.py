@@ -114,6 +114,10 @@ def interval(values: Tensor) -> float:
 def study(options: argparse.Namespace) -> dict[str, Any]:
     backbone, names = load(options)
     record: dict[str, Any] = {"settings": {key: str(value) for key, value in vars(options).items()}, "points": []}
+    bases = {}  # the base model's images do not depend on the adapters' scale
+    for m in range(2, len(names) + 1):
+        weights = dict.fromkeys(names[:m], 1 / m)
+        bases[m] = scores(backbone, options, Base(), weights)
     for scale in options.scales:
         rescale(backbone, scale)
         for m in range(2, len(names) + 1):
@@ -124,13 +128,10 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
                 "relative_difference": relative_difference(backbone, options, weights),
                 "rewards": {},
             }
-            base = scores(backbone, options, Base(), weights)
-            point["rewards"]["base"] = {"mean": float(base.mean()), "ci": interval(base)}
-            reference = None
-            for name, method in METHODS.items():
-                got = scores(backbone, options, method(weights), weights)
-                reference = got if reference is None else reference
-                apart = got - reference
+            point["rewards"]["base"] = {"mean": float(bases[m].mean()), "ci": interval(bases[m])}
+            made = {name: scores(backbone, options, method(weights), weights) for name, method in METHODS.items()}
+            for name, got in made.items():
+                apart = got - made["DB-MPA"]
                 point["rewards"][name] = {
                     "mean": float(got.mean()),
                     "ci": interval(got),
@@ -185,7 +186,7 @@ def main() -> None:
     parser.add_argument("--base", default="miniature")
     parser.add_argument("--random", action="store_true", help="random adapters instead of the shipped ones")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0, 4.0])
-    parser.add_argument("--images", type=int, default=96, help="held-out prompts, one image each")
+    parser.add_argument("--images", type=int, default=64, help="held-out prompts, one image each")
     parser.add_argument("--walks", type=int, default=16, help="walks along which predictions are compared")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--eta", type=float, default=1.0)
