@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from dblightning.data.base import PromptDataModule
 from dblightning.data.stream import PromptSet
@@ -13,8 +13,10 @@ class MiniatureDataModule(PromptDataModule):
     """Prompts of the embedded miniature: coloured shapes in DrawBench's grammar.
 
     Args:
+        train_on: "short", 25 prompts as in DrawBench's colour category, or "wide", these and 200 more.
         settings: see ``PromptDataModule``.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(train=PromptSet(world.train_prompts()), test=PromptSet(world.test_prompts()), **settings)
+    def __init__(self, train_on: Literal["short", "wide"] = "short", **settings: Any) -> None:
+        prompts = world.train_prompts() if train_on == "short" else world.wide_prompts()
+        super().__init__(train=PromptSet(prompts), test=PromptSet(world.test_prompts()), **settings)
