@@ -560,13 +560,11 @@ class RewardRLModule(L.LightningModule):
     def export_adapter(self, folder: str, **facts: Any) -> str:
         """Write the adapter as diffusers LoRA safetensors, the run's facts as metadata; returns the file's path."""
         hparams = {key: value for key, value in self.hparams.items() if value is not None}
-        path = self.backbone.adapters.export(
-            self.adapter_name,
-            folder,
-            self.backbone.pipeline,
-            {"reward": self.reward.name, "images": self.images_done, "hyperparameters": hparams, **facts},
-        )
-        return str(path)
+        made = {"reward": self.reward.name, "images": self.images_done, "hyperparameters": hparams}
+        if getattr(self.backbone, "pretrained", None) == "miniature":
+            made["base"] = "miniature"  # its folder's name says nothing
+        pipeline: Any = self.backbone.pipeline
+        return str(self.backbone.adapters.export(self.adapter_name, folder, pipeline, {**made, **facts}))
 
 
 def _check(condition: bool, message: str) -> None:
