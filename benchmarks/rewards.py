@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dblightning.rewards import JPEGCompressibility, RewardMetric, build_reward
-from dblightning.rewards.score import _read_options
+from dblightning.rewards.score import read_options
 from tests.rewards import tiny
 
 PROMPTS = [f"a photo of {number} cats" for number in range(64)]
@@ -108,7 +108,7 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         options = small_rewards(Path(folder))
-        for name, given in _read_options(arguments.options, names).items():
+        for name, given in read_options(arguments.options, names).items():
             reward = build_reward(name, **(given or options[name]))
             results[name] = measure(reward, arguments.batch_size, arguments.size, arguments.device, arguments.rounds)
     results["jpeg"] = measure_jpeg(arguments.batch_size, arguments.rounds)

@@ -163,7 +163,7 @@ def _score_command(arguments: argparse.Namespace) -> None:
     names = [name.strip() for name in arguments.rewards.split(",") if name.strip()]
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"--rewards must name each reward once, got {arguments.rewards!r}")
-    options = _read_options(arguments.options, names)
+    options = read_options(arguments.options, names)
     images = list_images(arguments.images)
     prompts = read_prompts(arguments.prompts, images)
     rewards = {name: build_reward(name, **options[name]) for name in names}
@@ -194,7 +194,12 @@ def _in_order(prompts: list[str], images: Sequence[Path], path: Path) -> list[st
     return prompts
 
 
-def _read_options(settings: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def read_options(settings: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Constructor arguments by reward from "REWARD.ARGUMENT=VALUE" strings; a value is JSON, or else a plain string.
+
+    Raises:
+        ValueError: another form, or a reward that is not among ``names``.
+    """
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     for setting in settings:
         target, equals, value = setting.partition("=")

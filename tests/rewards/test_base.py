@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import pickle
 import subprocess
 import sys
@@ -101,6 +102,7 @@ def test_micro_batches_carry_the_same_gradient() -> None:
         leaf = images.clone().requires_grad_()
         reward.score(leaf, ["a"] * 5).sum().backward()
         gradients.append(leaf.grad)
+    assert sorted(reward.batches) == [1, 1, 2, 2, 2, 2]  # recomputed in backward, so that activations need not be kept
     assert gradients[0].abs().sum() > 0
     assert torch.equal(*gradients)
 
@@ -231,14 +233,15 @@ def test_a_trainer_logs_the_mean_to_tensorboard_and_leaves_the_network_out_of_ch
 
 
 RANK_1 = """
-import os, sys, torch
+import datetime, os, sys, torch
 sys.path.insert(0, os.getcwd())
 from dblightning.rewards.base import RewardMetric
 torch.set_num_threads(1)
 class Red(RewardMetric):
     def _score(self, images, prompts):
         return images[:, 0].mean((-2, -1))
-torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=1, world_size=2)
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=1, world_size=2,
+    timeout=datetime.timedelta(seconds=100))
 images = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))[5:]
 reward = Red()
 reward.update(images, ["a"] * 2)
@@ -250,7 +253,9 @@ def test_two_ranks_report_the_mean_and_standard_error_of_all_images(tmp_path: Pa
     images = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     meeting = tmp_path / "rendezvous"
     other = subprocess.Popen([sys.executable, "-c", RANK_1, str(meeting)], stdout=subprocess.PIPE, text=True)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=0, world_size=2, timeout=datetime.timedelta(seconds=100)
+    )
     try:
         reward = Brightness()
         reward.update(images[:5], ["a"] * 5)

@@ -39,6 +39,18 @@ def test_scores_are_the_image_reward_packages(
     np.testing.assert_allclose(scores, expected, rtol=0, atol=PARITY)
 
 
+def test_prompts_of_several_lengths_at_once_score_as_the_package_scores_them_singly(
+    image_reward_folder: Path, image_reward_fixture: dict[str, np.ndarray]
+) -> None:
+    reward, images = ImageReward(image_reward_folder), tiny.reference_pictures()
+    scores = []
+    for size, image in enumerate(images):
+        prompts = [PROMPTS[prompt] for of, prompt in PAIRS if of == size]
+        assert len({len(prompt) for prompt in prompts}) == 3  # so that two are padded, and the padding masked
+        scores.append(reward.score(image.expand(3, -1, -1, -1), prompts))
+    np.testing.assert_allclose(torch.cat(scores), image_reward_fixture["scores"], rtol=0, atol=PARITY)
+
+
 def test_token_ids_are_the_packages_also_where_prompts_are_cut(
     image_reward_folder: Path, image_reward_fixture: dict[str, np.ndarray]
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dblightning.rewards import VILA
-from dblightning.rewards.vila import VilaModel, from_praxis, load_vila, praxis_names
+from dblightning.rewards.vila import Layer, VilaModel, from_praxis, load_vila, praxis_names
 from dblightning.rewards.vila_convert import (
     check_agreement,
     convert_vila,
@@ -46,6 +46,22 @@ def test_the_gradient_is_praxis_without_the_stop_gradient(model: VilaModel, vila
     gradient, expected = images.grad.permute(0, 2, 3, 1).numpy(), vila_fixture["grad"]
     assert not vila_fixture["grad_as_published"].any()  # the published class gives guidance nothing to follow
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_attention_logits_are_capped_at_fifty() -> None:
+    """The fixture's logits are small; here they reach hundreds. One head, so that the formula fits three lines."""
+    torch.manual_seed(0)
+    layer = Layer(width=8, heads=1, hidden=8, activation=torch.nn.functional.gelu)
+    torch.nn.init.normal_(layer.qkv.weight, std=5.0)
+    torch.nn.init.zeros_(layer.contract.weight)
+    torch.nn.init.zeros_(layer.contract.bias)
+    tokens = torch.randn(1, 5, 8)
+    query, key, value = layer.qkv(layer.attention_norm(tokens))[0].detach().double().split(8, dim=-1)
+    logits = query @ key.T / 8**0.5
+    assert logits.abs().max() > 200
+    attention = (50 * (logits / 50).tanh()).softmax(-1) @ value
+    expected = tokens[0] + attention.float() @ layer.post.weight.T + layer.post.bias
+    torch.testing.assert_close(layer(tokens)[0], expected, rtol=1e-4, atol=1e-4)  # float32 logits of 50: exp to 1e-5
 
 
 def test_the_paper_scales_it_to_four_v_minus_two(vila_file: Path) -> None:
