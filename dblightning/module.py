@@ -56,6 +56,8 @@ class RewardRLModule(L.LightningModule):
             learns what the prompt's mean leaves over).
         normalize_advantage: divide by the prompt's reward standard deviation. α then is in those units.
         learning_rate, weight_decay: AdamW of the policy (paper: 1e-5, 0).
+        learning_rate_schedule: "constant" (paper), or "linear" down to zero at the run's last rollout, which takes the
+            gradient's noise out of the final adapter.
         policy_steps: optimiser steps per rollout (paper: 5).
         policy_batch_size: transitions per forward (paper: 2).
         gradient_accumulation: forwards per optimiser step (paper: 12).
@@ -98,6 +100,7 @@ class RewardRLModule(L.LightningModule):
         advantage: Literal["value", "prompt", "both"] = "value",
         normalize_advantage: bool = False,
         learning_rate: float = 1e-5,
+        learning_rate_schedule: Literal["constant", "linear"] = "constant",
         weight_decay: float = 0.0,
         policy_steps: int = 5,
         policy_batch_size: int = 2,
@@ -233,6 +236,8 @@ class RewardRLModule(L.LightningModule):
         """``policy_steps`` optimiser steps on the clipped surrogate minus the KL penalty."""
         optimizer = self._optimizers()[0]
         hparams = self.hparams
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate
         batches = self._batches(hparams["policy_batch_size"])
         logged: dict[str, list[Tensor]] = {}
         for policy_step in range(hparams["policy_steps"]):
@@ -324,6 +329,16 @@ class RewardRLModule(L.LightningModule):
         return self.hparams["advantage"] != "prompt"
 
     @property
+    def learning_rate(self) -> float:
+        """The policy's learning rate of this rollout."""
+        rate = float(self.hparams["learning_rate"])
+        if self.hparams["learning_rate_schedule"] == "constant":
+            return rate
+        epochs, rollouts = self.trainer.max_epochs, self.trainer.num_training_batches
+        _check(epochs is not None and epochs > 0, "a linear learning rate needs --trainer.max_epochs to know its end")
+        return rate * max(0.0, 1 - self.rollouts_done / (int(epochs or 1) * rollouts))
+
+    @property
     def trained_steps(self) -> int:
         """Steps 0 … this − 1 are trained on."""
         return len(self.solver.timesteps) - int(self.hparams["skip_last_steps"])
@@ -388,7 +403,9 @@ class RewardRLModule(L.LightningModule):
 
     def _batches(self, count: int) -> Iterator[Transitions]:
         if self.replay is None:
-            raise RuntimeError(f"rank {self.global_rank} has no finite reward to learn from yet; check the reward model")
+            raise RuntimeError(
+                f"rank {self.global_rank} has no finite reward to learn from yet; check the reward model"
+            )
         for slots, steps in self.replay.batches(count, self.generator, self.trained_steps):
             yield self.replay.transitions(slots, steps, self.device)
 

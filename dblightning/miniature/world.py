@@ -85,7 +85,7 @@ def parse(text: str) -> tuple[Thing, ...]:
 
 
 def _chosen_prompts() -> tuple[list[str], list[str], list[str]]:
-    """The 48 captions of one thing, 277 of those of two differently coloured things, and the rest of these; shuffled."""
+    """The 48 captions of one thing, 277 of those of two things of different colours, and the rest; shuffled."""
     things = [Thing(color, shape) for color in COLORS for shape in SHAPES]
     singles = [caption([thing]) for thing in things]
     pairs = [caption([a, b]) for a in things for b in things if a.color != b.color]

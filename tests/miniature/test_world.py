@@ -120,3 +120,12 @@ def test_unknown_names_are_refused() -> None:
         world.coverage("blob", (16, 16), 8)
     with pytest.raises(ValueError, match="one or two things"):
         world.caption([])
+
+
+def test_the_wide_prompts_hold_the_short_ones_and_no_test_prompt_and_ask_evenly_for_every_color() -> None:
+    wide = world.wide_prompts()
+    assert len(wide) == len(set(wide)) == 225
+    assert wide[:25] == world.train_prompts()
+    assert not set(wide) & set(world.test_prompts())
+    counts = [sum(thing.color == color for text in wide for thing in world.parse(text)) for color in world.COLORS]
+    assert max(counts) < 1.4 * min(counts)
