@@ -45,7 +45,8 @@ def load(options: argparse.Namespace) -> tuple[DiffusersBackbone, list[str]]:
     """The miniature with its shipped adapters, or another base with random ones (to try the script)."""
     backbone = DiffusersBackbone(options.base)
     if not options.random:
-        folders = {name: folder for name, folder in shipped_adapters().items() if name in REWARDS}
+        given = dict(each.split("=", 1) for each in options.adapters)
+        folders = given or {name: folder for name, folder in shipped_adapters().items() if name in REWARDS}
         for name in sorted(folders, key=list(REWARDS).index):
             backbone.adapters.load(name, folders[name], backbone.pipeline)
         return backbone, backbone.adapters.names
@@ -185,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="miniature")
     parser.add_argument("--random", action="store_true", help="random adapters instead of the shipped ones")
+    parser.add_argument("--adapters", nargs="*", default=[], help="name=folder, instead of the shipped ones")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0, 4.0])
     parser.add_argument("--images", type=int, default=64, help="held-out prompts, one image each")
     parser.add_argument("--walks", type=int, default=16, help="walks along which predictions are compared")

@@ -377,7 +377,8 @@ class Run:
         vectors: set[bytes] = set()
         for step_index in range(self.num_steps):
             gates, mix, _ = self.plan(step_index)
-            vectors |= {vector.numpy().tobytes() for vector in _distinct(gates[mix != 0])[0]}
+            distinct, _, _ = _distinct(gates[mix != 0])
+            vectors |= {vector.numpy().tobytes() for vector in distinct if vector.any()}  # the base needs no copy
         return len(vectors) <= self.backbone.adapters.merged_limit
 
     def images(self, part: slice) -> Run:
