@@ -32,7 +32,7 @@ PROMPTS = [f"a photo of {number} cats" for number in range(64)]
 
 def small_rewards(folder: Path) -> dict[str, dict]:
     """Constructor arguments of each reward with a small model, written to ``folder`` in the published formats."""
-    from dblightning.rewards.vila import from_praxis, save_vila
+    from dblightning.rewards.vila_model import from_praxis, save_vila
 
     load = lambda name: dict(np.load(tiny.HERE / name))  # noqa: E731
     save_vila(from_praxis(tiny.vila_parameters(load("vila_tiny.npz"))), folder / "vila.safetensors")

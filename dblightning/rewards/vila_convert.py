@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dblightning.rewards.vila import VILA, SavedModel, VilaModel, from_praxis, praxis_names, save_vila
+from dblightning.rewards.vila import VILA, SavedModel
+from dblightning.rewards.vila_model import VilaModel, from_praxis, praxis_names, save_vila
 
 #: largest difference of a score v, before scaling, at which the port counts as the same model
 TOLERANCE = 2e-3

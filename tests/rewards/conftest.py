@@ -60,7 +60,7 @@ def vila_fixture() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def vila_file(models: Path, vila_fixture: dict[str, np.ndarray]) -> Path:
-    from dblightning.rewards.vila import from_praxis, save_vila
+    from dblightning.rewards.vila_model import from_praxis, save_vila
 
     save_vila(from_praxis(tiny.vila_parameters(vila_fixture)), models / "vila.safetensors")
     return models / "vila.safetensors"

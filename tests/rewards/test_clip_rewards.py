@@ -58,6 +58,21 @@ def test_pickscore_is_transformers_clip_formula_minus_19(clip_folder: Path, shap
     torch.testing.assert_close(cosines * np.exp(4.6), logits, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.weights
+def test_the_published_pickscore_is_transformers_clip_formula() -> None:
+    from transformers import CLIPImageProcessorPil, CLIPModel
+
+    folder = tiny.published("DBLIGHTNING_PICKSCORE")
+    images, pictures = pil_images((300, 411))
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 224})(pictures, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        model = CLIPModel.from_pretrained(folder).eval()
+        logits = model(input_ids=huggingface_tokenizer()(PROMPTS), pixel_values=pixels).logits_per_image.diagonal()
+    scores = PickScore(folder, shift=0.0).score(images, PROMPTS)
+    # 32 layers of float32 in two orders; logits are near 20
+    torch.testing.assert_close(scores, logits, rtol=0, atol=1e-3)
+
+
 def test_pickscore_reads_single_files_of_both_formats(tmp_path: Path, clip_folder: Path) -> None:
     """open_clip's file, made here from the reverse of the key map, scores as the folder does."""
     images = tiny.pictures(2)

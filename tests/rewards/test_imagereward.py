@@ -177,7 +177,7 @@ def test_the_published_model_gives_the_published_example_scores() -> None:
 
     from dblightning.rewards.preprocess import from_uint8
 
-    folder = Path(os.environ["DBLIGHTNING_IMAGE_REWARD"])
+    folder = tiny.published("DBLIGHTNING_IMAGE_REWARD")
     reward = ImageReward(folder)
     prompt = "a painting of an ocean with clouds and birds, day time, low depth field effect"
     images = [from_uint8([np.asarray(Image.open(folder / f"{i}.webp").convert("RGB"))]) for i in range(1, 5)]

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from dblightning.rewards import VILA
-from dblightning.rewards.vila import Layer, VilaModel, from_praxis, load_vila, praxis_names
 from dblightning.rewards.vila_convert import (
     check_agreement,
     convert_vila,
@@ -20,6 +19,7 @@ from dblightning.rewards.vila_convert import (
     match_names,
     probe_pictures,
 )
+from dblightning.rewards.vila_model import Layer, VilaModel, from_praxis, load_vila, praxis_names
 from tests.rewards import tiny
 
 Fixture = dict[str, np.ndarray]
@@ -179,6 +179,11 @@ def test_the_converter_refuses_to_write_a_model_that_disagrees(
     assert not out.exists()
     with pytest.raises(SystemExit, match="convert-vila: VILA's SavedModel was expected"):
         convert_vila_main([str(tmp_path), str(out)])
+
+
+@pytest.mark.weights
+def test_the_published_saved_model_converts(tmp_path: Path) -> None:
+    assert convert_vila(tiny.published("DBLIGHTNING_VILA"), tmp_path / "vila.safetensors") <= 2e-3
 
 
 def _write_saved_model(folder: Path, parameters: Fixture) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -137,3 +139,10 @@ def save_image_reward(folder: Path, fixture: dict[str, np.ndarray]) -> Path:
 def vila_parameters(fixture: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """VILA-R's parameters under praxis' names."""
     return {name.removeprefix("param/"): array for name, array in fixture.items() if name.startswith("param/")}
+
+
+def published(variable: str) -> Path:
+    """The folder of published weights that an environment variable names; the test is skipped where it is not set."""
+    if variable not in os.environ:
+        pytest.skip(f"set {variable} to the folder of the published weights; docs/rewards.md says what it holds")
+    return Path(os.environ[variable])
