@@ -30,7 +30,7 @@ PROMPTS = [
 ]
 SHAPES = [(32, 32), (64, 64), (48, 71), (90, 41), (20, 33)]
 
-#: the issue's bound on the published scale, where cosines are multiplied by about 100
+#: on the published scale, where cosines are multiplied by about 100
 TOLERANCE = 1e-4
 
 
