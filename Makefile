@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all lint format lock clean
+.PHONY: help install quickstart test test-all parity lint format lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,13 @@ test: $(STAMP)  ## the everyday tests
 
 test-all: $(STAMP)  ## every test that needs neither published weights nor the reference environment, slow ones too
 	$(PY) -m pytest -m "not weights and not parity"
+
+parity: $(STAMP)  ## compare ImageReward with the image-reward package, in an environment of its own (6 GB)
+	test -x .venv-image-reward/bin/python || $(PYTHON) -m venv .venv-image-reward
+	.venv-image-reward/bin/pip install --quiet -r tests/rewards/image_reward_reference.txt
+	mkdir -p runs
+	.venv-image-reward/bin/python tests/rewards/make_image_reward_fixture.py runs/parity.npz --seed $$(date +%s)
+	DBLIGHTNING_PARITY_FIXTURE=$(CURDIR)/runs/parity.npz $(PY) -m pytest -m parity tests/rewards
 
 lint: $(STAMP)  ## style, formatting and types
 	$(PY) -m ruff check .

@@ -20,7 +20,7 @@ EVALUATION = ("test", "predict")
 OTHERS = {
     "pretrain-miniature": ("dblightning.miniature.pretrain", "main"),
     "score": ("dblightning.rewards.score", "score_main"),
-    "convert-vila": ("dblightning.rewards.vila", "convert_vila_main"),
+    "convert-vila": ("dblightning.rewards.vila_convert", "convert_vila_main"),
 }
 
 

@@ -190,3 +190,11 @@ def test_a_checkpoint_is_resumed_from_the_command_line(run_config: list[str], tm
     cli.main(["fit", *options, "--ckpt_path", str(folder / "last.ckpt"), "--trainer.max_epochs", "3"])
     state = torch.load(folder / "last.ckpt", weights_only=True)
     assert state["dblightning"]["rollouts_done"] == 3
+
+
+def test_every_further_command_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in cli.OTHERS:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+        assert "usage" in capsys.readouterr().out
