@@ -22,12 +22,13 @@ from torchvision.transforms.functional import to_pil_image
 
 from dblightning import __version__
 from dblightning.backbone import Backbone
-from dblightning.blending import Blend, make_blend
+from dblightning.blending import Base, Blend, make_blend
 from dblightning.evaluation.scores import summarize
 from dblightning.figures import blend_grid_figure, pareto_figure
 from dblightning.rewards.base import RewardMetric
-from dblightning.sampling import DDIMSolver, ImageNoise, denoise_loop
+from dblightning.sampling import DDIMSolver, ImageNoise, Steering, denoise_loop
 from dblightning.schedule import DDIMSchedule
+from dblightning.steering import STEERING, make_steering
 
 
 @dataclass
@@ -35,19 +36,28 @@ class BlendSpec:
     """One method with its preference.
 
     Args:
-        method: base, single, db-mpa, db-kla, db-mpa-ls, rewarded-soup or rewarded-soup-factors.
-        weights: adapter → weight, each ≥ 0, sum 1; none for base.
+        method: base, single, db-mpa, db-kla, db-mpa-ls, rewarded-soup, rewarded-soup-factors, code or rgg.
+        weights: adapter → weight, each ≥ 0, sum 1; none for base. For code and rgg: reward → weight.
         kl_scale: λ of DB-KLA; 1 is plain.
         ls_schedule: "iid" or "systematic", for db-mpa-ls.
+        options: further arguments of ``steering.CoDe`` or ``steering.RGG``, for code and rgg.
     """
 
     method: str = "db-mpa"
     weights: dict[str, float] = field(default_factory=dict)
     kl_scale: float = 1.0
     ls_schedule: str = "iid"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steers(self) -> bool:
+        """Whether the method bends the base model's steps, and its weights name rewards."""
+        return self.method in STEERING
 
     def blend(self) -> Blend:
         """The blend it names; raises ValueError where method, weights and kl_scale do not fit."""
+        if self.steers:
+            return Base()
         return make_blend(self.method, self.weights or None, self.kl_scale, ls_schedule=self.ls_schedule)
 
     @property
@@ -56,6 +66,7 @@ class BlendSpec:
         parts = [self.method, *(f"{name}-{weight:g}" for name, weight in sorted(self.weights.items()) if weight)]
         parts += [f"lambda-{self.kl_scale:g}"] if self.kl_scale != 1 else []
         parts += [self.ls_schedule] if self.ls_schedule != "iid" else []
+        parts += [f"{name}-{value}" for name, value in sorted(self.options.items())]
         return "_".join(parts)
 
 
@@ -70,7 +81,7 @@ class BlendEvaluationModule(L.LightningModule):
         adapters: name → folder of an exported LoRA. The miniature's shipped ones are added when the backbone is the
             miniature, under their own names, unless a name is given here.
         blends: methods and weights to run.
-        rewards: name → reward, for ``test``; the first two are the Pareto picture's axes.
+        rewards: name → reward, for ``test`` (the first two are the Pareto picture's axes), and for code and rgg.
         num_inference_steps, eta, guidance_scale, negative_prompt: sampling settings.
         seed: of the noise.
         out: folder for what is written.
@@ -107,12 +118,13 @@ class BlendEvaluationModule(L.LightningModule):
         self.solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, num_inference_steps), eta)
         for blend in blends:  # wrong weights stop here, not after an hour of sampling
             blend.blend().start(backbone.adapters.names, 1, num_inference_steps)
+            self._steering(blend)
         self.rows: list[dict[str, Any]] = []
         self.shown: dict[tuple[int, int], Tensor] = {}  # (blend, prompt_id) → image, for the grid
 
     def _load_adapters(self, adapters: dict[str, str]) -> dict[str, Any]:
         folders: dict[str, Path] = {name: Path(folder) for name, folder in adapters.items()}
-        wanted = {name for blend in self.blends for name in blend.weights}
+        wanted = {name for blend in self.blends if not blend.steers for name in blend.weights}
         if getattr(self.backbone, "pretrained", None) == "miniature":
             from dblightning import miniature
 
@@ -122,6 +134,12 @@ class BlendEvaluationModule(L.LightningModule):
             name: {"path": str(folder), **self.backbone.adapters.load(name, folder, pipeline)}
             for name, folder in folders.items()
         }
+
+    def _steering(self, blend: BlendSpec) -> Steering | None:
+        if not blend.steers:
+            return None
+        rewards: dict[str, Any] = dict(self.rewards.items())
+        return make_steering(blend.method, rewards, blend.weights or None, **blend.options)
 
     @torch.no_grad()
     def generate(self, batch: dict[str, Any], blend: BlendSpec) -> Tensor:
@@ -136,6 +154,8 @@ class BlendEvaluationModule(L.LightningModule):
             blend.blend(),
             noise,
             hparams["guidance_scale"],
+            steering=self._steering(blend),
+            prompts=batch["prompt"],
         )
         return self.backbone.decode(latents)
 
