@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+
+# read once, when huggingface_hub is first imported: no test waits for a network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
