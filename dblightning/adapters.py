@@ -58,6 +58,12 @@ class GatedLinear(LoraLinear):
         """Join the layer to the denoiser's shared state, and index its adapters in the state's order."""
         self.gate_state = state
         self.merged_weights = {}
+        self.index()
+
+    def index(self) -> None:
+        """Index the adapters the state names, in its order."""
+        state = self.gate_state
+        assert state is not None
         self._stack_key = self._stack = None
         self._names = [name for name in state.names if name in self.lora_A]
         self._ranks = [self.r[name] for name in self._names]
@@ -348,12 +354,11 @@ class AdapterBank:
     def _merge(self, gate: tuple[float, ...], factors: bool) -> tuple[Any, ...]:
         # the version sum notices an optimiser's in-place update, so a stale merge is never used
         layers = self._layers
-        weight = layers[0].base_layer.weight
-        key = (gate, factors, sum(side._version for side in self._sides), weight.device, weight.dtype)
+        key = (gate, factors, *self._merge_state())
         if key in self._merged_keys:
             self._merged_keys.move_to_end(key)
             return key
-        stale = [old for old in self._merged_keys if old[2:] != key[2:]]
+        stale = [old for old in self._merged_keys if old[3:] != key[3:]]
         while len(self._merged_keys) - len(stale) >= self.merged_limit:
             stale.append(next(old for old in self._merged_keys if old not in stale))
         for old in stale:
@@ -367,6 +372,51 @@ class AdapterBank:
                 layer.merged_weights[key] = (base.float() + delta).to(base.dtype)
         self._merged_keys[key] = None
         return key
+
+    def _merge_state(self) -> tuple[Any, ...]:
+        """What a merged copy depends on beside its gate vector: the names the vector is for, and weights as they are."""
+        weight = self._layers[0].base_layer.weight
+        return tuple(self.state.names), sum(side._version for side in self._sides), weight.device, weight.dtype
+
+    @contextmanager
+    def only(self, names: Sequence[str]) -> Iterator[None]:
+        """Inside, these adapters are all there are, in this order; the others wait at no cost.
+
+        A gate vector has one entry per adapter and a gated layer computes every adapter it knows, so what is not used
+        should not be there.
+
+        Raises:
+            ValueError: a name that is not loaded.
+        """
+        missing = [name for name in names if name not in self.state.names]
+        if missing:
+            raise ValueError(f"no adapter {missing[0]!r} is loaded; the names are {self.state.names}")
+        before = self.state.names
+        if list(names) == before:
+            yield
+            return
+        self._name(list(names))
+        try:
+            yield
+        finally:
+            self._name(before)
+
+    def _name(self, names: list[str]) -> None:
+        self.state.names = names
+        for layer in self._layers:
+            layer.index()
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out of the denoiser.
+
+        Raises:
+            ValueError: no such adapter.
+        """
+        if name not in self.state.names:
+            raise ValueError(f"no adapter {name!r} is loaded; the names are {self.state.names}")
+        self.state.names = [each for each in self.state.names if each != name]
+        self.unet.delete_adapters(name)  # type: ignore[operator]
+        self.refresh()
 
     def drop_merged(self) -> None:
         """Free every merged copy."""

@@ -36,6 +36,8 @@ class Backbone(nn.Module, ABC):
     """A frozen denoiser with adapters. Latents are float32 (B, C, h, w); images float (B, 3, H, W) in [0, 1]."""
 
     adapters: AdapterBank
+    #: rows the denoiser has run since the count was last set to 0; guidance's second pass is not counted apart
+    rows_run: int = 0
 
     @property
     @abstractmethod
@@ -288,6 +290,7 @@ class DiffusersBackbone(Backbone):
         merged: Sequence[float] | None = None,
     ) -> Tensor:
         guided = guidance_scale > 1
+        self.rows_run += len(latents)
         embeds, pooled, negative_embeds, negative_pooled = conditioning
         if guided:
             embeds, pooled = torch.cat([negative_embeds, embeds]), torch.cat([negative_pooled, pooled])

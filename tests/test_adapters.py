@@ -287,3 +287,39 @@ def test_our_config_is_pefts(backbone: Any) -> None:
 
     reference = get_peft_model(linear, LoraConfig(r=4, lora_alpha=8, target_modules=["0"]))
     assert layer.scaling["style"] == reference.base_model.model[0].scaling["default"]
+
+
+def test_adapters_left_out_with_only_cost_nothing_and_come_back(pair: Any) -> None:
+    bank = pair.adapters
+    layer = next(iter(bank.layers()))
+    x = torch.randn(2, layer.in_features)
+    first, second = bank.names
+    with torch.no_grad(), bank.gated(torch.tensor([[0.0, 1.0]] * 2)):
+        expected = layer(x)
+    with bank.only([second]):
+        assert bank.names == [second]
+        assert len(layer._columns) == layer.r[second]  # no rank of the other is computed
+        with torch.no_grad(), bank.gated(torch.ones(2, 1)):
+            torch.testing.assert_close(layer(x), expected)
+        with torch.no_grad(), bank.merged([1.0]):
+            torch.testing.assert_close(layer(x), expected)
+    assert bank.names == [first, second]
+    with torch.no_grad(), bank.merged([1.0, 0.0]), bank.only([second]), bank.merged([1.0]):
+        torch.testing.assert_close(layer(x), expected)  # and not the first one's copy, whose gate vector reads alike
+    with pytest.raises(ValueError, match="no adapter 'third'"), bank.only(["third"]):
+        pass
+
+
+def test_a_removed_adapter_leaves_the_others_as_they_were(pair: Any) -> None:
+    bank = pair.adapters
+    layer = next(iter(bank.layers()))
+    x = torch.randn(2, layer.in_features)
+    first, second = bank.names
+    with torch.no_grad(), bank.gated(torch.tensor([[1.0, 0.0]] * 2)):
+        expected = layer(x)
+    bank.remove(second)
+    assert bank.names == [first]
+    with torch.no_grad(), bank.gated(torch.ones(2, 1)):
+        torch.testing.assert_close(layer(x), expected)
+    bank.add(second, rank=2, seed=9)  # the name is free again
+    assert bank.names == [first, second]
