@@ -3,6 +3,7 @@
 from dblightning.rewards.aesthetic import AestheticScore
 from dblightning.rewards.base import RewardMetric, check_images
 from dblightning.rewards.clipscore import CLIPScore
+from dblightning.rewards.geneval import GenEvalAccuracy
 from dblightning.rewards.hps import HPSv2
 from dblightning.rewards.imagereward import ImageReward
 from dblightning.rewards.jpeg import JPEGCompressibility
@@ -18,6 +19,7 @@ __all__ = [
     "VILA",
     "AestheticScore",
     "CLIPScore",
+    "GenEvalAccuracy",
     "HPSv2",
     "ImageReward",
     "JPEGCompressibility",

@@ -16,6 +16,7 @@ REWARDS = {
     "hpsv2": "dblightning.rewards.hps.HPSv2",
     "aesthetic": "dblightning.rewards.aesthetic.AestheticScore",
     "clip_score": "dblightning.rewards.clipscore.CLIPScore",
+    "geneval": "dblightning.rewards.geneval.GenEvalAccuracy",
     "remote": "dblightning.rewards.remote.RemoteReward",
 }
 
