@@ -1,0 +1,266 @@
+"""What an evaluation says, from its score table alone: means, gains, weighted rewards, diversity; all with intervals.
+
+Everything is a pure function of the table. Intervals come from one paired, clustered bootstrap
+(:mod:`dblightning.evaluation.intervals`); fronts and hypervolumes are in :mod:`dblightning.evaluation.fronts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from dblightning.evaluation.intervals import (
+    Images,
+    bootstrap,
+    images_of,
+    interval,
+    resample,
+    unit_means,
+    weighted_means,
+)
+from dblightning.evaluation.table import (
+    REWARD,
+    WEIGHT,
+    blend_table,
+    held_out_rewards,
+    reward_names,
+    weight_names,
+    weights_of,
+    with_defaults,
+    within,
+)
+
+__all__ = ["Estimates", "bootstrap", "compare", "diversity", "estimate", "held_out_rewards", "oracle_shares", "summary"]
+
+GAIN, MISSING = "gain/", "missing/"
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Every quantity of every blend, with the bootstrap draws behind it.
+
+    Quantities: ``reward/<name>``; ``gain/<name>``, the paired gain over the base; ``weighted``, r(w) = Σ wᵢ rᵢ of the
+    blend's own weights; ``weighted_gain``; ``diversity``.
+    """
+
+    blends: pd.DataFrame  # one row per blend, see table.blend_table; with seconds, unet_rows, images, missing/<name>
+    quantities: list[str]
+    values: np.ndarray  # (blends, quantities)
+    draws: np.ndarray  # (samples, blends, quantities)
+    low: np.ndarray  # (blends, quantities)
+    high: np.ndarray
+    units: int
+    level: float
+    held_out: list[str]
+
+    @property
+    def rewards(self) -> list[str]:
+        """Names of the measured rewards."""
+        return [name.removeprefix(REWARD) for name in self.quantities if name.startswith(REWARD)]
+
+    def row(self, blend: str) -> int:
+        """Position of a blend."""
+        return self.blends["blend"].tolist().index(blend)
+
+    def of(self, blend: str, quantity: str) -> tuple[float, float, float]:
+        """A blend's value of a quantity and the two ends of its interval; NaN where it has none."""
+        at = self.row(blend), self.quantities.index(quantity)
+        return float(self.values[at]), float(self.low[at]), float(self.high[at])
+
+    def difference(self, blend: str, other: str, quantity: str) -> tuple[float, float, float]:
+        """A blend's value less another's, with the ends of the paired interval."""
+        column, first, second = self.quantities.index(quantity), self.row(blend), self.row(other)
+        low, high = interval(self.draws[:, first, column] - self.draws[:, second, column], self.units, self.level)
+        return float(self.values[first, column] - self.values[second, column]), float(low), float(high)
+
+
+def estimate(frame: pd.DataFrame, samples: int = 1000, seed: int = 0, level: float = 0.95) -> Estimates:
+    """Estimate every quantity of every blend on the same resampled prompts.
+
+    Args:
+        frame: one row per image.
+        samples, seed: of the bootstrap.
+        level: of the intervals.
+
+    Raises:
+        ValueError: an unfinished evaluation; see :func:`intervals.images_of`.
+    """
+    frame = with_defaults(frame)
+    rewards = reward_names(frame)
+    images, blends = images_of(frame, rewards), blend_table(frame)
+    scores = images.values
+    weighted, weighted_base = _weighted(scores, blends, rewards)
+    base = _base_row(blends)
+    gains = scores - (scores[base] if base is not None else np.nan)
+    columns = [scores, gains, weighted[..., None], (weighted - weighted_base)[..., None]]
+    means = unit_means(np.concatenate(columns, axis=-1), images.starts)
+    one_prompt = len(np.unique(images.prompts)) == 1
+    distances = _distances(frame, images)
+    # one prompt's seeds make one distance: it has no interval and is added after the resampling
+    means = np.concatenate([means, np.full((*means.shape[:2], 1), np.nan) if one_prompt else distances], axis=-1)
+    units = means.shape[1]
+    values = weighted_means(np.full((1, units), 1 / units), means)[0]
+    if one_prompt:
+        values[:, -1] = distances[:, 0, 0]
+    draws = weighted_means(resample(units, samples, seed), means)
+    low, high = interval(draws, units, level)
+    quantities = [REWARD + name for name in rewards] + [GAIN + name for name in rewards]
+    quantities += ["weighted", "weighted_gain", "diversity"]
+    blends = _with_costs(blends, frame, images)
+    blends[[MISSING + name for name in rewards]] = np.isnan(scores).sum(axis=1)
+    return Estimates(blends, quantities, values, draws, low, high, units, level, held_out_rewards(frame))
+
+
+def _base_row(blends: pd.DataFrame) -> int | None:
+    rows = np.flatnonzero(blends["method"] == "base")
+    return int(rows[0]) if len(rows) else None
+
+
+def _weighted(scores: np.ndarray, blends: pd.DataFrame, rewards: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """r(w) of every image and of the base's same image under the same weights, each (blends, images).
+
+    NaN for blends that weigh nothing or weigh something that was not measured.
+    """
+    weights = weights_of(blends, rewards)[:, None, :]
+    known = within(blends, rewards) & (weights_of(blends, weight_names(blends)) > 0).any(axis=1)
+    base = _base_row(blends)
+    results = []
+    for values in (scores, scores[base] if base is not None else np.full(scores.shape[1:], np.nan)):
+        # where: a weight of zero must not take in a missing score
+        total = np.where(weights > 0, weights * values, 0.0).sum(axis=-1)
+        results.append(np.where(known[:, None], total, np.nan))
+    return results[0], results[1]
+
+
+def _with_costs(blends: pd.DataFrame, frame: pd.DataFrame, images: Images) -> pd.DataFrame:
+    seconds, unet_rows = (frame[name].to_numpy(dtype=float)[images.rows] for name in ("seconds", "unet_rows"))
+    # the median: the first images of a run pay for warming up
+    return blends.assign(seconds=np.median(seconds, axis=1), unet_rows=unet_rows.mean(axis=1), images=seconds.shape[1])
+
+
+# ── diversity ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _distances(frame: pd.DataFrame, images: Images) -> np.ndarray:
+    """Mean distance between the thumbnails of one prompt's seeds, (blends, prompts, 1); NaN where there are none."""
+    prompts, position = np.unique(images.prompts, return_inverse=True)
+    result = np.full((len(images.blends), len(prompts), 1), np.nan)
+    pairs = [
+        (first, second)
+        for each in range(len(prompts))
+        for members in [np.flatnonzero(position == each)]
+        for first, second in zip(*(members[half] for half in np.triu_indices(len(members), 1)), strict=True)
+    ]
+    if not pairs or frame["thumbnail"].isna().any():
+        return result
+    first, second = np.array(pairs).T
+    pictures = np.stack([np.frombuffer(each, dtype=np.uint8) for each in frame["thumbnail"]])
+    owner = position[first]
+    for blend, rows in enumerate(images.rows):
+        pixels = pictures[rows].astype(np.float32) / 255
+        distance = np.sqrt(np.mean((pixels[first] - pixels[second]) ** 2, axis=1))
+        total, count = np.bincount(owner, distance, len(prompts)), np.bincount(owner, minlength=len(prompts))
+        result[blend, :, 0] = np.divide(total, count, out=np.full(len(prompts), np.nan), where=count > 0)
+    return result
+
+
+def diversity(frame: pd.DataFrame, samples: int = 1000, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
+    """How different the seeds of one prompt look, per blend.
+
+    The root mean square pixel difference between two 8×8 thumbnails, in [0, 1], averaged over the pairs of a prompt's
+    seeds and then over prompts. A blend that collapses onto one picture per prompt has a small one.
+
+    Returns:
+        One row per blend: ``blend``, ``variant``, ``diversity``, ``diversity_lo``, ``diversity_hi``; NaN with one seed
+        per prompt or without thumbnails. With one prompt alone there is a value but no interval.
+    """
+    table = summary(frame, samples, seed, level)
+    return table[["blend", "variant", "diversity", "diversity_lo", "diversity_hi"]]
+
+
+# ── tables of numbers ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def summary(frame: pd.DataFrame | Estimates, samples: int = 1000, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
+    """One row per blend with every quantity and its interval.
+
+    Columns: the blend's settings and ``variant``; each quantity of :class:`Estimates` with its interval's ends ``_lo``
+    and ``_hi``; ``share_of_oracle`` (see :func:`oracle_shares`); ``seconds`` (median over images) and ``unet_rows`` per
+    image; ``images``; ``missing/<name>``, images without that reward, which its mean leaves out. A weighted reward or a
+    gain leaves out an image when either of its parts is missing. ``attrs["held_out_rewards"]`` names the rewards that
+    no blend weighs.
+
+    Args:
+        frame: one row per image, or estimates made already (the other arguments are then unused).
+        samples, seed, level: see :func:`estimate`.
+    """
+    estimates = frame if isinstance(frame, Estimates) else estimate(frame, samples, seed, level)
+    columns = {}
+    for index, name in enumerate(estimates.quantities):
+        columns[name] = estimates.values[:, index]
+        columns[f"{name}_lo"], columns[f"{name}_hi"] = estimates.low[:, index], estimates.high[:, index]
+    shares = oracle_shares(estimates).drop(columns="blend")
+    table = pd.concat([estimates.blends, pd.DataFrame(columns), shares], axis=1)
+    table.attrs["held_out_rewards"] = estimates.held_out
+    return table
+
+
+def oracle_shares(estimates: Estimates) -> pd.DataFrame:
+    """How much of the gain of a model retrained for the preference (MORL) a blend reaches without training.
+
+    (r_w − r_w,base) / (r_w,MORL − r_w,base), against the ``morl`` blend of the same weights and the same λ. 1 is the
+    oracle, 0 the base. NaN where there is no such oracle or no base, and where the interval of the oracle's own gain
+    reaches down to 0: a share of nothing means nothing.
+
+    Returns:
+        One row per blend: ``blend``, ``share_of_oracle``, ``share_of_oracle_lo``, ``share_of_oracle_hi``.
+    """
+    blends, column = estimates.blends, estimates.quantities.index("weighted_gain")
+    weights = blends[[name for name in blends if name.startswith(WEIGHT)]].to_numpy()
+    keys = [(tuple(row), scale) for row, scale in zip(weights, blends["kl_scale"], strict=True)]
+    oracles: dict[object, int] = {}
+    for row, (key, method) in enumerate(zip(keys, blends["method"], strict=True)):
+        if method == "morl" and estimates.low[row, column] > 0:
+            oracles.setdefault(key, row)
+    rows = []
+    for row, key in enumerate(keys):
+        share = np.full(3, np.nan)
+        if key in oracles:
+            oracle = oracles[key]
+            share[0] = estimates.values[row, column] / estimates.values[oracle, column]
+            ratios = estimates.draws[:, row, column] / estimates.draws[:, oracle, column]
+            share[1:] = interval(ratios, estimates.units, estimates.level)
+        rows.append((blends["blend"].iloc[row], *share))
+    names = ["blend", "share_of_oracle", "share_of_oracle_lo", "share_of_oracle_hi"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def compare(
+    frame: pd.DataFrame, blend_a: str, blend_b: str, samples: int = 1000, seed: int = 0, level: float = 0.95
+) -> pd.DataFrame:
+    """Paired difference of two blends, ``blend_a`` less ``blend_b``, for every reward.
+
+    Returns:
+        Indexed by reward: ``difference``, ``lo``, ``hi``, ``images`` (pairs in which both have a score).
+
+    Raises:
+        ValueError: a label that is not in the table, or an unfinished evaluation.
+    """
+    frame = with_defaults(frame)
+    labels = frame["blend"].unique().tolist()
+    for blend in (blend_a, blend_b):
+        if blend not in labels:
+            raise ValueError(f"there is no blend {blend!r} in the table; it has {labels}")
+    rewards = reward_names(frame)
+    images = images_of(frame[frame["blend"].isin([blend_a, blend_b])], rewards)
+    first, second = (images.values[images.blends.index(blend)] for blend in (blend_a, blend_b))
+    means = unit_means((first - second)[None], images.starts)
+    units = means.shape[1]
+    low, high = interval(weighted_means(resample(units, samples, seed), means)[:, 0], units, level)
+    value = weighted_means(np.full((1, units), 1 / units), means)[0, 0]
+    pairs = np.isfinite(first - second).sum(axis=0)
+    columns = {"difference": value, "lo": low, "hi": high, "images": pairs}
+    return pd.DataFrame(columns, index=pd.Index(rewards, name="reward"))

@@ -1,0 +1,135 @@
+"""Pareto fronts of several rewards: who is dominated, and how much a front covers (hypervolume)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import moocore
+import numpy as np
+import pandas as pd
+
+from dblightning.evaluation.analysis import Estimates, estimate
+from dblightning.evaluation.intervals import interval
+from dblightning.evaluation.table import REWARD, fronts
+
+#: whose hypervolume the others are compared with
+REFERENCE_VARIANT = "DB-MPA"
+
+
+def pareto(points: np.ndarray) -> np.ndarray:
+    """Which points no other point dominates; higher is better in every reward.
+
+    A point is dominated when another is at least as good in every reward and better in one; of equal points, none is.
+
+    Args:
+        points: (n, m), m ≥ 2.
+
+    Returns:
+        bool (n,); False for points with a NaN.
+
+    Raises:
+        ValueError: not an (n, m) array with m ≥ 2.
+    """
+    points = np.asarray(points, dtype=float)
+    if points.ndim != 2 or points.shape[1] < 2:
+        raise ValueError(f"a front needs points of two or more rewards, shape (n, m); got shape {points.shape}")
+    flags = np.isfinite(points).all(axis=1)
+    if flags.any():
+        flags[flags] = moocore.is_nondominated(points[flags], maximise=True, keep_weakly=True)
+    return flags
+
+
+def hypervolume(points: np.ndarray, reference: Sequence[float] | np.ndarray) -> float:
+    """Volume of the reward space that the points dominate, above a reference point.
+
+    Args:
+        points: (n, m); higher is better. Points not above the reference in every reward add nothing.
+        reference: (m,).
+
+    Raises:
+        ValueError: a reference of another length than the points, or a number that is not finite.
+    """
+    points, reference = np.asarray(points, dtype=float), np.asarray(reference, dtype=float)
+    if points.ndim != 2 or reference.shape != points.shape[1:]:
+        raise ValueError(f"points (n, m) and reference (m,) do not fit: {points.shape} and {reference.shape}")
+    if not (np.isfinite(points).all() and np.isfinite(reference).all()):
+        raise ValueError("hypervolume needs finite points and a finite reference; leave out points with a NaN")
+    return float(moocore.hypervolume(points, reference, maximise=True)) if len(points) else 0.0
+
+
+def default_reference(values: np.ndarray) -> np.ndarray:
+    """Reference point below all blends: per reward the lowest mean, less a tenth of the means' range.
+
+    Args:
+        values: means, (blends, m); NaN is left out.
+    """
+    low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+    return np.asarray(low - 0.1 * (high - low))
+
+
+def hypervolumes(
+    frame: pd.DataFrame | Estimates,
+    rewards: Sequence[str],
+    reference: Sequence[float] | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Hypervolume of each variant's front, with bootstrap intervals.
+
+    A variant's front holds all its blends that weigh nothing but ``rewards``; where the method interpolates adapters,
+    the single adapters complete its ends (:func:`table.front`). A variant evaluated at more weights has a larger front,
+    so compare variants with the same ``points``. What varies one adapter's strength, as DB-KLA does, is left out.
+
+    While prompts are resampled, a given reference stays where it is. The default one keeps its distance to the base (if
+    there is one), so that a level which all blends share, prompts that score high or low for everyone, cancels.
+
+    Args:
+        frame: one row per image, or estimates made already.
+        rewards: two or more measured names: the axes.
+        reference: the point from which volume counts, in the order of ``rewards``; None takes
+            :func:`default_reference` over all blends.
+        samples, seed: of the bootstrap, when ``frame`` is a table.
+
+    Returns:
+        One row per variant: ``variant``, ``points``, ``hypervolume``, ``lo``, ``hi``, and the paired difference to
+        DB-MPA, ``difference``, ``difference_lo``, ``difference_hi`` (NaN where there is no DB-MPA).
+        ``attrs["reference"]`` is the reference point, a dict by reward.
+
+    Raises:
+        ValueError: fewer than two rewards, an unknown one, or a reference of another length.
+    """
+    estimates = frame if isinstance(frame, Estimates) else estimate(frame, samples, seed)
+    if len(rewards) < 2 or not set(rewards) <= set(estimates.rewards):
+        raise ValueError(f"name two or more measured rewards, got {list(rewards)}; measured are {estimates.rewards}")
+    columns = [estimates.quantities.index(REWARD + name) for name in rewards]
+    values, draws = estimates.values[:, columns], estimates.draws[:, :, columns]
+    origin = default_reference(values) if reference is None else np.asarray(reference, dtype=float)
+    base = np.flatnonzero(estimates.blends["method"] == "base")
+    if reference is None and len(base):
+        draws = draws - (draws[:, base[:1]] - values[base[:1]])
+    incomplete = np.flatnonzero(~np.isfinite(draws).all(axis=(0, 2)))
+    if len(incomplete):
+        blend = estimates.blends["blend"].iloc[incomplete[0]]
+        raise ValueError(f"blend {blend!r} has too few scores of {list(rewards)} for a hypervolume; leave it out")
+    volumes: dict[str, tuple[int, float, np.ndarray]] = {}
+    for variant, blends in fronts(estimates.blends, rewards).items():
+        rows = [estimates.row(blend) for blend in blends.values()]
+        drawn = np.array([hypervolume(points, origin) for points in draws[:, rows]])
+        volumes[variant] = len(rows), hypervolume(values[rows], origin), drawn
+    table = pd.DataFrame([_volume_row(name, volumes, estimates) for name in volumes])
+    table.attrs["reference"] = dict(zip(rewards, origin.tolist(), strict=True))
+    return table
+
+
+def _volume_row(
+    variant: str, volumes: dict[str, tuple[int, float, np.ndarray]], estimates: Estimates
+) -> dict[str, object]:
+    points, value, drawn = volumes[variant]
+    low, high = interval(drawn, estimates.units, estimates.level)
+    row: dict[str, object] = {"variant": variant, "points": points, "hypervolume": value}
+    row |= {"lo": float(low), "hi": float(high), "difference": np.nan, "difference_lo": np.nan, "difference_hi": np.nan}
+    if REFERENCE_VARIANT in volumes:
+        _, other, other_drawn = volumes[REFERENCE_VARIANT]
+        low, high = interval(drawn - other_drawn, estimates.units, estimates.level)
+        row |= {"difference": value - other, "difference_lo": float(low), "difference_hi": float(high)}
+    return row
