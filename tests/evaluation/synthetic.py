@@ -17,13 +17,10 @@ def blend(
 ) -> dict[str, Any]:
     """Settings of one blend, as the score table has them."""
     weights = dict(weights or {})
-    name = label or "_".join(
-        [method, *(f"{key}-{value:g}" for key, value in weights.items()), *map(str, settings.values())]
-    )
-    row = {"blend": name, "method": method, "kl_scale": 1.0, "ls_schedule": "iid", "adapter": None}
-    return row | {"options": json.dumps(settings.pop("options", {}))} | settings | {
-        f"weight/{key}": value for key, value in weights.items()
-    }  # fmt: skip
+    options = settings.pop("options", {})
+    parts = [method, *(f"{key}-{value:g}" for key, value in weights.items()), *map(str, settings.values())]
+    row = {"blend": label or "_".join(parts), "method": method, "kl_scale": 1.0, "ls_schedule": "iid", "adapter": None}
+    return row | settings | {"options": json.dumps(options)} | {f"weight/{key}": v for key, v in weights.items()}
 
 
 def score_table(

@@ -1,0 +1,87 @@
+"""Put the score tables of several evaluations together where they are comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dblightning.evaluation.table import REWARD, read_scores, reward_names
+
+#: parts of the record that decide an image's noise and sampler: what all tables must share
+SHARED = ("base", "num_inference_steps", "eta", "guidance_scale", "negative_prompt", "run_seed", "rewards")
+
+
+def read_all(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Read score tables and put them together.
+
+    A blend that several hold, such as the base, is taken from the first; its scores must agree. The record is the
+    first file's, its adapters joined and, for more than one file, ``commands`` naming each one's command.
+
+    Args:
+        paths: score tables.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: no file, not a score table, or tables made with other prompts, seeds, rewards, adapters or base
+            settings.
+    """
+    if not paths:
+        raise ValueError("name at least one score table")
+    parts = [(str(path), *read_scores(path)) for path in paths]
+    first_path, frame, record = parts[0]
+    record = dict(record)
+    for path, other, other_record in parts[1:]:
+        pair = f"{first_path} and {path} cannot be put together"
+        _check_settings(record, other_record, pair)
+        _check_rows(frame, other, pair)
+        repeated = sorted(set(frame["blend"]) & set(other["blend"]))
+        other = other[~other["blend"].isin(repeated)]
+        frame = pd.concat([frame, other.assign(order=other["order"] + frame["order"].max() + 1)], ignore_index=True)
+        record["adapters"] = {**(other_record.get("adapters") or {}), **(record.get("adapters") or {})}
+    if len(parts) > 1:
+        record["commands"] = {path: each.get("command", "") for path, _, each in parts}
+        record.pop("command", None)
+    columns = [name for name in frame if not name.startswith(REWARD)]
+    return frame[[*columns, *(REWARD + name for name in reward_names(frame))]], record
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: record.get(name) for name in SHARED}
+
+
+def _weights(facts: Any) -> Any:
+    """What tells adapters of one name apart: the hash of the weights, or else all that is known but the path."""
+    if not isinstance(facts, dict):
+        return facts
+    return facts.get("sha256") or {key: value for key, value in facts.items() if key != "path"}
+
+
+def _check_settings(record: dict[str, Any], other: dict[str, Any], pair: str) -> None:
+    first, second = _settings(record), _settings(other)
+    for name in SHARED:
+        if first[name] != second[name]:
+            raise ValueError(f"{pair}: {name} is {first[name]!r} in one and {second[name]!r} in the other")
+    adapters, others = record.get("adapters") or {}, other.get("adapters") or {}
+    for name in sorted(set(adapters) & set(others)):
+        if _weights(adapters[name]) != _weights(others[name]):
+            raise ValueError(f"{pair}: adapter {name!r} is not the same; give one of them another name")
+
+
+def _check_rows(frame: pd.DataFrame, other: pd.DataFrame, pair: str) -> None:
+    if set(reward_names(frame)) != set(reward_names(other)):
+        raise ValueError(f"{pair}: one measures {reward_names(frame)}, the other {reward_names(other)}")
+    keys = ["prompt_id", "seed"]
+    prompts, others = ({tuple(row) for row in each[[*keys, "prompt"]].to_numpy()} for each in (frame, other))
+    if prompts != others:
+        count = len(prompts ^ others)
+        raise ValueError(f"{pair}: {count} images are in one of them only; use the same prompts and seeds")
+    columns = [REWARD + name for name in reward_names(frame)]
+    for blend in sorted(set(frame["blend"]) & set(other["blend"])):
+        first, second = (each[each["blend"] == blend].sort_values(keys)[columns].to_numpy() for each in (frame, other))
+        # one part in a thousand: other batch sizes and devices round differently
+        if first.shape != second.shape or not np.allclose(first, second, rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise ValueError(f"{pair}: blend {blend!r} has other scores in each, so models or rewards are not the same")

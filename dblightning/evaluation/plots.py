@@ -1,0 +1,228 @@
+"""Figures of an evaluation, drawn with matplotlib from its estimates; intervals are drawn in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dblightning.evaluation.analysis import Estimates
+from dblightning.evaluation.fronts import pareto
+from dblightning.evaluation.table import front, weights_label, weights_of, within
+from dblightning.evaluation.tables import kl_points, preference_points
+
+#: Okabe and Ito's colours, told apart with any colour vision
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#8856A7", "#666666")
+MARKERS = "osD^vP*Xhd"
+
+
+def variant_styles(estimates: Estimates) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every variant, the same in every figure of an evaluation; the base is a black star."""
+    styles, number = {}, 0
+    methods = dict(zip(estimates.blends["variant"], estimates.blends["method"], strict=True))
+    for variant, method in methods.items():
+        if method == "base":
+            styles[variant] = ("#000000", "*")
+        else:
+            # the two lists differ in length, so a pair repeats late
+            styles[variant] = (COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
+            number += 1
+    return styles
+
+
+def plane_points(estimates: Estimates, rewards: Sequence[str], x: str, y: str, gains: bool = False) -> pd.DataFrame:
+    """The blends that weigh nothing but ``rewards``, as points of the plane of ``x`` and ``y``, in order of weight.
+
+    Columns: ``blend``, ``variant``, ``label`` (weights and λ), ``x``, ``x_lo``, ``x_hi``, ``y``, …, and ``dominated``:
+    whether another blend that is no oracle is at least as good in every one of ``rewards`` and better in one. Means are
+    compared, so a point may be dominated by less than the intervals. With ``gains``, the plane is that of the gains
+    over the base, whose intervals are paired and much shorter.
+    """
+    blends = estimates.blends[within(estimates.blends, rewards)].reset_index(drop=True)
+    weights = weights_of(blends, rewards)
+    values = np.array([[estimates.of(blend, f"reward/{name}")[0] for name in rewards] for blend in blends["blend"]])
+    oracle = (blends["method"] == "morl").to_numpy()
+    dominated = []
+    for row in range(len(blends)):
+        rivals = ~oracle
+        rivals[row] = True
+        dominated.append(not pareto(values[rivals])[int(rivals[:row].sum())])
+    points = blends[["blend", "variant", "method"]].assign(dominated=dominated)
+    points["label"] = [
+        _point_label(row, each.tolist()) for (_, row), each in zip(blends.iterrows(), weights, strict=True)
+    ]
+    kind = "gain" if gains else "reward"
+    for axis, name in (("x", x), ("y", y)):
+        found = np.array([estimates.of(blend, f"{kind}/{name}") for blend in blends["blend"]])
+        points[[axis, f"{axis}_lo", f"{axis}_hi"]] = found
+    order = np.lexsort(weights.T[::-1])
+    return points.iloc[order].reset_index(drop=True)
+
+
+def _point_label(row: pd.Series, weights: Sequence[float]) -> str:
+    if not any(weights):
+        return str(row["variant"])
+    strength = f", λ = {row['kl_scale']:g}" if row["kl_scale"] != 1 or row["method"] == "db-kla" else ""
+    return f"w = {weights_label(weights)}{strength}"
+
+
+def line_of(estimates: Estimates, rewards: Sequence[str], variant: str, points: pd.DataFrame) -> pd.DataFrame:
+    """A variant's points in order of weight, with the single adapters that are its ends (``table.front``)."""
+    blends = list(front(estimates.blends, variant, rewards).values())
+    return points.set_index("blend").loc[blends].reset_index()
+
+
+def _bars(points: pd.DataFrame, axis: str) -> np.ndarray | None:
+    half = np.abs(np.stack([points[axis] - points[f"{axis}_lo"], points[f"{axis}_hi"] - points[axis]]))
+    return None if np.isnan(half).all() else half
+
+
+def _plane(axis: Any, estimates: Estimates, rewards: Sequence[str], x: str, y: str, gains: bool) -> None:
+    points, styles = plane_points(estimates, rewards, x, y, gains), variant_styles(estimates)
+    for variant, own in points.groupby("variant", sort=False):
+        colour, marker = styles[str(variant)]
+        if len(rewards) == 2:  # with more rewards the weights have no order to follow
+            line = line_of(estimates, rewards, str(variant), points)
+            if len(line) > 1 and (own["method"] != "single").all():
+                axis.plot(line["x"], line["y"], "-", color=colour, linewidth=1.2, alpha=0.7, zorder=2)
+        axis.errorbar(own["x"], own["y"], xerr=_bars(own, "x"), yerr=_bars(own, "y"), fmt="none", ecolor=colour,
+                      elinewidth=0.7, alpha=0.4, zorder=1)  # fmt: skip
+        size = 110 if own["method"].iloc[0] == "base" else 28
+        axis.scatter([], [], s=28, marker=marker, color=colour, label=variant)  # the legend's, never hollow
+        for flag in (False, True):
+            part = own[own["dominated"] == flag]
+            axis.scatter(part["x"], part["y"], s=size, marker=marker, edgecolors=colour, zorder=3,
+                         facecolors="white" if flag else colour, alpha=0.6 if flag else 1.0)  # fmt: skip
+    axis.set_xlabel(f"gain in {x}" if gains else x)
+    axis.set_ylabel(f"gain in {y}" if gains else y)
+    axis.grid(alpha=0.25)
+
+
+def pareto_figure(estimates: Estimates, rewards: Sequence[str], gains: bool = False) -> Figure:
+    """Every blend in the plane of two rewards, one line per variant in order of w; a grid of pairs for more rewards.
+
+    Hollow points are dominated (:func:`plane_points`); bars are intervals; the base is a star.
+
+    Args:
+        estimates: of the evaluation.
+        rewards: two or more measured names; blends that weigh another are left out.
+        gains: draw gains over the base, whose paired intervals are shorter, instead of rewards.
+
+    Raises:
+        ValueError: fewer than two rewards.
+    """
+    if len(rewards) < 2:
+        raise ValueError(f"a Pareto figure needs two or more rewards, got {list(rewards)}")
+    pairs = list(combinations(rewards, 2))
+    columns = min(3, len(pairs))
+    rows = -(-len(pairs) // columns)
+    figure = Figure(figsize=(4.2 * columns + 2.2, 3.8 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (x, y) in zip(axes, pairs, strict=False):
+        _plane(axis, estimates, rewards, x, y, gains)
+    for axis in axes[len(pairs) :]:
+        axis.set_axis_off()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, title="hollow: dominated", title_fontsize=8)
+    return figure
+
+
+def weighted_figure(estimates: Estimates, rewards: Sequence[str]) -> Figure:
+    """Gain in weighted reward over the base against w, one line per variant; two rewards."""
+    if len(rewards) != 2:
+        raise ValueError(f"weighted reward against w needs two rewards, got {list(rewards)}; see gain_bars_figure")
+    styles = variant_styles(estimates)
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axis = figure.subplots()
+    for variant, blends in preference_points(estimates, rewards).items():
+        colour, marker = styles[variant]
+        w = [weights[0] for weights in blends]
+        values = np.array([estimates.of(blend, "weighted_gain") for blend in blends.values()])
+        axis.plot(w, values[:, 0], f"{marker}-", color=colour, markersize=4, linewidth=1.2, label=variant)
+        axis.fill_between(w, values[:, 1], values[:, 2], color=colour, alpha=0.12, linewidth=0)
+    axis.axhline(0, color="#000000", linewidth=0.8)
+    axis.set_xlabel(f"w, the weight of {rewards[0]} (1 − w: {rewards[1]})")
+    axis.set_ylabel("gain in r(w) over the base")
+    axis.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+def gain_bars_figure(estimates: Estimates, rewards: Sequence[str], panels: int = 6) -> Figure:
+    """Gain over the base in each reward, by method, one panel per preference (the paper's Fig. 8).
+
+    Args:
+        estimates: of the evaluation.
+        rewards: measured names.
+        panels: preferences shown at most: those that the most variants have, the evenest first.
+    """
+    points, styles = preference_points(estimates, rewards), variant_styles(estimates)
+    counts = pd.Series([weights for blends in points.values() for weights in blends], dtype=object).value_counts()
+    order = sorted(counts.index, key=lambda weights: (-counts[weights], max(weights)))
+    shown = sorted(order[:panels], reverse=True)
+    figure = Figure(figsize=(7.5, 2.1 * max(1, len(shown)) + 0.4), layout="constrained")
+    axes = figure.subplots(max(1, len(shown)), 1, squeeze=False)[:, 0]
+    width = 0.8 / max(1, len(points))
+    for axis, weights in zip(axes, shown, strict=False):
+        for number, (variant, blends) in enumerate(points.items()):
+            if weights not in blends:
+                continue
+            values = np.array([estimates.of(blends[weights], f"gain/{name}") for name in rewards])
+            half = np.abs(np.stack([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]))
+            place = np.arange(len(rewards)) + (number - (len(points) - 1) / 2) * width
+            axis.bar(place, values[:, 0], width, yerr=None if np.isnan(half).all() else half, color=styles[variant][0],
+                     error_kw={"elinewidth": 0.8}, label=variant)  # fmt: skip
+        axis.axhline(0, color="#000000", linewidth=0.8)
+        axis.set_xticks(range(len(rewards)), rewards)
+        axis.set_title(f"w = {weights_label(weights)}", fontsize=9)
+        axis.set_ylabel("gain over base")
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if found:
+        figure.legend(list(found.values()), list(found), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def strength_figure(estimates: Estimates) -> Figure | None:
+    """Gain over the base against λ: DB-KLA, and models retrained with KL weight α/λ (Fig. 6b); None without DB-KLA."""
+    points = kl_points(estimates)
+    names = list(dict.fromkeys(name for name, _ in points))
+    if not names:
+        return None
+    figure = Figure(figsize=(4.6 * len(names) + 0.6, 3.4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        curves = [(curve, blends) for (reward, curve), blends in points.items() if reward == name]
+        for (curve, blends), colour, marker in zip(curves, COLOURS, MARKERS, strict=False):
+            values = np.array([estimates.of(blend, f"gain/{name}") for blend in blends.values()])
+            axis.plot(list(blends), values[:, 0], f"{marker}-", color=colour, markersize=4, label=curve)
+            axis.fill_between(list(blends), values[:, 1], values[:, 2], color=colour, alpha=0.12, linewidth=0)
+        axis.set_xlabel("λ")
+        axis.set_ylabel(f"gain in {name}")
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path, formats: Iterable[str] = ("png", "svg")) -> list[Path]:
+    """Write a figure once per format, named ``path`` with the format's ending; the same figure gives the same bytes.
+
+    Args:
+        figure: to write.
+        path: without ending; its folder is made.
+        formats: of matplotlib's.
+
+    Returns:
+        The files.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [path.parent / f"{path.name}.{each}" for each in formats]
+    with matplotlib.rc_context({"svg.hashsalt": "dblightning"}):
+        for file in files:
+            figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+    return files

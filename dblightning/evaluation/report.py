@@ -1,0 +1,199 @@
+"""The report of an evaluation: one HTML page that opens offline, figures and tables, from the score table alone.
+
+python -m dblightning report runs/blend/scores.parquet
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from plotly.offline import get_plotlyjs
+from tabulate import tabulate
+
+from dblightning.evaluation import plots
+from dblightning.evaluation.analysis import Estimates, estimate, summary
+from dblightning.evaluation.merge import read_all
+from dblightning.evaluation.report_parts import data_uri, image_grids, pareto_plots, record_lines
+from dblightning.evaluation.table import preference_rewards, preference_sets
+from dblightning.evaluation.tables import Table, all_tables, cell, to_csv, to_html, to_latex, to_markdown
+
+
+def write_report(
+    scores: str | Path | Sequence[str | Path],
+    out: str | Path,
+    images: str | Path | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> list[Path]:
+    """Write ``report.html``, ``pareto.png`` and further figures, ``tables/`` and ``summary.csv``.
+
+    Args:
+        scores: a score table, or several that are put together (:func:`merge.read_all`).
+        out: folder to write to; files of the same names are replaced.
+        images: folder of ``<blend label>/<prompt_id>-<seed>.png``; None looks in ``images`` beside each score table.
+        samples, seed, level: of the bootstrap; see :func:`analysis.estimate`.
+
+    Returns:
+        What was written, ``report.html`` first.
+
+    Raises:
+        FileNotFoundError, ValueError: score tables that are missing, unfinished or not comparable.
+    """
+    files = [Path(each) for each in ([scores] if isinstance(scores, str | Path) else scores)]
+    frame, record = read_all(files)
+    estimates = estimate(frame, samples, seed, level)
+    folders = [Path(images)] if images is not None else [file.parent / "images" for file in files]
+    out, sets = Path(out), preference_sets(frame)
+    tables = all_tables(estimates, sets)
+    fronts, curves = _figures(estimates, preference_rewards(frame), sets)
+    written = [file for name, figure in (fronts | curves).items() for file in plots.save_figure(figure, out / name)]
+    written += _write_tables(tables, out / "tables")
+    numbers = out / "summary.csv"
+    summary(estimates).to_csv(numbers, index=False, float_format="%.6g")
+    page = out / "report.html"
+    content = _page(frame, record, estimates, sets, tables, out, list(curves), folders)
+    page.write_text(content, encoding="utf-8")
+    return [page, numbers, *written]
+
+
+def print_summary(scores: pd.DataFrame) -> None:
+    """Print every blend's rewards, gain in weighted reward and seconds, with intervals."""
+    estimates = estimate(scores)
+    headings = {name: f"reward/{name}" for name in estimates.rewards} | {"gain in r(w)": "weighted_gain"}
+    rows = [
+        [blend, *(cell(estimates.of(blend, quantity), 3) for quantity in headings.values()), f"{seconds:.3g}"]
+        for blend, seconds in zip(estimates.blends["blend"], estimates.blends["seconds"], strict=True)
+    ]
+    print(tabulate(rows, ["blend", *headings, "s / image"], disable_numparse=True))
+
+
+def report_main(arguments: Sequence[str] | None = None) -> None:
+    """The command ``python -m dblightning report``; None takes the process's arguments."""
+    parser = argparse.ArgumentParser(prog="dblightning report", description="Write the report of an evaluation.")
+    parser.add_argument("scores", nargs="+", type=Path, help="scores.parquet; several are put together")
+    parser.add_argument("--out", type=Path, help="folder to write to; default: beside the first score table")
+    parser.add_argument("--images", type=Path, help="folder of images; default: images beside each score table")
+    parser.add_argument("--samples", type=int, default=1000, help="bootstrap samples (default 1000)")
+    parser.add_argument("--level", type=float, default=0.95, help="level of the intervals (default 0.95)")
+    options = parser.parse_args(arguments)
+    if options.samples < 1 or not 0 < options.level < 1:
+        parser.error("--samples must be 1 or more, --level between 0 and 1")
+    try:
+        written = write_report(
+            options.scores, options.out or options.scores[0].parent, options.images, options.samples,
+            level=options.level,
+        )  # fmt: skip
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    print(f"report: {written[0]}")
+
+
+# ── parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _figures(
+    estimates: Estimates, names: Sequence[str], sets: Sequence[Sequence[str]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """File name → figure: the fronts, and the curves."""
+    has_base = _has_base(estimates)
+    fronts: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
+    if len(names) > 1:
+        fronts["pareto"] = plots.pareto_figure(estimates, names)
+        if has_base:
+            fronts["pareto_gains"] = plots.pareto_figure(estimates, names, gains=True)
+    for rewards in sets:
+        ending = "_" + "_".join(rewards) if len(sets) > 1 else ""
+        if ending and list(rewards) != list(names):
+            fronts[f"pareto{ending}"] = plots.pareto_figure(estimates, rewards)
+        if has_base:
+            draw = plots.weighted_figure if len(rewards) == 2 else plots.gain_bars_figure
+            curves[f"gain_by_weight{ending}"] = draw(estimates, rewards)
+    strength = plots.strength_figure(estimates) if has_base else None
+    return fronts, curves | ({"gain_by_strength": strength} if strength is not None else {})
+
+
+def _has_base(estimates: Estimates) -> bool:
+    return bool((estimates.blends["method"] == "base").any())
+
+
+def _write_tables(tables: Sequence[Table], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for table in tables:
+        for ending, write in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
+            written.append(folder / f"{table.name}.{ending}")
+            written[-1].write_text(write(table), encoding="utf-8")
+    return written
+
+
+def _page(
+    frame: pd.DataFrame, record: dict[str, Any], estimates: Estimates, sets: Sequence[Sequence[str]],
+    tables: Sequence[Table], out: Path, curves: Sequence[str], folders: Sequence[Path],
+) -> str:  # fmt: skip
+    names = preference_rewards(frame)
+    planes = [(names, False, "pareto")] if len(names) > 1 else []
+    planes += [(names, True, "pareto_gains")] if planes and _has_base(estimates) else []
+    fronts = [
+        {
+            "plots": pareto_plots(estimates, rewards, gains),
+            "picture": _picture(out / f"{file}.svg"),
+            "caption": f"{'Gains over the base, paired' if gains else 'Mean rewards'}: {', '.join(rewards)}.",
+        }
+        for rewards, gains, file in planes
+    ]
+    prompts, seeds = frame["prompt_id"].nunique(), frame["seed"].nunique()
+    commands = record.get("commands") or {"": record.get("command", "")}
+    facts = [(name, value) for name, value in record_lines(record) if name.split(".")[0] not in ("command", "commands")]
+    loader = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return loader.get_template("report.html.j2").render(
+        title=f"Evaluation: {', '.join(estimates.rewards)}",
+        counts=f"{len(estimates.blends)} blends on {prompts} prompts × {seeds} seeds, {len(frame)} images.",
+        plotly_code=get_plotlyjs() if fronts else "",
+        commands=[command for command in commands.values() if command],
+        facts=facts,
+        interval_note=_interval_note(estimates, prompts),
+        notes=_missing_notes(estimates),
+        fronts=fronts,
+        tables=[to_html(table) for table in tables],
+        held_out=estimates.held_out,
+        curves=[(_picture(out / f"{name}.svg"), _CAPTIONS[name.split("_")[2]]) for name in curves],
+        grids=image_grids(frame, estimates, sets, folders),
+    )
+
+
+#: by the last word of ``gain_by_…``
+_CAPTIONS = {
+    "weight": "Gain over the base by preference; bands and bars are intervals.",
+    "strength": "Gain over the base by strength λ of one adapter; bands are intervals.",
+}
+
+
+def _picture(file: Path) -> str:
+    return data_uri(file.read_bytes(), "image/svg+xml")
+
+
+def _interval_note(estimates: Estimates, prompts: int) -> str:
+    what = "prompts, a prompt's seeds together" if prompts > 1 else "the seeds, and speak about this one prompt only"
+    return (
+        f"Intervals are at the {estimates.level:.0%} level, from {len(estimates.draws)} bootstrap samples of {what}. "
+        "Every blend has the same prompts, seeds and noise; gains and differences are paired."
+    )
+
+
+def _missing_notes(estimates: Estimates) -> list[str]:
+    """One sentence for every blend with images that a reward could not score."""
+    return [
+        f"{blend}: {int(count)} of {images} images have no score of {name}; its means leave them out."
+        for name in estimates.rewards
+        for blend, images, count in estimates.blends[["blend", "images", f"missing/{name}"]].itertuples(index=False)
+        if count
+    ]
