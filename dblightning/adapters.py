@@ -374,7 +374,7 @@ class AdapterBank:
         return key
 
     def _merge_state(self) -> tuple[Any, ...]:
-        """What a merged copy depends on beside its gate vector: the names the vector is for, and weights as they are."""
+        """What a merged copy depends on beside its gate vector: the vector's names, and the weights as they are."""
         weight = self._layers[0].base_layer.weight
         return tuple(self.state.names), sum(side._version for side in self._sides), weight.device, weight.dtype
 

@@ -1,5 +1,6 @@
 """Checkpoint-based evaluation and generation: every method on the same prompts and the same noise."""
 
-from dblightning.evaluation.module import BlendEvaluationModule, BlendSpec
+from dblightning.evaluation.module import BlendEvaluationModule
+from dblightning.evaluation.specs import BlendSpec, BlendSweep
 
-__all__ = ["BlendEvaluationModule", "BlendSpec"]
+__all__ = ["BlendEvaluationModule", "BlendSpec", "BlendSweep"]

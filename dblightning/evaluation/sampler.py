@@ -1,0 +1,187 @@
+"""Generate and score: what the evaluation of checkpoints and the callback during training share."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dblightning.adapters import WEIGHTS_NAME
+from dblightning.backbone import Backbone
+from dblightning.evaluation.specs import BlendSpec
+from dblightning.rewards.base import RewardMetric
+from dblightning.sampling import DDIMSolver, ImageNoise, denoise_loop
+from dblightning.schedule import DDIMSchedule
+from dblightning.steering import make_steering
+
+#: side of the thumbnails in the score table, from which diversity is computed
+THUMBNAIL = 8
+
+
+class Scored(NamedTuple):
+    """A batch's images and their rows of the score table."""
+
+    images: Tensor  # (B, 3, H, W) in [0, 1]
+    rows: list[dict[str, Any]]
+
+
+@dataclass
+class BlendSampler:
+    """Images of blends, and their scores.
+
+    Every blend gets the same noise for the same prompt and seed (common random numbers), so methods are compared image
+    by image.
+
+    Args:
+        backbone: the base model with its adapters.
+        rewards: name → reward; also what code and rgg steer by.
+        num_inference_steps, eta, guidance_scale, negative_prompt: sampling settings.
+        seed: of the noise.
+    """
+
+    backbone: Backbone
+    rewards: Mapping[str, RewardMetric]
+    num_inference_steps: int
+    eta: float
+    guidance_scale: float
+    negative_prompt: str | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.solver = DDIMSolver(DDIMSchedule(self.backbone.scheduler_config, self.num_inference_steps), self.eta)
+
+    def check(self, specs: Sequence[BlendSpec]) -> None:
+        """Refuse what would fail later.
+
+        Raises:
+            ValueError: wrong weights, an adapter or reward that is not there, settings a method refuses.
+        """
+        for spec in specs:
+            check_spec(spec, self.backbone.adapters.names, self.num_inference_steps)
+            self._steering(spec)
+
+    def _steering(self, spec: BlendSpec) -> Any:
+        if not spec.steers:
+            return None
+        unknown = [name for name in spec.weights if name not in self.rewards]
+        if unknown:
+            raise ValueError(f"{spec.method} steers by {unknown[0]!r}, but the rewards are {list(self.rewards)}")
+        # a reward that is only measured need not be one that a method can follow
+        used = {name: reward for name, reward in self.rewards.items() if spec.weights.get(name, not spec.weights)}
+        weights = {name: weight for name, weight in spec.weights.items() if weight}
+        return make_steering(spec.method, used, weights or None, **spec.options)
+
+    @torch.no_grad()
+    def generate(self, batch: Mapping[str, Any], spec: BlendSpec) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of a prompt batch."""
+        ids, seeds = batch["prompt_id"].tolist(), batch["seed"].tolist()
+        noise = ImageNoise.of(self.seed, ids, seeds, self.backbone.device, stream="evaluation")
+        with self.backbone.adapters.only(spec.adapters):
+            latents = denoise_loop(
+                self.backbone,
+                self.backbone.encode(batch["prompt"], self.negative_prompt),
+                self.solver,
+                spec.blend(),
+                noise,
+                self.guidance_scale,
+                steering=self._steering(spec),
+                prompts=batch["prompt"],
+            )
+        return self.backbone.decode(latents)
+
+    @torch.no_grad()
+    def score(self, batch: Mapping[str, Any], spec: BlendSpec) -> Scored:
+        """Generate a prompt batch and score it with every reward."""
+        device = self.backbone.device
+        self.backbone.rows_run = 0
+        start = _now(device)
+        images = self.generate(batch, spec)
+        seconds = (_now(device) - start) / len(images)
+        unet_rows = self.backbone.rows_run / len(images)
+        scores = {name: reward.score(images, batch["prompt"]).tolist() for name, reward in self.rewards.items()}
+        thumbnails = thumbnail(images)
+        rows = []
+        for index, prompt in enumerate(batch["prompt"]):
+            row = spec.columns() | {
+                "prompt_id": int(batch["prompt_id"][index]),
+                "prompt": prompt,
+                "seed": int(batch["seed"][index]),
+                "seconds": seconds,
+                "unet_rows": unet_rows,
+                "thumbnail": thumbnails[index].numpy().tobytes(),
+            }
+            rows.append(row | {f"reward/{name}": values[index] for name, values in scores.items()})
+        return Scored(images, rows)
+
+
+def check_spec(spec: BlendSpec, adapters: Sequence[str], num_steps: int) -> None:
+    """Refuse weights, schedules or adapters that do not fit; draws nothing from torch's global generator.
+
+    Raises:
+        ValueError: what does not fit.
+    """
+    spec.blend().start(adapters, 1, num_steps, [torch.Generator()])
+
+
+def thumbnail(images: Tensor) -> Tensor:
+    """Images averaged over an 8 × 8 grid, uint8 (B, 8, 8, 3)."""
+    small = F.adaptive_avg_pool2d(images.float(), THUMBNAIL)
+    return (small.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def adapter_folders(backbone: Backbone, adapters: Mapping[str, str | Path]) -> dict[str, Path]:
+    """Name → folder; for the miniature its shipped adapters too, under the names that are not given."""
+    folders = {name: Path(folder) for name, folder in adapters.items()}
+    if getattr(backbone, "pretrained", None) == "miniature":
+        from dblightning import miniature
+
+        return miniature.adapters() | folders
+    return folders
+
+
+def load_adapters(
+    backbone: Backbone, specs: Sequence[BlendSpec], adapters: Mapping[str, str | Path]
+) -> dict[str, dict[str, Any]]:
+    """Load the adapters some blends run, as far as they are not loaded yet.
+
+    Returns:
+        Name → path, SHA-256 of the file, and the facts it holds about its making.
+
+    Raises:
+        ValueError: an adapter without a folder, or one made for another base model.
+        FileNotFoundError: no LoRA in a folder.
+    """
+    folders = adapter_folders(backbone, adapters)
+    wanted = dict.fromkeys(name for spec in specs for name in spec.adapters)
+    loaded = {}
+    for name in wanted:
+        if name in backbone.adapters.names:
+            continue
+        if name not in folders:
+            raise ValueError(
+                f"a blend runs adapter {name!r}, but the adapters are {sorted(folders)}; "
+                f"add the folder of its LoRA under that name to adapters"
+            )
+        facts = backbone.adapters.load(name, folders[name], getattr(backbone, "pipeline", None))
+        loaded[name] = {"path": str(folders[name]), **facts, "sha256": adapter_digest(folders[name])}
+    return loaded
+
+
+def adapter_digest(folder: str | Path) -> str:
+    """SHA-256 of an exported adapter's file: which weights a row was made with."""
+    path = Path(folder)
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,166 @@
+"""What an evaluation compares: one method with one preference (``BlendSpec``), or a sweep of them (``BlendSweep``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dblightning.blending import METHODS, Base, Blend, Single, check_weights, make_blend
+from dblightning.steering import STEERING
+
+#: a method of this module alone: an adapter trained on the preference itself, the oracle of the paper's section 5
+MORL = "morl"
+
+
+@dataclass
+class BlendSpec:
+    """One method with its preference.
+
+    Args:
+        method: base, single, db-mpa, db-kla, db-mpa-ls, rewarded-soup, rewarded-soup-factors, code, rgg or morl.
+        weights: reward → weight, each ≥ 0, sum 1; none for base. Adapters carry the names of the rewards they were
+            trained on. For morl it is the preference its adapter was trained for.
+        kl_scale: λ of DB-KLA; 1 is plain. For morl: the λ its adapter was retrained for, with KL weight α/λ.
+        ls_schedule: "iid" or "systematic", for db-mpa-ls.
+        adapter: the adapter that runs, for morl, single and db-kla, where its name is not the reward's.
+        options: further arguments of ``steering.CoDe`` or ``steering.RGG``, for code and rgg.
+    """
+
+    method: str = "db-mpa"
+    weights: dict[str, float] = field(default_factory=dict)
+    kl_scale: float = 1.0
+    ls_schedule: str = "iid"
+    adapter: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steers(self) -> bool:
+        """Whether the method bends the base model's steps."""
+        return self.method in STEERING
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters it runs."""
+        if self.steers or self.method == "base":
+            return []
+        if self.adapter is not None:
+            return [self.adapter]
+        return [name for name, weight in self.weights.items() if weight]
+
+    def blend(self) -> Blend:
+        """The blend it names.
+
+        Raises:
+            ValueError: method, weights, adapter and kl_scale that do not fit each other.
+        """
+        if self.method not in (*METHODS, *STEERING, MORL):
+            raise ValueError(f"method must be one of {sorted([*METHODS, *STEERING, MORL])}, got {self.method!r}")
+        if self.adapter is not None and self.method not in (MORL, "single", "db-kla"):
+            raise ValueError(f"method {self.method!r} takes its adapters from the weights; leave adapter out")
+        if self.options and not self.steers:
+            raise ValueError(f"options are for code and rgg, and {self.method!r} got {self.options}")
+        if self.steers:
+            return Base()
+        if self.method == MORL:
+            if self.adapter is None:
+                raise ValueError(f"morl needs adapter: the one trained on {self.weights or 'its weights'}")
+            check_weights(self.weights, list(self.weights))
+            return Single(self.adapter)
+        weights = self.weights if self.adapter is None else {self.adapter: 1.0}
+        return make_blend(self.method, weights or None, self.kl_scale, ls_schedule=self.ls_schedule)
+
+    @property
+    def label(self) -> str:
+        """A short name, usable as a folder's: db-mpa_aesthetic-0.3_alignment-0.7."""
+        parts = [self.method, *(f"{name}-{weight:g}" for name, weight in sorted(self.weights.items()) if weight)]
+        parts += [self.adapter] if self.adapter is not None and self.method != MORL else []
+        parts += [f"lambda-{self.kl_scale:g}"] if self.kl_scale != 1 else []
+        parts += [self.ls_schedule] if self.ls_schedule != "iid" else []
+        parts += [f"{name}-{value}" for name, value in sorted(self.options.items())]
+        return "_".join(parts)
+
+    def columns(self) -> dict[str, Any]:
+        """What the score table says of it."""
+        return {
+            "blend": self.label,
+            "method": self.method,
+            "kl_scale": self.kl_scale,
+            "ls_schedule": self.ls_schedule,
+            "adapter": self.adapter,
+            "options": json.dumps(self.options, sort_keys=True),
+            **{f"weight/{name}": weight for name, weight in self.weights.items()},
+        }
+
+
+@dataclass
+class BlendSweep:
+    """Every method × preference × λ of some lists.
+
+    Args:
+        methods: see ``BlendSpec.method``.
+        names: the rewards the weights are for.
+        weights: for two names a number w each, the first name's weight, 1 − w the second's; else one list of weights
+            each, as long as ``names``. For one name [1].
+        kl_scales: λ values.
+        ls_schedules: for db-mpa-ls; other methods take part once.
+        adapter: the adapter of each point, for morl, single and db-kla; "{w}" stands for the first name's weight and
+            "{kl_scale}" for λ, so that "morl_{w}" is morl_0_2 at w = 0.2 (adapters' names hold no dots).
+        options: see ``BlendSpec.options``.
+    """
+
+    methods: list[str]
+    names: list[str]
+    weights: list[float | list[float]]
+    kl_scales: list[float] = field(default_factory=lambda: [1.0])
+    ls_schedules: list[str] = field(default_factory=lambda: ["iid"])
+    adapter: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def specs(self) -> list[BlendSpec]:
+        """Its points, method by method."""
+        points = [self._point(each) for each in self.weights]
+        found = []
+        for method in self.methods:
+            for schedule in self.ls_schedules if method == "db-mpa-ls" else ["iid"]:
+                for kl_scale in self.kl_scales:
+                    for weights in points:
+                        adapter = self.adapter and self.adapter.format(
+                            w=_name(weights[self.names[0]]), kl_scale=_name(kl_scale)
+                        )
+                        found.append(BlendSpec(method, weights, kl_scale, schedule, adapter, dict(self.options)))
+        return found
+
+    def _point(self, weights: float | list[float]) -> dict[str, float]:
+        if isinstance(weights, Sequence):
+            values = [float(each) for each in weights]
+        elif len(self.names) == 2:
+            values = [float(weights), round(1 - float(weights), 12)]
+        else:
+            values = [float(weights)]
+        if len(values) != len(self.names):
+            raise ValueError(
+                f"a sweep over {self.names} needs {len(self.names)} weights per point, got {weights}; "
+                "only two names take one number"
+            )
+        return dict(zip(self.names, values, strict=True))
+
+
+def _name(number: float) -> str:
+    """A number as part of an adapter's name, which holds no dots."""
+    return f"{number:g}".replace(".", "_")
+
+
+def expand(blends: Sequence[BlendSpec], sweeps: Sequence[BlendSweep] = ()) -> list[BlendSpec]:
+    """Single blends, then the sweeps' points, each once.
+
+    Raises:
+        ValueError: nothing to run.
+    """
+    found: dict[str, BlendSpec] = {}
+    for spec in [*blends, *(each for sweep in sweeps for each in sweep.specs())]:
+        found.setdefault(spec.label, spec)
+    if not found:
+        raise ValueError("nothing to compare: name at least one blend, for example {method: base}, or a sweep")
+    return list(found.values())

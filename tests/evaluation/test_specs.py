@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+
+from dblightning.blending import DBMPA, Single
+from dblightning.evaluation.specs import BlendSpec, BlendSweep, expand
+
+
+def test_a_sweep_is_every_method_at_every_weight_and_one_number_is_the_first_names_weight() -> None:
+    sweep = BlendSweep(["db-mpa", "rewarded-soup"], ["alignment", "aesthetic"], [0.2, 0.5])
+    points = [(spec.method, spec.weights) for spec in sweep.specs()]
+    assert points == [
+        ("db-mpa", {"alignment": 0.2, "aesthetic": 0.8}),
+        ("db-mpa", {"alignment": 0.5, "aesthetic": 0.5}),
+        ("rewarded-soup", {"alignment": 0.2, "aesthetic": 0.8}),
+        ("rewarded-soup", {"alignment": 0.5, "aesthetic": 0.5}),
+    ]
+
+
+def test_only_db_mpa_ls_is_repeated_for_each_schedule() -> None:
+    sweep = BlendSweep(["db-mpa", "db-mpa-ls"], ["a", "b"], [0.5], ls_schedules=["iid", "systematic"])
+    assert [(spec.method, spec.ls_schedule) for spec in sweep.specs()] == [
+        ("db-mpa", "iid"),
+        ("db-mpa-ls", "iid"),
+        ("db-mpa-ls", "systematic"),
+    ]
+
+
+def test_an_oracle_names_one_adapter_per_preference() -> None:
+    specs = BlendSweep(["morl"], ["a", "b"], [0.2, 0.5], adapter="morl_{w}").specs()
+    assert [spec.adapter for spec in specs] == ["morl_0_2", "morl_0_5"]
+    blend = specs[0].blend()
+    assert isinstance(blend, Single)
+    assert specs[0].adapters == ["morl_0_2"]
+    assert specs[0].label == "morl_a-0.2_b-0.8"
+
+
+def test_an_oracle_for_another_kl_weight_runs_its_adapter_unscaled() -> None:
+    (spec,) = BlendSweep(["morl"], ["a"], [1.0], kl_scales=[0.5], adapter="a_{kl_scale}").specs()
+    assert spec.adapter == "a_0_5"
+    assert isinstance(spec.blend(), Single)
+    assert spec.label == "morl_a-1_lambda-0.5"
+
+
+def test_db_kla_may_run_an_adapter_of_another_name() -> None:
+    spec = BlendSpec("db-kla", {"a": 1.0}, kl_scale=1.5, adapter="a_late")
+    assert spec.adapters == ["a_late"]
+    gates, mix, _ = spec.blend().start(["a_late"], 1, 1)(0)
+    assert mix[:, 0].tolist() == [-0.5, 1.5]
+    assert gates.flatten().tolist() == [0.0, 1.0]
+
+
+def test_adapters_of_weight_zero_are_not_run() -> None:
+    spec = BlendSpec("db-mpa", {"a": 1.0, "b": 0.0})
+    assert isinstance(spec.blend(), DBMPA)
+    assert spec.adapters == ["a"]
+
+
+def test_a_point_named_twice_runs_once() -> None:
+    sweep = BlendSweep(["db-mpa"], ["a", "b"], [0.5])
+    found = expand([BlendSpec("base"), BlendSpec("db-mpa", {"b": 0.5, "a": 0.5})], [sweep])
+    assert [spec.label for spec in found] == ["base", "db-mpa_a-0.5_b-0.5"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (BlendSpec("dbmpa", {"a": 1.0}), "method must be one of"),
+        (BlendSpec("morl", {"a": 1.0}), "needs adapter"),
+        (BlendSpec("morl", {"a": 0.4}, adapter="x"), "sum to 1"),
+        (BlendSpec("db-mpa", {"a": 1.0}, adapter="x"), "leave adapter out"),
+        (BlendSpec("db-mpa", {"a": 1.0}, options={"num_samples": 4}), "options are for code and rgg"),
+        (BlendSpec("base", {"a": 1.0}), "has no weights"),
+    ],
+)
+def test_what_does_not_fit_is_refused(spec: BlendSpec, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spec.blend()
+
+
+def test_a_sweep_with_too_few_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs 3 weights per point"):
+        BlendSweep(["db-mpa"], ["a", "b", "c"], [0.5]).specs()
+    with pytest.raises(ValueError, match="nothing to compare"):
+        expand([], [])
