@@ -1,6 +1,6 @@
 """The command line.
 
-    python -m dblightning fit      --config configs/quickstart.yaml      train an adapter
+    python -m dblightning fit      --config configs/quickstart.yaml      train an adapter; --ckpt_path auto resumes
     python -m dblightning validate --config … --ckpt_path …              score a trained checkpoint
     python -m dblightning test     --config configs/eval/….yaml          compare blends: table, Pareto picture, grid
     python -m dblightning predict  --config configs/eval/predict.yaml    write images of blends
@@ -13,6 +13,10 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 TRAINING = ("fit", "validate")
 EVALUATION = ("test", "predict")
@@ -47,6 +51,7 @@ def _lightning(command: str, arguments: list[str]) -> None:
     from lightning.pytorch import LightningDataModule
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+    from dblightning.checkpointing import RunCheckpoint
     from dblightning.evaluation import BlendEvaluationModule
     from dblightning.module import RewardRLModule
 
@@ -55,7 +60,21 @@ def _lightning(command: str, arguments: list[str]) -> None:
 
     class CLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.add_argument("--ckpt_path", type=str | None, help="checkpoint to resume from or to score")
+            parser.add_argument(
+                "--ckpt_path",
+                type=str | None,
+                help="checkpoint to resume from or to score; 'auto' takes the run's newest whole one, if there is any",
+            )
+
+        def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+            """The trainer; a training run saves itself unless ``enable_checkpointing`` is false."""
+            config = self.config_init["trainer"]
+            given = config["callbacks"] or []
+            callbacks = list(given) if isinstance(given, list | tuple) else [given]
+            wanted = training and config["enable_checkpointing"] is not False
+            if wanted and not any(isinstance(each, RunCheckpoint) for each in callbacks):
+                kwargs["callbacks"] = [*callbacks, RunCheckpoint()]
+            return super().instantiate_trainer(**kwargs)
 
     training = command in TRAINING
     cli = CLI(
@@ -70,6 +89,25 @@ def _lightning(command: str, arguments: list[str]) -> None:
         run=False,
         args=arguments,
     )
-    options = {"ckpt_path": cli.config["ckpt_path"]} if training else {}
+    options = {"ckpt_path": _checkpoint(cli.config["ckpt_path"], cli.trainer)} if training else {}
     run = getattr(cli.trainer, command)
     run(cli.model, datamodule=cli.datamodule, **options)
+
+
+def _checkpoint(path: str | None, trainer: Trainer) -> str | None:
+    """The checkpoint that ``--ckpt_path`` means, None for a start from nothing."""
+    if path not in ("auto", "last"):
+        return path
+    from lightning.pytorch.utilities import rank_zero_info
+
+    from dblightning.checkpointing import RunCheckpoint
+
+    savers = [each for each in trainer.callbacks if isinstance(each, RunCheckpoint)]  # type: ignore[attr-defined]
+    if not savers:
+        sys.exit(
+            f"error: --ckpt_path {path} needs RunCheckpoint; set --trainer.enable_checkpointing true or name a file"
+        )
+    found = savers[0].find(trainer)
+    where = savers[0].path(trainer)
+    rank_zero_info(f"resuming from {found}" if found else f"no checkpoint in {where}: starting from the beginning")
+    return str(found) if found else None

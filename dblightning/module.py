@@ -3,25 +3,61 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any, Literal
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dblightning.adapters import ATTENTION
+from dblightning.adapters import ATTENTION, fingerprint
 from dblightning.backbone import Backbone
 from dblightning.blending import Blend, Single
+from dblightning.checkpointing import (
+    changed_settings,
+    check_same_run,
+    random_state,
+    read_shard,
+    restore_random_state,
+)
+from dblightning.distributed import Ranks
 from dblightning.policy_gradient import OBJECTIVES, PromptStatistics, clip_fraction, explained_variance
 from dblightning.replay import ReplayBuffer, Transitions
 from dblightning.rewards.base import RewardMetric
-from dblightning.sampling import DDIMSolver, Execution, ImageNoise, Trajectory, denoise_loop, rollout
+from dblightning.sampling import DDIMSolver, Execution, ImageNoise, Trajectory, denoise_loop, image_seed, rollout
 from dblightning.schedule import DDIMSchedule, gaussian_kl, gaussian_log_prob, to_epsilon
 from dblightning.value import ValueFunction
+
+#: metrics of which the largest value is logged, not the mean
+WORST = ("train/on_policy_ratio_error",)
+#: settings a resumed run may not change: they give the adapter its shape or the stored log-probs their meaning
+FIXED = (
+    "rank",
+    "lora_alpha",
+    "target_modules",
+    "num_inference_steps",
+    "eta",
+    "guidance_scale",
+    "negative_prompt",
+    "value_width",
+)
+
+
+def adapted_kl_weight(kl_weight: float, kl: float, target: float) -> float:
+    """The KL weight of the next rollout: up a little if the KL exceeds its target, else down.
+
+    The proportional controller of Ziegler et al. 2019 ("Fine-tuning language models from human preferences", section
+    2.2): w ← w (1 + 0.1 e) with e = clip(kl / target − 1, −0.2, 0.2), so at most 2 % per rollout.
+
+    Args:
+        kl_weight: the weight so far, > 0.
+        kl, target: path KL measured and wanted, nats.
+    """
+    return kl_weight * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
 class RewardRLModule(L.LightningModule):
@@ -51,6 +87,8 @@ class RewardRLModule(L.LightningModule):
         kl: "exact" Gaussian KL, or "eps_mse", DPOK's unweighted ‖ε_θ − ε_pre‖²
             (``schedule.mean_sensitivity(...)**2 / 2`` converts).
         kl_weight, reward_weight: weights of KL and reward in the loss (paper: α = 0.1).
+        kl_target: path KL in nats, as logged in ``train/kl``; ``kl_weight`` starts at its value and is steered there by
+            the controller of Ziegler et al. 2019. None keeps the weight (paper).
         kl_warmup: rollouts before the KL term sets in.
         advantage: baseline of the advantage: "value" function, per-"prompt" mean, or "both" (the value function then
             learns what the prompt's mean leaves over).
@@ -96,6 +134,7 @@ class RewardRLModule(L.LightningModule):
         kl: Literal["exact", "eps_mse"] = "exact",
         kl_weight: float = 0.1,
         reward_weight: float = 1.0,
+        kl_target: float | None = None,
         kl_warmup: int = 0,
         advantage: Literal["value", "prompt", "both"] = "value",
         normalize_advantage: bool = False,
@@ -119,6 +158,10 @@ class RewardRLModule(L.LightningModule):
         _check(eta > 0, f"eta must be > 0: a step without noise has no density to train on, got {eta}")
         _check(clip_range > 0, f"clip_range must be > 0, got {clip_range}")
         _check(kl_weight >= 0 and reward_weight > 0, "kl_weight must be >= 0 and reward_weight > 0")
+        _check(
+            kl_target is None or (kl_target > 0 and kl_weight > 0),
+            f"kl_target must be > 0 nats, and kl_weight > 0 to start from, got {kl_target} and {kl_weight}",
+        )
         for name in ("policy_steps", "policy_batch_size", "gradient_accumulation", "value_batch_size"):
             _check(self.hparams[name] >= 1, f"{name} must be at least 1, got {self.hparams[name]}")
         _check(
@@ -145,7 +188,12 @@ class RewardRLModule(L.LightningModule):
         self.statistics = PromptStatistics(statistics_window)
         self.replay: ReplayBuffer | None = None
         self.prompts: dict[int, str] = {}  # prompt_id → text, for the transitions in the replay buffer
-        self.generator = torch.Generator()
+        self.kl_weight = float(kl_weight)  # moves where there is a kl_target
+        self.ranks = Ranks()
+        self.share_rank_states: Callable[[dict[str, Any]], list[dict[str, Any]]] = self.ranks.gather
+        self._share = 1.0  # of this rank's gradient: its stored steps by the ranks' mean
+        self._evaluated: dict[str, list[Tensor]] = {}
+        self._failure: Exception | None = None
         self.rollouts_done = 0
         self.images_done = 0
         self.latest_images: tuple[Tensor, list[str], Tensor] | None = None  # of the last rollout, for callbacks
@@ -165,29 +213,32 @@ class RewardRLModule(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One rollout and the updates that follow it."""
         start = time.perf_counter()
-        with self._no_ddp_sync(), torch.no_grad():
-            trajectory, images = self.roll_out(batch)
-        sampled = time.perf_counter()
-        reward = self.reward.score(images, batch["prompt"]).detach()
+        with self.ranks.together("a rollout or its reward"):
+            with self._no_ddp_sync(), torch.no_grad():
+                trajectory, images = self.roll_out(batch)
+            sampled = time.perf_counter()
+            reward = self.reward.score(images, batch["prompt"]).detach()
         scored = time.perf_counter()
         self.latest_images = (images, list(batch["prompt"]), reward)
+        count = len(reward) * self.ranks.size
         self._store(trajectory, batch, reward)
         with self._no_ddp_sync():
-            metrics: dict[str, Tensor | float] = {}
-            if self.uses_value:
-                metrics |= self.update_value()
-            metrics |= self.update_policy()
+            updates = [self.update_value()] if self.uses_value else []
+            updates.append(self.update_policy())
+        metrics = self._over_ranks({name: value for update in updates for name, value in update.items()})
         done = time.perf_counter()
+        metrics["train/kl_weight"] = self.kl_weight
+        self._adapt_kl_weight(metrics["train/kl"])
         self.rollouts_done += 1
-        self.images_done += len(reward) * self.trainer.world_size
+        self.images_done += count
         metrics |= {
             "time/sampling_s": sampled - start,
             "time/reward_s": scored - sampled,
             "time/update_s": done - scored,
-            "time/images_per_s": len(reward) * self.trainer.world_size / (done - start),
+            "time/images_per_s": count / (done - start),
             "train/images": float(self.images_done),
         }
-        self.log_dict({name: value for name, value in metrics.items() if name != "kl"}, batch_size=len(reward))
+        self.log_dict(metrics, batch_size=len(reward))
         self.log("kl", metrics["train/kl"], prog_bar=True, logger=False, batch_size=len(reward))
 
     def roll_out(self, batch: dict[str, Any]) -> tuple[Trajectory, Tensor]:
@@ -216,18 +267,19 @@ class RewardRLModule(L.LightningModule):
     def update_value(self) -> dict[str, Tensor]:
         """Fit the value function to the rewards in the buffer: ``value_steps`` optimiser steps on the squared error."""
         optimizer = self._optimizers()[1]
-        batches = self._batches(self.hparams["value_batch_size"])
+        batches = self._batches(self.hparams["value_batch_size"], "value")
         losses, explained = [], []
         for _ in range(self.hparams["value_steps"]):
-            transitions = next(batches)
-            with torch.autocast(self.device.type, enabled=False):
-                predicted = self._value(transitions)
-                target = self._target(transitions)
-                loss = nn.functional.mse_loss(predicted, target)
-            self.manual_backward(loss)
+            with self.ranks.together("the value update"):
+                for transitions in islice(batches, 1):
+                    with torch.autocast(self.device.type, enabled=False):
+                        predicted = self._value(transitions)
+                        target = self._target(transitions)
+                        loss = nn.functional.mse_loss(predicted, target)
+                    self.manual_backward(loss)
+                    losses.append(loss.detach())
+                    explained.append(explained_variance(predicted.detach(), target))
             self._step(optimizer, self.value_function.parameters())
-            losses.append(loss.detach())
-            explained.append(explained_variance(predicted.detach(), target))
         if not losses:
             return {}
         return {"train/value_loss": torch.stack(losses).mean(), "train/explained_variance": explained[0]}
@@ -238,25 +290,24 @@ class RewardRLModule(L.LightningModule):
         hparams = self.hparams
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate
-        batches = self._batches(hparams["policy_batch_size"])
+        batches = self._batches(hparams["policy_batch_size"], "policy")
         logged: dict[str, list[Tensor]] = {}
         for policy_step in range(hparams["policy_steps"]):
-            for _ in range(hparams["gradient_accumulation"]):
-                transitions = next(batches)
-                # autocast keeps casts of weights for the whole step: those made without gradients, or before an
-                # optimiser step, must not be used again
-                torch.clear_autocast_cache()
-                loss, metrics = self.policy_loss(transitions)
-                self.manual_backward(loss / hparams["gradient_accumulation"])
-                if policy_step > 0:
-                    metrics.pop("train/on_policy_ratio_error")
-                for name, value in metrics.items():
-                    logged.setdefault(name, []).append(value.detach())
+            with self.ranks.together("the policy update"):
+                for transitions in islice(batches, hparams["gradient_accumulation"]):
+                    # autocast keeps casts of weights for the whole step: those made without gradients, or before an
+                    # optimiser step, must not be used again
+                    torch.clear_autocast_cache()
+                    loss, metrics = self.policy_loss(transitions)
+                    self.manual_backward(loss / hparams["gradient_accumulation"])
+                    if policy_step > 0:
+                        metrics.pop("train/on_policy_ratio_error")
+                    for name, value in metrics.items():
+                        logged.setdefault(name, []).append(value.detach())
             norm = self._step(optimizer, self.backbone.adapters.parameters(self.adapter_name))
             logged.setdefault("train/grad_norm", []).append(norm)
-        worst = torch.stack(logged.pop("train/on_policy_ratio_error")).max()
-        means = {name: torch.stack(values).mean() for name, values in logged.items()}
-        return {**means, "train/on_policy_ratio_error": worst}
+        worst = {name: torch.stack(logged.pop(name)).max() for name in WORST if name in logged}
+        return {name: torch.stack(values).mean() for name, values in logged.items()} | worst
 
     def policy_loss(self, transitions: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of some transitions, and what to log about them.
@@ -278,7 +329,7 @@ class RewardRLModule(L.LightningModule):
         else:
             epsilon, reference_epsilon = (self._epsilon(each, transitions) for each in (output, reference_output))
             penalty = (epsilon - reference_epsilon).square().flatten(1).mean(1)
-        kl_weight = hparams["kl_weight"] if self.rollouts_done >= hparams["kl_warmup"] else 0.0
+        kl_weight = self.kl_weight if self.rollouts_done >= hparams["kl_warmup"] else 0.0
         loss = (-hparams["reward_weight"] * surrogate + kl_weight * penalty).mean()
         fresh = transitions.age == 0
         return loss, {
@@ -316,11 +367,47 @@ class RewardRLModule(L.LightningModule):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
-        images = self.generate(batch["prompt"], batch["prompt_id"], batch["seed"])
-        size = len(batch["prompt"])
-        for name, reward in [("reward", self.reward), *self.eval_rewards.items()]:
-            scores = reward.score(images, batch["prompt"])  # type: ignore[operator]
-            self.log(f"{stage}/{name}", scores.mean(), batch_size=size, sync_dist=True, prog_bar=name == "reward")
+        # Ranks may get different numbers of batches, so they exchange scores and errors once, at the end
+        if self._failure is not None:
+            return
+        try:
+            images = self.generate(batch["prompt"], batch["prompt_id"], batch["seed"])
+            for name, reward in [("reward", self.reward), *self.eval_rewards.items()]:
+                scores = reward.score(images, batch["prompt"])  # type: ignore[operator]
+                self._evaluated.setdefault(f"{stage}/{name}", []).append(scores.detach().double().cpu())
+        except Exception as error:
+            self._failure = error
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation()
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation()
+
+    def _check_evaluation_shares(self) -> None:
+        """A rank without a batch would skip the evaluation, and the exchange at its end, while others wait for it."""
+        trainer: Any = self.trainer
+        if self.ranks.size == 1 or trainer.datamodule is None or trainer.limit_val_batches == 0:
+            return
+        batches = self.ranks.gather(len(trainer.datamodule.val_dataloader()))
+        _check(
+            min(batches) > 0 or max(batches) == 0,
+            f"the validation has fewer images than there are processes: their numbers of batches are {batches}; raise "
+            "limit_test_prompts or eval_seeds, or leave it out with --trainer.limit_val_batches 0",
+        )
+
+    def _log_evaluation(self) -> None:
+        """Mean of each reward over all images of all ranks."""
+        failure, evaluated = self._failure, self._evaluated
+        self._failure, self._evaluated = None, {}
+        with self.ranks.together("the evaluation"):
+            if failure is not None:
+                raise failure
+        own = {name: torch.cat(parts) for name, parts in evaluated.items()}
+        gathered = self.ranks.gather({name: (float(scores.sum()), len(scores)) for name, scores in own.items()})
+        for name in dict.fromkeys(name for each in gathered for name in each):
+            sums, counts = zip(*(each[name] for each in gathered if name in each), strict=True)
+            self.log(name, sum(sums) / sum(counts), prog_bar=name.endswith("/reward"))
 
     # ── pieces ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -354,31 +441,42 @@ class RewardRLModule(L.LightningModule):
         return chosen if chosen != "auto" else ("merged" if exact else "gated")
 
     def _store(self, trajectory: Trajectory, batch: dict[str, Any], reward: Tensor) -> None:
+        """Put the samples with a finite reward into the buffer; statistics and logs are of all ranks' samples."""
         finite = torch.isfinite(reward)
-        kept = int(finite.sum())
-        self._stop_if_none(kept)
+        rows = finite.cpu().nonzero().flatten()
+        own = (batch["prompt_id"].cpu(), list(batch["prompt"]), reward.cpu())
+        everyones = self.ranks.gather(own)
+        prompt_ids = torch.cat([ids for ids, _, _ in everyones])
+        rewards = torch.cat([values for _, _, values in everyones])
+        self._stop_if_none(int(torch.isfinite(rewards).sum()))
+        for ids, prompts, _ in everyones:
+            self.prompts.update(zip(ids.tolist(), prompts, strict=True))
+        kept = torch.isfinite(rewards)
+        self.statistics.update(prompt_ids[kept], rewards[kept])
+        baseline, scale = self.statistics(own[0][rows]) if len(rows) else (reward[:0], reward[:0])
+        buffer = self._buffer(len(reward))
+        if self.hparams["buffer_size"] is None:
+            buffer.clear()
+        walk = Trajectory(trajectory.latents[:, finite], trajectory.log_probs[:, finite])
         scores = reward[finite]
-        prompt_ids = batch["prompt_id"][finite.to(batch["prompt_id"].device)].cpu()
-        self.prompts.update(zip(batch["prompt_id"].tolist(), batch["prompt"], strict=True))
-        for ids, values in self._across_ranks((prompt_ids, scores.cpu())):
-            self.statistics.update(ids, values)
-        baseline, scale = self.statistics(prompt_ids)
-        if kept:
-            buffer = self._buffer(len(reward))
-            walk = Trajectory(trajectory.latents[:, finite], trajectory.log_probs[:, finite])
-            buffer.add(walk, prompt_ids, scores, baseline.to(scores), scale.to(scores))
-        self.log("train/dropped_samples", float(len(reward) - kept), reduce_fx="sum", batch_size=len(reward))
-        self.log("reward", scores.mean(), prog_bar=True, logger=False, batch_size=len(reward))
-        self.log_dict(
-            {"train/reward": scores.mean(), "train/reward_std": scores.std(correction=0)}, batch_size=len(reward)
-        )
-        for prompt_id in prompt_ids.unique().tolist():
-            own = scores[(prompt_ids == prompt_id).to(scores.device)]
-            self.log(f"prompt/{self.prompts[prompt_id]}", own.mean(), batch_size=len(own), rank_zero_only=True)
+        buffer.add(walk, own[0][rows], scores, baseline.to(scores), scale.to(scores), rows)
+        held = self.ranks.gather(buffer.size)
+        self._share = buffer.size * len(held) / sum(held)
+        self._log_rewards(prompt_ids, rewards)
+
+    def _log_rewards(self, prompt_ids: Tensor, rewards: Tensor) -> None:
+        finite = torch.isfinite(rewards)
+        scores, size = rewards[finite], len(rewards)
+        self.log("train/dropped_samples", float(size - len(scores)), reduce_fx="sum", batch_size=size)
+        self.log("reward", scores.mean(), prog_bar=True, logger=False, batch_size=size)
+        self.log_dict({"train/reward": scores.mean(), "train/reward_std": scores.std(correction=0)}, batch_size=size)
+        for prompt_id in prompt_ids[finite].unique().tolist():
+            mine = scores[prompt_ids[finite] == prompt_id]
+            self.log(f"prompt/{self.prompts[prompt_id]}", mine.mean(), batch_size=len(mine), rank_zero_only=True)
 
     def _stop_if_none(self, kept: int) -> None:
         """Every rank stops, with a checkpoint saved, when no rank has a finite reward."""
-        if sum(self._across_ranks(kept)) > 0:
+        if kept > 0:
             return
         folder = self.trainer.log_dir or self.trainer.default_root_dir
         path = f"{folder}/checkpoints/before_nan_rewards.ckpt"
@@ -387,6 +485,28 @@ class RewardRLModule(L.LightningModule):
             f"every reward of rollout {self.rollouts_done + 1} is NaN or infinite ({self.reward.name}); "
             f"the state before it is saved in {path}. Check the images and the reward on them"
         )
+
+    def _over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """Each metric's mean over the stored steps of all ranks, or its largest value if it is one of ``WORST``."""
+        names = list(metrics)
+        values = torch.stack([metrics[name].double() for name in names]).tolist() if names else []
+        shares = self.ranks.gather((self._share, dict(zip(names, values, strict=True))))
+        found: dict[str, list[tuple[float, float]]] = {}
+        for share, each in shares:
+            for name, value in each.items():
+                found.setdefault(name, []).append((share, value))
+        total = {name: sum(share for share, _ in pairs) for name, pairs in found.items()}
+        return {
+            name: max(value for _, value in pairs)
+            if name in WORST
+            else sum(share * value for share, value in pairs) / total[name]
+            for name, pairs in found.items()
+        }
+
+    def _adapt_kl_weight(self, kl: float) -> None:
+        target = self.hparams["kl_target"]
+        if target is not None and self.rollouts_done >= self.hparams["kl_warmup"]:
+            self.kl_weight = adapted_kl_weight(self.kl_weight, kl, target)
 
     def _buffer(self, batch_size: int) -> ReplayBuffer:
         """The replay buffer, allocated at the first rollout."""
@@ -401,12 +521,15 @@ class RewardRLModule(L.LightningModule):
             self.replay = ReplayBuffer(capacity, steps, self.backbone.latent_shape, self.device)
         return self.replay
 
-    def _batches(self, count: int) -> Iterator[Transitions]:
+    def _batches(self, count: int, use: str) -> Iterator[Transitions]:
+        """Endless batches of ``count`` stored steps; none on a rank that holds no sample with a finite reward."""
         if self.replay is None:
-            raise RuntimeError(
-                f"rank {self.global_rank} has no finite reward to learn from yet; check the reward model"
-            )
-        for slots, steps in self.replay.batches(count, self.generator, self.trained_steps):
+            return
+
+        def seed(lane: int, visit: int) -> int:
+            return image_seed(self.hparams["seed"], self.rollouts_done, lane, f"{use} order {visit}")
+
+        for slots, steps in self.replay.batches(count, seed, self.trained_steps, self.ranks.rank):
             yield self.replay.transitions(slots, steps, self.device)
 
     def _outputs(self, transitions: Transitions) -> tuple[Tensor, Tensor]:
@@ -466,13 +589,7 @@ class RewardRLModule(L.LightningModule):
 
     def _step(self, optimizer: Any, parameters: Any) -> Tensor:
         """Average the gradients over ranks, once; then clip, step, reset. Returns the norm before clipping."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if dist.is_initialized() and dist.get_world_size() > 1 and gradients:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
-            for gradient, part in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+        self.ranks.average_gradients(list(parameters), self._share)
         optimizer.step()
         optimizer.zero_grad()
         return self._norm
@@ -489,17 +606,9 @@ class RewardRLModule(L.LightningModule):
         model = self.trainer.strategy.model if self._trainer is not None else None
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
-    def _across_ranks(self, value: Any) -> list[Any]:
-        """``value`` of every rank, in rank order."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return [value]
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, value)
-        return gathered
-
     def setup(self, stage: str) -> None:
-        # ranks draw different orders; a resumed run overwrites this with the saved state
-        self.generator.manual_seed(self.hparams["seed"] * 1_000_003 + self.global_rank)
+        self.ranks.timeout = getattr(self.trainer.strategy, "_timeout", None)
+        self._check_evaluation_shares()
         trainable = {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
         frozen = [name for name, parameter in self.named_parameters() if id(parameter) not in trainable]
         buffers = [name for name, _ in self.named_buffers()]
@@ -529,50 +638,71 @@ class RewardRLModule(L.LightningModule):
         self.backbone.adapters.load_state_dict(self.adapter_name, parts["adapter"])
         return self.value_function.load_state_dict(parts["value_function"], strict=strict)
 
+    def facts(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint's adapter and replay buffer to keep their meaning."""
+        unet = getattr(self.backbone.adapters, "unet", None)
+        scheduler = {key: value for key, value in dict(self.backbone.scheduler_config).items() if key[0] != "_"}
+        return {
+            "reward": self.reward.name,
+            "adapter_name": self.adapter_name,
+            "base": fingerprint(unet) if unet is not None else None,
+            "latent_shape": list(self.backbone.latent_shape),
+            "scheduler": scheduler,
+            **{name: _plain(self.hparams[name]) for name in FIXED},
+        }
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = {
             "replay": self.replay.state_dict() if self.replay is not None else None,
             "capacity": self.replay.capacity if self.replay is not None else None,
-            "generator": self.generator.get_state(),
+            "random": random_state(self.device),
         }
         checkpoint["dblightning"] = {
-            "adapter_name": self.adapter_name,
-            "reward": self.reward.name,
+            "facts": self.facts(),
             "prompts": dict(self.prompts),
             "statistics": self.statistics.state_dict(),
             "rollouts_done": self.rollouts_done,
             "images_done": self.images_done,
-            "ranks": self._across_ranks(own),
+            "kl_weight": self.kl_weight,
+            "ranks": self.share_rank_states(own),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["dblightning"]
-        if state["reward"] != self.reward.name:
-            raise ValueError(
-                f"the checkpoint was trained on reward {state['reward']!r}, this run has {self.reward.name!r}"
-            )
+        fitting = self._trainer is None or self._trainer.state.fn == "fit"
+        check_same_run(state["facts"], self.facts(), adapter_only=not fitting)
+        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        changed = changed_settings(saved, dict(self.hparams), besides=FIXED)
+        if fitting and changed:
+            what = ", ".join(f"{name} was {then!r} and is {now!r}" for name, (then, now) in changed.items())
+            warnings.warn(f"resuming with other settings than the checkpoint's: {what}", stacklevel=2)
         self.prompts = dict(state["prompts"])
         self.statistics.load_state_dict(state["statistics"])
         self.rollouts_done, self.images_done = state["rollouts_done"], state["images_done"]
-        self._resume_ranks = state["ranks"]
+        if "kl_weight" not in changed:
+            self.kl_weight = state["kl_weight"]
+        self._resumed = state
 
     def on_fit_start(self) -> None:
-        ranks = getattr(self, "_resume_ranks", None)
-        if ranks is None:
+        state = getattr(self, "_resumed", None)
+        rollouts = self.ranks.gather(self.rollouts_done)
+        _check(len(set(rollouts)) == 1, f"the ranks resumed from different checkpoints, after {rollouts} rollouts")
+        if state is None:
             return
         _check(
-            len(ranks) == self.trainer.world_size,
-            f"the checkpoint was saved by {len(ranks)} processes and this run has {self.trainer.world_size}: "
+            len(state["ranks"]) == self.trainer.world_size,
+            f"the checkpoint was saved by {len(state['ranks'])} processes and this run has {self.trainer.world_size}: "
             "a replay buffer belongs to its process, so resume with as many",
         )
-        own = ranks[self.global_rank]
-        self.generator.set_state(own["generator"].cpu())
-        if own["replay"] is not None:
-            self.replay = ReplayBuffer(
-                own["capacity"], len(self.solver.timesteps), self.backbone.latent_shape, self.device
-            )
-            self.replay.load_state_dict(own["replay"])
-        del self._resume_ranks
+        with self.ranks.together("loading a checkpoint's shard"):
+            own = read_shard(state.get("folder", "."), state["ranks"][self.ranks.rank])
+            restore_random_state(own["random"], self.device)
+            if own["replay"] is not None:
+                self.replay = ReplayBuffer(
+                    own["capacity"], len(self.solver.timesteps), self.backbone.latent_shape, self.device
+                )
+                self.replay.load_state_dict(own["replay"])
+        del self._resumed
 
     def export_adapter(self, folder: str, **facts: Any) -> str:
         """Write the adapter as diffusers LoRA safetensors, the run's facts as metadata; returns the file's path."""
@@ -587,3 +717,8 @@ class RewardRLModule(L.LightningModule):
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _plain(value: Any) -> Any:
+    """Lists for any other sequence: what a checkpoint stores, and what a YAML file gives."""
+    return list(value) if isinstance(value, list | tuple | set) else value

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dblightning.sampling import Trajectory
+
+TENSORS = ("latents", "log_probs", "facts", "prompt_ids", "born", "rows")
 
 
 class Transitions(NamedTuple):
@@ -53,17 +58,28 @@ class ReplayBuffer:
         self.facts = torch.zeros(capacity, 3, device=device)  # reward, baseline, scale
         self.prompt_ids = torch.zeros(capacity, dtype=torch.long)
         self.born = torch.zeros(capacity, dtype=torch.long)
+        self.rows = torch.zeros(capacity, dtype=torch.long)
         self.size = 0  # trajectories held
         self.cursor = 0  # where the next one goes
         self.rollouts = 0  # calls of add
 
-    def add(self, trajectory: Trajectory, prompt_ids: Tensor, reward: Tensor, baseline: Tensor, scale: Tensor) -> None:
+    def add(
+        self,
+        trajectory: Trajectory,
+        prompt_ids: Tensor,
+        reward: Tensor,
+        baseline: Tensor,
+        scale: Tensor,
+        rows: Tensor | None = None,
+    ) -> None:
         """Store a rollout; trajectories beyond the capacity push out the oldest.
 
         Args:
-            trajectory: B walks.
+            trajectory: B walks, B >= 0.
             prompt_ids, reward, baseline, scale: each (B,).
+            rows: place of each in the rollout's batch, int64 (B,); None: 0 … B−1.
         """
+        rows = torch.arange(len(reward)) if rows is None else rows
         self.rollouts += 1
         latents = trajectory.latents.transpose(0, 1)
         facts = torch.stack([reward, baseline, scale], dim=1)
@@ -75,6 +91,7 @@ class ReplayBuffer:
         self.facts[at] = facts[keep].to(self.facts)
         self.prompt_ids[slots] = prompt_ids[keep].cpu()
         self.born[slots] = self.rollouts
+        self.rows[slots] = rows[keep].cpu()
         self.cursor = (self.cursor + len(slots)) % self.capacity
         self.size = min(self.size + len(slots), self.capacity)
 
@@ -95,43 +112,53 @@ class ReplayBuffer:
         )
         return Transitions(*(part.to(device, non_blocking=True) for part in gathered))
 
-    def batches(
-        self,
-        count: int,
-        generator: torch.Generator,
-        last_step: int | None = None,
-        latest_only: bool = False,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless random (trajectory, step_index) index batches, each int64 (count,), without replacement per pass.
+    def clear(self) -> None:
+        """Forget every trajectory."""
+        self.size = self.cursor = 0
 
-        Each pass goes once over every stored step in random order; a batch may span two passes.
+    def batches(
+        self, count: int, seed: Callable[[int, int], int], last_step: int | None = None, rank: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless random (trajectory, step_index) index batches, each int64 (count,); none from an empty buffer.
+
+        The stored steps, in order of batch row, rollout and step, are cut into ``count`` lanes of equal length. A batch
+        takes one step of each lane, and a lane goes through its steps in random order before it begins again. (Where
+        ``count`` does not divide the number of steps, a step on the border belongs to two lanes in parts.)
+
+        So every step is drawn equally often, and the order of a lane depends on its number among all ranks' lanes
+        alone: the batches of W ranks laid end to end are the batch one process with W times as many trajectories and
+        ``count`` would draw, without a word between the ranks. That holds while the buffer holds whole rollouts.
 
         Args:
             count: indices per batch.
-            generator: CPU generator that orders the passes.
+            seed: generator seed of (lane, pass); a lane is numbered over all ranks.
             last_step: only steps below it (training without the last ones).
-            latest_only: only the trajectories of the latest rollout.
-
-        Raises:
-            ValueError: nothing stored.
+            rank: whose lanes these are.
         """
         steps = last_step if last_step is not None else self.num_steps
+        total = self.size * steps
+        if total == 0:
+            return
         slots = torch.arange(self.size)
-        if latest_only:
-            slots = slots[self.born[: self.size] == self.rollouts]
-        if not len(slots):
-            raise ValueError("the replay buffer is empty: sample a rollout first")
-        pool = torch.empty(0, dtype=torch.long)
-        while True:
-            while len(pool) < count:
-                pool = torch.cat([pool, torch.randperm(len(slots) * steps, generator=generator)])
-            picked, pool = pool[:count], pool[count:]
-            yield slots[picked // steps], picked % steps
+        slots = slots[np.lexsort((self.born[slots], self.rows[slots]))]
+        # a lane is total / count steps long: in units of 1 / parts steps, that is `length`, a whole number
+        parts = count // math.gcd(total, count)
+        length = total * parts // count
+        starts = torch.arange(count) * length
+        generator = torch.Generator()
+        for visit in itertools.count():
+            if length == 1:
+                order = torch.zeros(count, 1, dtype=torch.long)
+            else:
+                seeds = [seed(rank * count + lane, visit) for lane in range(count)]
+                order = torch.stack([torch.randperm(length, generator=generator.manual_seed(each)) for each in seeds])
+            for column in order.T:
+                picked = (starts + column) // parts
+                yield slots[picked // steps], picked % steps
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, for the checkpoint; only the trajectories held are stored."""
-        tensors = ("latents", "log_probs", "facts", "prompt_ids", "born")
-        held = {name: getattr(self, name)[: self.size].cpu().clone() for name in tensors}
+        held = {name: getattr(self, name)[: self.size].cpu().clone() for name in TENSORS}
         return {**held, "size": self.size, "cursor": self.cursor, "rollouts": self.rollouts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -146,6 +173,6 @@ class ReplayBuffer:
                 f"{tuple(state['latents'].shape[1:])}, this run's is {self.capacity} of "
                 f"{tuple(self.latents.shape[1:])}; resume with the same buffer_size, steps and resolution"
             )
-        for name in ("latents", "log_probs", "facts", "prompt_ids", "born"):
+        for name in TENSORS:
             getattr(self, name)[: state["size"]] = state[name].to(getattr(self, name).device)
         self.size, self.cursor, self.rollouts = state["size"], state["cursor"], state["rollouts"]

@@ -1,34 +1,158 @@
-"""Run under torchrun by test_distributed.py: two rollouts on every rank, then each rank writes its trained tensors."""
+"""Fits in the Gaussian world of ``toy.py``, as a process of its own so that tests can start several and kill them.
+
+    python tests/distributed_fit.py OUT '[{"name": "a", …}, …]'
+
+runs one fit after the other in folder OUT; under torchrun on as many processes as that starts. Each process writes what
+it ended with to OUT/<name>/rank<r>.pt.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor
 
-from dblightning.backbone import DiffusersBackbone
+from dblightning.checkpointing import Preempted, RunCheckpoint, newest_whole
 from dblightning.data import PromptFileDataModule
+from dblightning.distributed import DDP
 from dblightning.module import RewardRLModule
-from dblightning.rewards import JPEGCompressibility
+from tests.toy import GaussianBackbone, LinearReward
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+SETTINGS: dict[str, Any] = {
+    "num_inference_steps": 4, "guidance_scale": 1.0, "clip_range": 0.5, "learning_rate": 0.05, "policy_steps": 2,
+    "policy_batch_size": 4, "gradient_accumulation": 2, "clip_grad_norm": 1.0, "value_steps": 2, "value_batch_size": 8,
+    "value_width": 8, "kl_target": 0.5, "advantage": "both",
+}  # fmt: skip
 
 
-def main(model: str, prompts: str, out: str) -> None:
-    torch.set_num_threads(1)
-    module = RewardRLModule(
-        DiffusersBackbone(model), JPEGCompressibility(offset_kb=1.0, scale_kb=0.1), num_inference_steps=3,
-        guidance_scale=1.0, advantage="both", learning_rate=1e-2, policy_steps=2, policy_batch_size=4,
-        gradient_accumulation=2, value_batch_size=4, value_steps=2, buffer_size=12,
-    )  # fmt: skip
+class TroubledReward(LinearReward):
+    """Fails in one call on one rank, in a way of choice: "raise", "nan" or "kill"."""
+
+    def __init__(self, how: str = "", rank: int = 1, call: int = 2, seconds: float = 0.0) -> None:
+        super().__init__()
+        self.how, self.rank, self.call, self.seconds, self.calls = how, rank, call, seconds, 0
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        self.calls += 1
+        time.sleep(self.seconds)
+        if self.how and self.rank == RANK and self.calls == self.call:
+            if self.how == "raise":
+                raise RuntimeError("no scorer today")
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return torch.full((len(prompts),), float("nan"))
+        return super()._score(images, prompts)
+
+
+class Curves(DummyLogger):
+    """Buffers what is logged, as TensorBoard's does, and writes it when told to save."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file, self.lines = file, list[str]()
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        # wall-clock times differ from run to run
+        kept = {name: value for name, value in metrics.items() if not name.startswith("time/")}
+        self.lines.append(json.dumps([step, kept]))
+
+    def save(self) -> None:
+        with self.file.open("a") as file:
+            file.writelines(line + "\n" for line in self.lines)
+        self.lines = []
+
+    def finalize(self, status: str) -> None:
+        self.save()
+
+
+class Recorder(L.Callback):
+    """The adapter after every optimiser step, and the place to send oneself a signal."""
+
+    def __init__(self, module: RewardRLModule, signals: dict[str, Any]) -> None:
+        self.adapters: list[Tensor] = []
+        self.signals = signals
+        step = module._step
+
+        def recorded(*arguments: Any) -> Tensor:
+            norm = step(*arguments)
+            self.adapters.append(module.backbone.adapters.parameters(module.adapter_name)[0].detach().clone())
+            return norm
+
+        module._step = recorded  # type: ignore[method-assign]
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, RewardRLModule)
+        if self.signals and (RANK, pl_module.rollouts_done) == (self.signals["rank"], self.signals["after"]):
+            os.kill(os.getpid(), signal.Signals[self.signals["name"]])
+
+
+def run(
+    out: Path,
+    name: str,
+    batch_size: int = 4,
+    epochs: int = 1,
+    rollouts_per_epoch: int = 3,
+    settings: dict[str, Any] | None = None,
+    trouble: dict[str, Any] | None = None,
+    signals: dict[str, Any] | None = None,
+    validate: int = 0,
+    every_n_rollouts: int = 2,
+    resume: bool = False,
+    num_nodes: int = 1,
+) -> dict[str, Any]:
+    """One fit; what it ended with."""
+    folder = out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = out / "prompts.txt"
+    if not prompts.exists():
+        prompts.write_text("a red circle\na blue star\na green ring\na pink cross\na white dot\n")
+    torch.manual_seed(RANK)
+    module = RewardRLModule(GaussianBackbone(2), TroubledReward(**(trouble or {})), **(SETTINGS | (settings or {})))
+    recorder = Recorder(module, signals or {})
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0, default_root_dir=out,
+        accelerator="cpu", devices=WORLD // num_nodes, num_nodes=num_nodes, default_root_dir=folder, max_epochs=epochs,
+        strategy=DDP(timeout_s=30) if WORLD > 1 else "auto", enable_progress_bar=False, enable_model_summary=False,
+        logger=Curves(folder / "curves.jsonl") if RANK == 0 else DummyLogger(), log_every_n_steps=1,
+        num_sanity_val_steps=0, limit_val_batches=1.0 if validate else 0,
+        callbacks=[recorder, RunCheckpoint(str(folder / "checkpoints"), every_n_rollouts)],
     )  # fmt: skip
-    trainer.fit(module, datamodule=PromptFileDataModule(prompts, batch_size=2, rollouts_per_epoch=2))
+    data = PromptFileDataModule(
+        str(prompts), batch_size=batch_size, rollouts_per_epoch=rollouts_per_epoch, eval_batch_size=1,
+        limit_test_prompts=validate or None,
+    )  # fmt: skip
+    found = newest_whole(folder / "checkpoints") if resume else None
+    trainer.fit(module, datamodule=data, ckpt_path=str(found) if found else None)
     assert module.replay is not None
-    state = {"trained": module.state_dict(), "replay": module.replay.state_dict(), "images": module.images_done}
-    torch.save(state, Path(out) / f"rank{trainer.global_rank}.pt")
+    return {
+        "trained": module.state_dict(),
+        "optimizers": [optimizer.state_dict()["state"] for optimizer in trainer.optimizers],
+        "replay": module.replay.state_dict(),
+        "counts": [module.rollouts_done, module.images_done, trainer.current_epoch, trainer.global_step],
+        "kl_weight": module.kl_weight,
+        "steps": torch.stack(recorder.adapters),
+        "metrics": {key: float(value) for key, value in trainer.callback_metrics.items() if key[:5] != "time/"},
+    }
+
+
+def main(out: str, runs: str) -> None:
+    """Every run of a JSON list; a run that fails on all ranks does not keep the next from its turn."""
+    torch.set_num_threads(1)
+    for options in json.loads(runs):
+        try:
+            ended = run(Path(out), **options)
+        except (Exception, Preempted) as error:
+            ended = {"error": f"{type(error).__name__}: {error}"}
+        torch.save(ended, Path(out) / options["name"] / f"rank{RANK}.pt")
 
 
 if __name__ == "__main__":

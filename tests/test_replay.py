@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 
 import pytest
 import torch
 
-from dblightning.replay import ReplayBuffer
+from dblightning.replay import TENSORS, ReplayBuffer
 from dblightning.sampling import Trajectory
 
 STEPS, SHAPE = 5, (2, 3, 3)
@@ -19,10 +21,23 @@ def fill(buffer: ReplayBuffer, batch: int, tag: float) -> Trajectory:
     return walk
 
 
+def seed(lane: int, visit: int) -> int:
+    return 1_000 * lane + visit
+
+
 def everything(buffer: ReplayBuffer) -> torch.Tensor:
     """Steps in one whole pass, by (slot, step)."""
-    slots, steps = next(buffer.batches(buffer.size * STEPS, torch.Generator().manual_seed(0)))
+    slots, steps = next(buffer.batches(buffer.size * STEPS, seed))
     return torch.stack([slots, steps])
+
+
+def drawn(buffer: ReplayBuffer, count: int, batches: int, rank: int = 0) -> list[list[tuple[float, int]]]:
+    """The first batches, each step told by (reward, step)."""
+    indices = itertools.islice(buffer.batches(count, seed, rank=rank), batches)
+    return [
+        list(zip(buffer.transitions(slots, steps, "cpu").reward.tolist(), steps.tolist(), strict=True))
+        for slots, steps in indices
+    ]
 
 
 def test_a_transition_is_what_was_rolled_out() -> None:
@@ -60,28 +75,75 @@ def test_a_rollout_larger_than_the_buffer_keeps_its_last_trajectories() -> None:
 def test_a_pass_visits_every_step_once_in_another_order_each_time() -> None:
     buffer = ReplayBuffer(4, STEPS, SHAPE)
     fill(buffer, 4, 0.0)
-    batches = list(itertools.islice(buffer.batches(4, torch.Generator().manual_seed(3)), 10))
-    first, second = ([tuple(pair) for slots, steps in part for pair in zip(slots.tolist(), steps.tolist(), strict=True)]
-                     for part in (batches[:5], batches[5:]))  # fmt: skip
-    assert sorted(first) == sorted(second) == list(itertools.product(range(4), range(STEPS)))
+    batches = drawn(buffer, 4, 10)
+    first, second = (list(itertools.chain(*part)) for part in (batches[:5], batches[5:]))
+    assert sorted(first) == sorted(second) == sorted(everything_of(buffer))
     assert first != second
+
+
+def everything_of(buffer: ReplayBuffer) -> list[tuple[float, int]]:
+    slots, steps = everything(buffer)
+    return list(zip(buffer.transitions(slots, steps, "cpu").reward.tolist(), steps.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("count", [3, 6, 7, 20, 30])
+def test_every_step_is_drawn_equally_often_whatever_the_batch_size(count: int) -> None:
+    buffer = ReplayBuffer(4, STEPS, SHAPE)
+    fill(buffer, 4, 0.0)
+    total = 4 * STEPS
+    batches = drawn(buffer, count, total // math.gcd(total, count))  # as many as make whole passes
+    times = Counter(itertools.chain(*batches))
+    assert set(times.values()) == {count // math.gcd(total, count)}
+    assert len(times) == total
+
+
+def test_a_batch_takes_one_step_of_each_lane() -> None:
+    buffer = ReplayBuffer(4, STEPS, SHAPE)
+    fill(buffer, 4, 0.0)
+    for batch in drawn(buffer, 4, 12):
+        assert [reward for reward, _ in batch] == pytest.approx([0.0, 0.01, 0.02, 0.03])
+    steps = [tuple(step for _, step in batch) for batch in drawn(buffer, 4, 5)]
+    assert any(len(set(each)) > 1 for each in steps)  # each lane in an order of its own
+
+
+@pytest.mark.parametrize(("count", "capacity"), [(2, 3), (3, 6), (4, 6), (7, 6), (15, 6)])
+def test_ranks_together_draw_what_one_process_would(count: int, capacity: int) -> None:
+    """Two buffers of three trajectories a rollout against one of six; the second case holds two rollouts."""
+    whole = ReplayBuffer(2 * capacity, STEPS, SHAPE)
+    parts = [ReplayBuffer(capacity, STEPS, SHAPE) for _ in range(2)]
+    for tag in range(3):
+        walk, rewards = Trajectory(torch.randn(STEPS + 1, 6, *SHAPE), torch.randn(STEPS, 6)), tag + torch.rand(6)
+        whole.add(walk, torch.arange(6), rewards, rewards, rewards)
+        for rank, part in enumerate(parts):
+            mine = slice(3 * rank, 3 * rank + 3)
+            own = Trajectory(walk.latents[:, mine], walk.log_probs[:, mine])
+            part.add(own, torch.arange(3), rewards[mine], rewards[mine], rewards[mine])
+    ranks = [drawn(part, count, 9, rank) for rank, part in enumerate(parts)]
+    assert drawn(whole, 2 * count, 9) == [one + other for one, other in zip(*ranks, strict=True)]
 
 
 def test_the_last_steps_can_be_left_out() -> None:
     buffer = ReplayBuffer(4, STEPS, SHAPE)
     fill(buffer, 4, 0.0)
-    _, steps = next(buffer.batches(12, torch.Generator(), last_step=3))
+    _, steps = next(buffer.batches(12, seed, last_step=3))
     assert torch.bincount(steps).tolist() == [4, 4, 4]
 
 
-def test_age_counts_rollouts_and_latest_only_keeps_to_the_last() -> None:
+def test_age_counts_rollouts_those_without_a_sample_too() -> None:
     buffer = ReplayBuffer(6, STEPS, SHAPE)
     fill(buffer, 2, 0.0)
     fill(buffer, 2, 1.0)
+    fill(buffer, 0, 2.0)
     ages = buffer.transitions(torch.arange(4), torch.zeros(4, dtype=torch.long), "cpu").age
-    assert ages.tolist() == [1, 1, 0, 0]
-    slots, _ = next(buffer.batches(2 * STEPS, torch.Generator(), latest_only=True))
-    assert set(slots.tolist()) == {2, 3}
+    assert ages.tolist() == [2, 2, 1, 1]
+
+
+def test_a_cleared_buffer_holds_the_next_rollout_alone() -> None:
+    buffer = ReplayBuffer(4, STEPS, SHAPE)
+    fill(buffer, 4, 0.0)
+    buffer.clear()
+    fill(buffer, 3, 1.0)
+    assert {math.floor(reward) for reward, _ in everything_of(buffer)} == {1}
 
 
 def test_the_state_survives_saving_and_the_ring_goes_on_at_the_same_place() -> None:
@@ -93,7 +155,7 @@ def test_the_state_survives_saving_and_the_ring_goes_on_at_the_same_place() -> N
     fill(buffer, 2, 2.0)
     torch.manual_seed(0)
     fill(copy, 2, 2.0)
-    for name in ("latents", "log_probs", "facts", "prompt_ids", "born"):
+    for name in TENSORS:
         assert torch.equal(getattr(buffer, name), getattr(copy, name))
     assert (buffer.size, buffer.cursor, buffer.rollouts) == (copy.size, copy.cursor, copy.rollouts)
 
@@ -105,8 +167,10 @@ def test_a_state_of_another_shape_is_refused() -> None:
         ReplayBuffer(5, STEPS + 1, SHAPE).load_state_dict(buffer.state_dict())
 
 
-def test_an_empty_buffer_says_so() -> None:
-    with pytest.raises(ValueError, match="sample a rollout first"):
-        next(ReplayBuffer(2, STEPS, SHAPE).batches(1, torch.Generator()))
+def test_an_empty_buffer_has_no_batches() -> None:
+    assert not list(ReplayBuffer(2, STEPS, SHAPE).batches(1, seed))
+
+
+def test_a_buffer_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="raise buffer_size"):
         ReplayBuffer(0, STEPS, SHAPE)

@@ -1,0 +1,431 @@
+"""No work lost: checked checkpoint files, saved in time, kept few, found again.
+
+A checkpoint file is what ``torch.save`` writes, followed by a digest of it; ``torch.load`` reads it as it is. With
+several processes each writes its replay buffer and random state to a shard beside the file, which names them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from dblightning.distributed import Ranks
+
+#: exit code of a run that a signal stopped after it had saved itself: EX_TEMPFAIL of sysexits.h, "try again later"
+PREEMPTED = 75
+MARK = b"dblightning sha256 "
+FOOTER = len(MARK) + hashlib.sha256().digest_size
+
+
+class DamagedCheckpointError(ValueError):
+    """A file that is cut short, altered or without one of its shards."""
+
+
+class Preempted(SystemExit):
+    """A signal stopped the run and it is saved; ends the process with exit code 75."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(PREEMPTED)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def serialized(state: Any) -> bytes:
+    """``state`` as ``torch.save`` writes it, and its digest."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    body = buffer.getvalue()
+    return body + MARK + hashlib.sha256(body).digest()
+
+
+def write_whole(data: bytes, path: str | Path) -> None:
+    """Put ``data`` at ``path`` so that at any moment the old file or the new one is there, never a part.
+
+    Raises:
+        OSError: it could not be written, on a full disk for instance; what was at ``path`` before is untouched.
+    """
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # the rename must not reach the disk before the contents
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        raise OSError(
+            error.errno,
+            f"cannot save {path} ({len(data) / 1e6:.0f} MB): {reason}. Earlier checkpoints are untouched; "
+            "make room, then resume with --ckpt_path auto",
+        ) from error
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # and the rename itself
+    finally:
+        os.close(folder)
+
+
+def read_whole(path: str | Path) -> Any:
+    """What :func:`write_whole` and :func:`serialized` wrote, on the CPU; a plain ``torch.save`` file too.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DamagedCheckpointError: the file is cut short or altered.
+    """
+    data = Path(path).read_bytes()
+    body, footer = data[:-FOOTER], data[-FOOTER:]
+    if not footer.startswith(MARK):
+        body = data  # of another program, or cut short: then it has no table of contents and cannot be loaded
+    elif hashlib.sha256(body).digest() != footer[len(MARK) :]:
+        raise DamagedCheckpointError(f"{path} is damaged: its contents do not match its SHA-256 digest")
+    try:
+        return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise DamagedCheckpointError(f"{path} is no whole checkpoint ({type(error).__name__}: {error})") from error
+
+
+def newest_whole(folder: str | Path, besides: str | Path | None = None) -> Path | None:
+    """The checkpoint of a folder written last that is whole, shards included; None where there is none.
+
+    Args:
+        folder: where to look for ``*.ckpt``.
+        besides: a file to leave out.
+    """
+    files = [file for file in Path(folder).glob("*.ckpt") if besides is None or file != Path(besides)]
+    for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True):
+        try:
+            _check_shards(file, read_whole(file))
+        except (OSError, DamagedCheckpointError) as error:
+            warnings.warn(f"passing over a checkpoint: {error}", stacklevel=2)
+        else:
+            return file
+    return None
+
+
+def _check_shards(file: Path, checkpoint: dict[str, Any]) -> None:
+    """Every shard is there in full size; its digest is checked by the process that loads it."""
+    for entry in checkpoint.get("dblightning", {}).get("ranks", ()):
+        shard = file.parent / entry["shard"] if "shard" in entry else None
+        if shard is not None and (not shard.exists() or shard.stat().st_size != entry["bytes"]):
+            raise DamagedCheckpointError(f"{file} lacks its shard {shard.name}, or a part of it")
+
+
+def write_shards(ranks: Ranks, path: str | Path, state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write this rank's state beside a checkpoint that is about to be written; returns the entries of all ranks.
+
+    The name holds the digest's first digits, so the shards of a file at the same path are never written over.
+    """
+    with ranks.together("writing a checkpoint's shard"):
+        data = serialized(state)
+        name = f"{Path(path).stem}.rank{ranks.rank}.{data[-32:].hex()[:8]}.shard"
+        write_whole(data, Path(path).with_name(name))
+    return ranks.gather({"shard": name, "bytes": len(data)})
+
+
+def read_shard(folder: str | Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """A rank's state from its entry in the checkpoint: itself, or what its shard in ``folder`` holds."""
+    if "shard" not in entry:
+        return entry
+    try:
+        state: dict[str, Any] = read_whole(Path(folder) / entry["shard"])
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(
+            f"the checkpoint's shard {entry['shard']} is not in {folder}: copy the shards along with the checkpoint, "
+            "and on several nodes save to a folder that all of them see"
+        ) from error
+    return state
+
+
+class CheckedCheckpointIO(TorchCheckpointIO):
+    """Lightning's file access through :func:`write_whole` and :func:`read_whole`; remote addresses as before."""
+
+    def __init__(self) -> None:
+        self.held_back: list[Exception] | None = None
+
+    @contextmanager
+    def holding_errors_back(self) -> Iterator[list[Exception]]:
+        """Errors of saving are collected: rank 0 alone writes, and must not leave the ranks' common save early."""
+        self.held_back = []
+        try:
+            yield self.held_back
+        finally:
+            self.held_back = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        try:
+            write_whole(serialized(checkpoint), path)
+        except Exception as error:
+            if self.held_back is None:
+                raise
+            self.held_back.append(error)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The checkpoint; its folder is noted in it, for the shards.
+
+        Raises:
+            DamagedCheckpointError: naming the newest whole checkpoint in the same folder.
+        """
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        try:
+            checkpoint: dict[str, Any] = read_whole(path)
+            _check_shards(Path(path), checkpoint)
+        except DamagedCheckpointError as error:
+            other = newest_whole(Path(path).parent, besides=path)
+            advice = f"the newest whole one is {other}: --ckpt_path {other}" if other else "no other is in its folder"
+            raise DamagedCheckpointError(f"{error}; {advice}") from error
+        if "dblightning" in checkpoint:
+            checkpoint["dblightning"]["folder"] = str(Path(path).parent)
+        return checkpoint
+
+
+# ── when to save ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class RunCheckpoint(Checkpoint):
+    """Save the run every few rollouts, at its end and when it is told to stop; ``fit`` adds one by default.
+
+    SIGTERM and SIGUSR1 (SLURM's warning before a time limit or pre-emption), on any rank, let the rollout at hand end,
+    save, and end every process with exit code 75. In an epoch's last rollout the validation is still done.
+
+    Args:
+        folder: where checkpoints go; None takes ``checkpoints`` under the run's log directory.
+        every_n_rollouts: rollouts between two saves; what a SIGKILL costs at most.
+        keep: how many of the latest checkpoints stay.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    def __init__(self, folder: str | None = None, every_n_rollouts: int = 10, keep: int = 2) -> None:
+        if every_n_rollouts < 1 or keep < 1:
+            raise ValueError(f"every_n_rollouts and keep must be at least 1, got {every_n_rollouts} and {keep}")
+        self.folder = folder
+        self.every_n_rollouts = every_n_rollouts
+        self.keep = keep
+        self.told_to_stop = ""  # the signal this process got
+        self._agreed = ""  # the signal any process got, as all know since the last rollout
+        self._saved = -1
+        self._due = False
+
+    def path(self, trainer: L.Trainer) -> Path:
+        """The folder of this run's checkpoints."""
+        return Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+
+    def find(self, trainer: L.Trainer) -> Path | None:
+        """The newest whole checkpoint of earlier runs, None where there is none.
+
+        Raises:
+            ValueError: the folder is named anew by each run, so earlier runs cannot be found.
+            DamagedCheckpointError: there are checkpoints and none is whole.
+        """
+        folder = self.path(trainer)
+        if self.folder is None and folder.parent.name.startswith("version_"):
+            raise ValueError(
+                f"each run logs to a new folder (now {folder.parent}), so the last run's checkpoint cannot be told; "
+                "give RunCheckpoint a folder, or the logger a fixed version, or name the file in --ckpt_path"
+            )
+        found = newest_whole(folder)
+        if found is None and any(folder.glob("*.ckpt")):
+            raise DamagedCheckpointError(f"every checkpoint in {folder} is damaged; remove them to start over")
+        return found
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckedCheckpointIO()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = self.path(trainer)
+        if not trainer.ckpt_path and any(folder.glob("*.ckpt")):
+            rank_zero_warn(
+                f"{folder} holds checkpoints of an earlier run, which this new run will replace by its own; "
+                "to go on from them use --ckpt_path auto"
+            )
+        self.told_to_stop, self._agreed, self._due = "", "", False
+        self._saved = _rollouts(pl_module)
+        if threading.current_thread() is threading.main_thread():
+            # after Lightning has set its handlers, which exchange with the other ranks from inside the handler
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.told_to_stop = signal.Signals(number).name
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        _flush(trainer)  # a killed run resumes after its last checkpoint, and its curves must reach that far
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        rollouts = _rollouts(pl_module)
+        self._agreed = next(filter(None, _ranks(pl_module).gather(self.told_to_stop)), "")
+        self._due = bool(self._agreed) or rollouts - self._saved >= self.every_n_rollouts
+        # An epoch's last rollout is saved after the epoch's validation, which a resumed run would leave out otherwise
+        if self._due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            if self._agreed:  # the exception below ends the batch before Lightning logs it
+                trainer._logger_connector.on_batch_end()
+                trainer._logger_connector.update_train_step_metrics()
+            self._save_and_obey(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._due:
+            self._save_and_obey(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if _rollouts(pl_module) != self._saved:
+            self.save(trainer, pl_module)
+
+    def _save_and_obey(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._due = False
+        saved = self.save(trainer, module)
+        last = trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs
+        if self._agreed and not (last and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch):
+            message = f"stopped by {self._agreed} after rollout {_rollouts(module)}; saved in {saved}"
+            rank_zero_info(message)
+            raise Preempted(message)
+
+    def save(self, trainer: L.Trainer, module: L.LightningModule) -> Path:
+        """Save now; older checkpoints than the last ``keep`` are removed. A collective call.
+
+        Raises:
+            OSError, RankError: a rank could not write; every rank stops, and earlier checkpoints are untouched.
+        """
+        _flush(trainer)
+        ranks, rollouts = _ranks(module), _rollouts(module)
+        path = self.path(trainer) / f"rollout-{rollouts:06d}.ckpt"
+        file_access = trainer.strategy.checkpoint_io
+        if isinstance(file_access, CheckedCheckpointIO):
+            with _shards(module, path), file_access.holding_errors_back() as errors:
+                trainer.save_checkpoint(path)
+            with ranks.together("saving the checkpoint"):
+                if errors:
+                    raise errors[0]
+        else:  # the user's own plugin
+            trainer.save_checkpoint(path)
+        self._saved = rollouts
+        if trainer.is_global_zero:
+            remove_all_but(self.path(trainer), self.keep)
+        return path
+
+
+@contextmanager
+def _shards(module: Any, path: Path) -> Iterator[None]:
+    """While this lasts, a checkpoint of ``module`` names shards beside ``path``; one process needs none."""
+    before = module.share_rank_states
+    if _ranks(module).size > 1:
+        module.share_rank_states = partial(write_shards, _ranks(module), path)
+    try:
+        yield
+    finally:
+        module.share_rank_states = before
+
+
+def remove_all_but(folder: Path, keep: int) -> None:
+    """Remove the run's checkpoints but the ``keep`` written last, their shards with them."""
+    files = sorted(folder.glob("rollout-*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+    for file in files[:-keep]:
+        file.unlink(missing_ok=True)
+        for shard in folder.glob(f"{file.stem}.rank*.shard"):
+            shard.unlink(missing_ok=True)
+
+
+def _flush(trainer: L.Trainer) -> None:
+    for logger in trainer.loggers:
+        logger.save()
+
+
+def _ranks(module: Any) -> Ranks:
+    ranks: Ranks = module.ranks
+    return ranks
+
+
+def _rollouts(module: Any) -> int:
+    return int(module.rollouts_done)
+
+
+# ── whose checkpoint it is ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_same_run(saved: dict[str, Any], own: dict[str, Any], adapter_only: bool = False) -> None:
+    """Refuse a checkpoint whose adapter or replay buffer would mean something else in this run.
+
+    Args:
+        saved, own: the checkpoint's facts and this run's, by name; "base" is a fingerprint of the base model.
+        adapter_only: the checkpoint is to be scored, not trained on: how its rollouts were sampled does not matter.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if saved["reward"] != own["reward"]:
+        raise ValueError(
+            f"the checkpoint was trained on reward {saved['reward']!r}, this run has {own['reward']!r}; "
+            "resume with the same reward, or start a new run from its exported adapter (init_adapter)"
+        )
+    names = [name for name in own if not (adapter_only and name in SAMPLING)]
+    different = [name for name in names if not _same(saved.get(name), own[name])]
+    if different:
+        what = "; ".join(f"{name} was {saved.get(name)!r} and is {own[name]!r}" for name in different if name != "base")
+        base = "the base model is another one" if "base" in different else ""
+        raise ValueError(
+            f"the checkpoint is of another run: {'; '.join(filter(None, (base, what)))}. Resume with its settings, or "
+            "start a new run from its exported adapter (init_adapter)"
+        )
+
+
+#: facts that say how rollouts are sampled; the others describe the adapter and its base
+SAMPLING = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt", "scheduler")
+
+
+def changed_settings(saved: dict[str, Any], own: dict[str, Any], besides: Iterable[str]) -> dict[str, tuple[Any, Any]]:
+    """Hyperparameters with another value than in the checkpoint: name → (then, now)."""
+    names = [name for name in own if name in saved and name not in besides and not name.startswith("_")]
+    return {name: (saved[name], own[name]) for name in names if not _same(saved[name], own[name])}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, float) and isinstance(other, float):
+        # 1e-3: half-precision copies of a base model differ by 1e-5 in their fingerprints, another model by far more;
+        # an equal setting is equal
+        return one == other or abs(one - other) <= 1e-3 * abs(other)
+    return bool(one == other)
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of torch's global generators, which this package does not draw from but a reward may."""
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Go on from a :func:`random_state`."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
