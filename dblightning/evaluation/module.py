@@ -14,17 +14,21 @@ from typing import Any
 
 import lightning as L
 import pandas as pd
+import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import to_pil_image, to_tensor
 from tqdm import tqdm
 
 from dblightning import __version__
 from dblightning.backbone import Backbone
+from dblightning.evaluation.report import print_summary, write_report
 from dblightning.evaluation.sampler import BlendSampler, load_adapters
 from dblightning.evaluation.specs import BlendSpec, BlendSweep, expand
 from dblightning.evaluation.store import Key, RowStore, keys_of
 from dblightning.evaluation.table import write_scores
+from dblightning.figures import blend_grid_figure
 from dblightning.rewards.base import RewardMetric
 
 
@@ -196,11 +200,26 @@ class BlendEvaluationModule(L.LightningModule):
         scores = self.table({pair for pairs in visited for pair in pairs})
         path = self.out / "scores.parquet"
         write_scores(path, scores, self.record())
-        from dblightning.evaluation.report import print_summary, write_report
-
         write_report(path, self.out, self.out / "images")
+        self._save_grid(scores)
         print_summary(scores)
         print(f"scores, tables and report.html: {self.out}")
+
+    def _save_grid(self, scores: pd.DataFrame) -> None:
+        """``grid.png``: the kept images, one row per prompt and one column per blend."""
+        prompts = dict(zip(scores["prompt_id"], scores["prompt"], strict=True))
+        files = {
+            (spec.label, each): self.out / "images" / spec.label / f"{each}-0.png"
+            for spec in self.blends
+            for each in sorted(prompts)[: self.grid_prompts]
+        }
+        shown = [each for each in prompts if all((spec.label, each) in files for spec in self.blends)]
+        if not shown or not all(file.exists() for file in files.values()):
+            return
+        rows = [torch.stack([to_tensor(Image.open(files[spec.label, each])) for spec in self.blends]) for each in shown]
+        titles = [spec.label.replace("_", "\n") for spec in self.blends]
+        figure = blend_grid_figure(torch.stack(rows), titles, [prompts[each] for each in shown])
+        figure.savefig(self.out / "grid.png", dpi=150)
 
     def table(self, images: set[tuple[int, int]]) -> pd.DataFrame:
         """The score table of this evaluation's blends on (prompt_id, seed) pairs, one row per image."""

@@ -151,6 +151,28 @@ class ShapeAesthetic(RewardMetric):
         return 4 * (0.5 * calm + 0.38 * light + 0.12 * warmth) - 2
 
 
+class Vividness(RewardMetric):
+    """Strong colours all over the picture; in [−2, 2], blind to the caption.
+
+    4 (1 − exp(−C / 0.4)) − 2, where C is the mean over pixels of max(R, G, B) − min(R, G, B). Grey backgrounds cost it,
+    so it pulls against aesthetic's calm, and against compressibility.
+    """
+
+    is_differentiable = True
+    value_range = (-2.0, 2.0)
+    needs_prompt = False
+
+    @property
+    def name(self) -> str:
+        return "vividness"
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        _check_size(images)
+        images = images if images.dtype == torch.float64 else images.float()
+        chroma = (images.amax(1) - images.amin(1)).mean((1, 2))
+        return 4 * (1 - torch.exp(-chroma / 0.4)) - 2
+
+
 class MiniatureCompressibility(JPEGCompressibility):
     """JPEG compressibility under the name the shipped adapter has."""
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from dblightning.miniature import world
-from dblightning.miniature.rewards import ShapeAesthetic, ShapeAlignment, color_masks, compressibility
+from dblightning.miniature.rewards import ShapeAesthetic, ShapeAlignment, Vividness, color_masks, compressibility
 from dblightning.miniature.world import Thing
 from dblightning.rewards.base import RewardMetric
 
-REWARDS = [ShapeAlignment(), ShapeAlignment(strict=True), ShapeAesthetic()]
+REWARDS = [ShapeAlignment(), ShapeAlignment(strict=True), ShapeAesthetic(), Vividness()]
 
 
 def _rendered(count: int, seed: int = 0) -> tuple[Tensor, list[tuple[Thing, ...]]]:
@@ -151,3 +151,11 @@ def test_images_of_another_size_and_foreign_captions_are_refused() -> None:
             reward.score(torch.rand(1, 3, 64, 64), ["A red colored circle."])
     with pytest.raises(ValueError, match="A photo of a cat"):
         ShapeAlignment().score(torch.rand(1, 3, 32, 32), ["A photo of a cat"])
+
+
+def test_vividness_is_lowest_for_grey_and_highest_for_pure_colour() -> None:
+    grey, half, pure = torch.full((1, 3, 32, 32), 0.6), torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
+    half[:, 0, :16], pure[:, 0] = 1.0, 1.0
+    scores = torch.cat([Vividness().score(image, [""]) for image in (grey, half, pure)])
+    expected = [-2.0, 4 * (1 - np.exp(-0.5 / 0.4)) - 2, 4 * (1 - np.exp(-1 / 0.4)) - 2]
+    torch.testing.assert_close(scores, torch.tensor(expected), check_dtype=False)

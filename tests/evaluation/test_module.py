@@ -1,0 +1,191 @@
+"""The ``test`` command: rows that survive a kill, and that do not depend on the number of processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import pytest
+import yaml
+
+from dblightning.backbone import DiffusersBackbone
+from dblightning.data import PromptFileDataModule
+from dblightning.evaluation import BlendEvaluationModule, BlendSpec, BlendSweep
+from dblightning.rewards import JPEGCompressibility
+from tests.conftest import randomize
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ["a red circle", "a blue star", "a green heart", "a pink moon", "a black ring"]
+
+
+@pytest.fixture
+def adapters(sd15_folder: Path, tmp_path: Path) -> dict[str, str]:
+    backbone = DiffusersBackbone(str(sd15_folder))
+    for seed, name in enumerate(["size", "other"]):
+        backbone.adapters.add(name, seed=seed)
+        randomize(backbone.adapters, name, seed)
+        backbone.adapters.export(name, tmp_path / name, backbone.pipeline)
+    return {name: str(tmp_path / name) for name in ("size", "other")}
+
+
+@pytest.fixture
+def config(sd15_folder: Path, tmp_path: Path, adapters: dict[str, str]) -> Path:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    jpeg = "dblightning.rewards.JPEGCompressibility"
+    settings: dict[str, Any] = {
+        "trainer": {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
+                    "enable_model_summary": False, "default_root_dir": str(tmp_path)},
+        "model": {
+            "backbone": {"class_path": "dblightning.backbone.DiffusersBackbone",
+                         "init_args": {"pretrained": str(sd15_folder)}},
+            "num_inference_steps": 2, "guidance_scale": 1.0, "adapters": adapters, "out": str(tmp_path / "out"),
+            "rewards": {"size": {"class_path": jpeg, "init_args": {"scale_kb": 0.01, "offset_kb": 1.0}},
+                        "other": {"class_path": jpeg, "init_args": {"quality": 60, "scale_kb": 0.01}}},
+            "blends": [{"method": "base"}],
+            "sweeps": [{"methods": ["db-mpa", "db-mpa-ls", "rewarded-soup"], "names": ["size", "other"],
+                        "weights": [0.2, 0.7]}],
+        },
+        "data": {"class_path": "dblightning.data.PromptFileDataModule",
+                 "init_args": {"train_file": str(tmp_path / "prompts.txt"), "eval_batch_size": 3, "eval_seeds": 3}},
+    }  # fmt: skip
+    file = tmp_path / "eval.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def start(config: Path, *options: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "dblightning", "test", "--config", str(config), *options]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[bytes]) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output.decode()
+    return output.decode()
+
+
+def module(folder: Path, tmp_path: Path, adapters: dict[str, str], **settings: Any) -> BlendEvaluationModule:
+    rewards: Any = {"size": JPEGCompressibility(scale_kb=0.01, offset_kb=1.0)}
+    sweep = BlendSweep(["db-mpa"], ["size", "other"], [0.2, 0.7])
+    defaults: dict[str, Any] = {"blends": [BlendSpec("base")], "sweeps": [sweep], "out": str(tmp_path / "out")}
+    return BlendEvaluationModule(
+        DiffusersBackbone(str(folder)), adapters=adapters, rewards=rewards, num_inference_steps=2, guidance_scale=1.0,
+        **(defaults | settings),
+    )  # fmt: skip
+
+
+def run(evaluation: BlendEvaluationModule, tmp_path: Path, **data: Any) -> pd.DataFrame:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    settings = {"eval_batch_size": 4, "eval_seeds": 2} | data
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+    trainer.test(evaluation, datamodule=PromptFileDataModule(str(tmp_path / "prompts.txt"), **settings), verbose=False)
+    return pd.read_parquet(evaluation.out / "scores.parquet")
+
+
+def lines(out: Path) -> int:
+    return sum(file.read_text().count("\n") for file in (out / "rows").glob("*.jsonl"))
+
+
+def test_a_killed_evaluation_goes_on_to_the_table_of_an_unbroken_one(config: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    unbroken = start(config, "--model.out", str(whole))
+    process = start(config, "--model.out", str(broken))
+    deadline = time.monotonic() + 200
+    while lines(broken) < 10 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    killed_at = lines(broken)
+    assert not (broken / "scores.parquet").exists()
+    finish(unbroken)
+    (file,) = (broken / "rows").glob("*.jsonl")
+    with file.open("a") as torn:  # as if it had died in the middle of a line
+        torn.write('{"blend": "base", "prompt_id": 4, "se')
+    finish(start(config, "--model.out", str(broken)))
+    expected, found = (pd.read_parquet(out / "scores.parquet") for out in (whole, broken))
+    assert len(expected) == 7 * len(PROMPTS) * 3
+    pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"), check_exact=True)
+    assert lines(broken) == len(expected)  # nothing was made twice
+    assert 10 <= killed_at < len(expected)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_rows_of_one(config: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = start(config, "--model.out", str(one))
+    shared = start(config, "--model.out", str(two), "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    finish(alone)
+    finish(shared)
+    assert {file.name[:5] for file in (two / "rows").glob("*.jsonl")} == {"00000", "00001"}
+    expected, found = (pd.read_parquet(out / "scores.parquet") for out in (one, two))
+    rewards = [name for name in expected if name.startswith("reward/")]
+    drop = ["seconds", "thumbnail", *rewards]
+    pd.testing.assert_frame_equal(found.drop(columns=drop), expected.drop(columns=drop), check_exact=True)
+    # other batches, so other rounding before the JPEG's 8 bits: a pixel of 768 may turn over, a byte or two of 600
+    assert (found[rewards] - expected[rewards]).abs().to_numpy().max() <= 0.6
+
+
+def test_more_blends_and_seeds_make_only_what_is_new(
+    sd15_folder: Path, tmp_path: Path, adapters: dict[str, str]
+) -> None:
+    run(module(sd15_folder, tmp_path, adapters, sweeps=[]), tmp_path, eval_seeds=1)
+    first = lines(tmp_path / "out")
+    sweep = BlendSweep(["rewarded-soup"], ["size", "other"], [0.5])
+    scores = run(module(sd15_folder, tmp_path, adapters, sweeps=[sweep]), tmp_path, eval_seeds=1)
+    assert (first, lines(tmp_path / "out")) == (5, 10)
+    assert scores["blend"].unique().tolist() == ["base", "rewarded-soup_other-0.5_size-0.5"]
+    fewer = run(module(sd15_folder, tmp_path, adapters, sweeps=[]), tmp_path, eval_seeds=1)
+    assert fewer["blend"].unique().tolist() == ["base"]  # what is there already and was not asked for stays out
+
+
+def test_rows_of_another_adapter_or_setting_are_not_mixed_in(
+    sd15_folder: Path, tmp_path: Path, adapters: dict[str, str]
+) -> None:
+    run(module(sd15_folder, tmp_path, adapters), tmp_path)
+    with pytest.raises(ValueError, match="another adapter 'size'"):
+        run(module(sd15_folder, tmp_path, adapters | {"size": adapters["other"]}), tmp_path)
+    with pytest.raises(ValueError, match="run_seed was 0 and is 1"):
+        run(module(sd15_folder, tmp_path, adapters, seed=1), tmp_path)
+
+
+def test_the_table_says_what_each_image_was_and_what_it_cost(
+    sd15_folder: Path, tmp_path: Path, adapters: dict[str, str]
+) -> None:
+    code = BlendSpec("code", {"size": 1.0}, options={"candidates": 3, "block_size": 1, "form": "block"})
+    scores = run(module(sd15_folder, tmp_path, adapters, blends=[BlendSpec("base"), code]), tmp_path)
+    rows = scores.groupby("blend")["unet_rows"].unique().map(list).to_dict()
+    assert rows["base"] == [2]  # one row per step
+    assert rows["db-mpa_other-0.8_size-0.2"] == [4]  # one per step and adapter
+    # one for the first step; the look at its three candidates is also the second step's prediction
+    assert rows["code_size-1_block_size-1_candidates-3_form-block"] == [1 + 3]
+    assert scores["prompt"].tolist()[:4] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    assert (scores["seconds"] > 0).all()
+    assert scores.loc[scores["method"] == "db-mpa", "weight/size"].unique().tolist() == [0.2, 0.7]
+    out = tmp_path / "out"
+    for name in ("report.html", "pareto.png", "grid.png", "summary.csv"):
+        assert (out / name).stat().st_size > 100, name
+    assert (out / "images" / "base" / "0-0.png").exists()
+
+
+def test_a_blend_without_its_adapter_stops_before_sampling(sd15_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="runs adapter 'size'"):
+        module(sd15_folder, tmp_path, {})
+
+
+def test_the_same_seeds_give_every_method_the_same_noise(
+    sd15_folder: Path, tmp_path: Path, adapters: dict[str, str]
+) -> None:
+    """DB-KLA at λ = 0 is the base model, image by image."""
+    kla = BlendSpec("db-kla", {"size": 1.0}, kl_scale=0.0)
+    scores = run(module(sd15_folder, tmp_path, adapters, blends=[BlendSpec("base"), kla], sweeps=[]), tmp_path)
+    base, scaled = (part["thumbnail"].tolist() for _, part in scores.groupby("method"))
+    assert base == scaled
+    assert len(set(base)) == len(base)
