@@ -209,7 +209,7 @@ def strength_figure(estimates: Estimates) -> Figure | None:
 
 
 def save_figure(figure: Figure, path: str | Path, formats: Iterable[str] = ("png", "svg")) -> list[Path]:
-    """Write a figure once per format, named ``path`` with the format's ending; the same figure gives the same bytes.
+    """Write a figure once per format, named ``path`` with the format's ending; figures drawn alike have the same bytes.
 
     Args:
         figure: to write.

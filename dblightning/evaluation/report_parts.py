@@ -127,9 +127,7 @@ def image_grids(
         for prompt_id, prompt, seed in images[["prompt_id", "prompt", "seed"]].itertuples(index=False):
             if len(found) == prompts:
                 break
-            cells = [
-                (name, [_cell(folders, blend, prompt_id, seed, name) for blend in blends]) for name, blends in rows
-            ]
+            cells = [(name, [_cell(folders, blend, prompt_id, seed) for blend in blends]) for name, blends in rows]
             size = sum(len(each.source) * 3 // 4 for _, row in cells for each in row)
             if size > share:
                 break
@@ -164,14 +162,14 @@ def _strength_layout(estimates: Estimates) -> Layout:
     return "Strength λ of one adapter", [f"λ = {scale:g}" for scale in scales], rows
 
 
-def _cell(folders: Sequence[Path], blend: str | None, prompt_id: int, seed: int, name: str) -> Cell:
+def _cell(folders: Sequence[Path], blend: str | None, prompt_id: int, seed: int) -> Cell:
     if blend is None:
         return Cell("", "not evaluated")
     for folder in folders:
         path = folder / blend / f"{prompt_id}-{seed}.png"
         if path.is_file():
             try:
-                return Cell(image_uri(path), f"{name}: {blend}")
+                return Cell(image_uri(path), blend)
             except UnidentifiedImageError:
                 return Cell("", "unreadable")
     return Cell("", "no image")
