@@ -142,7 +142,7 @@ def test_compressibility_counts_standard_deviations_below_the_base_models_mean()
 
 def test_rewards_have_the_names_of_the_shipped_adapters() -> None:
     names = [reward.name for reward in [*REWARDS, compressibility()]]
-    assert names == ["alignment", "alignment_strict", "aesthetic", "compressibility"]
+    assert names == ["alignment", "alignment_strict", "aesthetic", "vividness", "compressibility"]
 
 
 def test_images_of_another_size_and_foreign_captions_are_refused() -> None:
