@@ -59,8 +59,12 @@ def train_and_score(name: str, options: list[str], seed: int, rollouts: int, pro
             "--data.limit_test_prompts", str(prompts),
         )  # fmt: skip
         row = pd.read_csv(f"{folder}/scores/summary.csv").iloc[1]
-    keys = ("aesthetic_gain", "aesthetic_gain_ci", "alignment_gain", "alignment_gain_ci")
-    return {"variant": name, "seed": seed, "train_seconds": round(seconds, 1), **{key: float(row[key]) for key in keys}}
+    facts: dict[str, object] = {"variant": name, "seed": seed, "train_seconds": round(seconds, 1)}
+    for reward in ("aesthetic", "alignment"):
+        gain = f"gain/{reward}"
+        facts[f"{reward}_gain"] = float(row[gain])
+        facts[f"{reward}_gain_ci"] = (float(row[f"{gain}_hi"]) - float(row[f"{gain}_lo"])) / 2
+    return facts
 
 
 def main() -> None:
