@@ -44,7 +44,8 @@ class BlendSamplingCallback(L.Callback):
         blends, sweeps: what to sample, as in ``BlendEvaluationModule``.
         adapters: name → folder of an exported LoRA; the miniature's shipped ones are there by themselves.
         watch: a folder whose subfolders hold exported LoRAs (``<name>/`` or ``<name>/adapter/``), written perhaps by
-            other runs; each evaluation takes what is there by then. A blend waits while an adapter of it is missing.
+            other runs; each evaluation takes what is there by then, dots in names read as underscores (``morl_0.2`` is
+            morl_0_2). A blend waits while an adapter of it is missing.
         rewards: name → reward to score with, beside the module's own and its ``eval_rewards``.
         data: prompts, those of its val loader's split; None takes the run's DataModule.
         num_prompts: how many of them, from the first.
@@ -196,7 +197,7 @@ class BlendSamplingCallback(L.Callback):
             for folder in sorted(self.watch.iterdir()):
                 for place in (folder, folder / "adapter"):
                     if (place / WEIGHTS_NAME).is_file():
-                        found[folder.name] = place
+                        found[folder.name.replace(".", "_")] = place  # adapters' names hold no dots
                         break
         return adapter_folders(module.backbone, {**found, **self.adapters})
 

@@ -138,15 +138,15 @@ def test_an_adapter_that_appears_while_training_runs_is_picked_up(
     class Arrive(L.Callback):
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             if trainer.current_epoch == 0:
-                hidden.rename(watched / "other")
+                hidden.rename(watched / "other_0.5")
 
-    blends = [BlendSpec("base"), BlendSpec("single", {"other": 1.0})]
+    blends = [BlendSpec("base"), BlendSpec("single", {"other_0_5": 1.0})]
     callback = BlendSamplingCallback(
         blends=blends, watch=str(watched), every_n_rollouts=1, num_prompts=1, max_share=None
     )
     fit(sd15_folder, tmp_path, [callback, Arrive()])
     tables = [pd.read_parquet(file) for file in sorted((tmp_path / "log" / "blend_sampling").glob("*.parquet"))]
-    assert [sorted(set(table["blend"])) for table in tables] == [["base"]] * 2 + [["base", "single_other-1"]] * 2
+    assert [sorted(set(table["blend"])) for table in tables] == [["base"]] * 2 + [["base", "single_other_0_5-1"]] * 2
 
 
 def test_an_evaluation_that_would_take_more_than_its_share_waits(
