@@ -59,13 +59,12 @@ def fit(
 
 
 def state(module: RewardRLModule) -> dict[str, Any]:
-    """Everything training goes on from: weights, value function, optimisers, replay, random states."""
+    """Everything training goes on from: weights, value function, optimisers, replay, random state."""
     assert module.replay is not None
     return {
         "weights": module.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in module.trainer.optimizers],
         "replay": module.replay.state_dict(),
-        "orders": module.generator.get_state(),
         "torch": torch.get_rng_state(),
     }
 
