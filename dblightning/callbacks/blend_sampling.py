@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import torch
-import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from dblightning.adapters import WEIGHTS_NAME
 from dblightning.data.base import PromptDataModule
 from dblightning.data.stream import EvalLoader
+from dblightning.distributed import Ranks
 from dblightning.evaluation.analysis import estimate
 from dblightning.evaluation.plots import pareto_figure
 from dblightning.evaluation.sampler import BlendSampler, adapter_folders, check_spec, load_adapters
@@ -184,7 +184,7 @@ class BlendSamplingCallback(L.Callback):
                     for row, image in zip(scored.rows, scored.images, strict=True):
                         if row["prompt_id"] < self.grid_prompts and row["seed"] == 0:
                             grids[row["blend"], row["prompt_id"]] = image.float().cpu()
-        parts = _gathered((rows, grids))
+        parts = Ranks().gather((rows, grids))
         rows = [row for part, _ in parts for row in part]
         if not trainer.is_global_zero or not rows:
             return None, {}
@@ -297,12 +297,3 @@ class BlendSamplingCallback(L.Callback):
         if len(axes) > 1 and weight_names(scores):
             figures["pareto"] = pareto_figure(estimate(with_defaults(scores), samples=200), axes)
         return figures
-
-
-def _gathered(value: Any) -> list[Any]:
-    """``value`` of every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, value)
-    return parts

@@ -15,7 +15,6 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image, to_tensor
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from dblightning import __version__
 from dblightning.backbone import Backbone
+from dblightning.distributed import Ranks
 from dblightning.evaluation.report import print_summary, write_report
 from dblightning.evaluation.sampler import BlendSampler, load_adapters
 from dblightning.evaluation.specs import BlendSpec, BlendSweep, expand
@@ -194,7 +194,7 @@ class BlendEvaluationModule(L.LightningModule):
         """Write the score table, and the report and tables made from it."""
         self._bar.close()
         self.store.close()
-        visited = _gathered(self.visited)
+        visited = Ranks().gather(self.visited)
         if not self.trainer.is_global_zero:
             return
         scores = self.table({pair for pairs in visited for pair in pairs})
@@ -239,12 +239,3 @@ def _description(reward: Any) -> dict[str, Any]:
     plain = {name: value for name, value in vars(reward).items() if isinstance(value, str | int | float | bool)}
     settings = {name: value for name, value in plain.items() if not name.startswith("_") and name != "training"}
     return {"class": type(reward).__name__, "name": reward.name, **settings}
-
-
-def _gathered(value: Any) -> list[Any]:
-    """``value`` of every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, value)
-    return parts
