@@ -387,8 +387,11 @@ def check_same_run(saved: dict[str, Any], own: dict[str, Any], adapter_only: boo
             f"the checkpoint was trained on reward {saved['reward']!r}, this run has {own['reward']!r}; "
             "resume with the same reward, or start a new run from its exported adapter (init_adapter)"
         )
-    names = [name for name in own if not (adapter_only and name in SAMPLING)]
+    names = [name for name in own if name != "base" and not (adapter_only and name in SAMPLING)]
     different = [name for name in names if not _same(saved.get(name), own[name])]
+    # 1e-3: half-precision copies of a base model differ by 1e-5 in their fingerprints, another model by far more
+    if not _same(saved["base"], own["base"], tolerance=1e-3):
+        different.append("base")
     if different:
         what = "; ".join(f"{name} was {saved.get(name)!r} and is {own[name]!r}" for name in different if name != "base")
         base = "the base model is another one" if "base" in different else ""
@@ -408,13 +411,12 @@ def changed_settings(saved: dict[str, Any], own: dict[str, Any], besides: Iterab
     return {name: (saved[name], own[name]) for name in names if not _same(saved[name], own[name])}
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: Any, other: Any, tolerance: float = 0.0) -> bool:
+    """Equal, a tuple and a list of the same values too; floats to a relative ``tolerance``."""
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+        return len(one) == len(other) and all(_same(a, b, tolerance) for a, b in zip(one, other, strict=True))
     if isinstance(one, float) and isinstance(other, float):
-        # 1e-3: half-precision copies of a base model differ by 1e-5 in their fingerprints, another model by far more;
-        # an equal setting is equal
-        return one == other or abs(one - other) <= 1e-3 * abs(other)
+        return abs(one - other) <= tolerance * abs(other)
     return bool(one == other)
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 #: how long a process waits for others to answer the roll call, once it knows that one of them is gone
-ROLL_CALL_S = 5.0
+ROLL_CALL_S = 10.0
 
 
 class RankError(RuntimeError):

@@ -470,9 +470,13 @@ class RewardRLModule(L.LightningModule):
         self.log("train/dropped_samples", float(size - len(scores)), reduce_fx="sum", batch_size=size)
         self.log("reward", scores.mean(), prog_bar=True, logger=False, batch_size=size)
         self.log_dict({"train/reward": scores.mean(), "train/reward_std": scores.std(correction=0)}, batch_size=size)
-        for prompt_id in prompt_ids[finite].unique().tolist():
-            mine = scores[prompt_ids[finite] == prompt_id]
-            self.log(f"prompt/{self.prompts[prompt_id]}", mine.mean(), batch_size=len(mine), rank_zero_only=True)
+        by_prompt = {
+            f"prompt/{self.prompts[prompt_id]}": scores[prompt_ids[finite] == prompt_id].mean().item()
+            for prompt_id in prompt_ids[finite].unique().tolist()
+        }
+        # to the loggers themselves: Lightning would log a prompt's value again in every later rollout of the epoch
+        for logger in self.trainer.loggers:
+            logger.log_metrics(by_prompt, self.trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _stop_if_none(self, kept: int) -> None:
         """Every rank stops, with a checkpoint saved, when no rank has a finite reward."""

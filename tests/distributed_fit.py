@@ -19,6 +19,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dblightning.checkpointing import Preempted, RunCheckpoint, newest_whole
@@ -27,12 +28,20 @@ from dblightning.distributed import DDP
 from dblightning.module import RewardRLModule
 from tests.toy import GaussianBackbone, LinearReward
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SETTINGS: dict[str, Any] = {
     "num_inference_steps": 4, "guidance_scale": 1.0, "clip_range": 0.5, "learning_rate": 0.05, "policy_steps": 2,
     "policy_batch_size": 4, "gradient_accumulation": 2, "clip_grad_norm": 1.0, "value_steps": 2, "value_batch_size": 8,
     "value_width": 8, "kl_target": 0.5, "advantage": "both",
 }  # fmt: skip
+
+
+def rank() -> int:
+    """This process's number, as torchrun tells it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 class TroubledReward(LinearReward):
@@ -45,7 +54,7 @@ class TroubledReward(LinearReward):
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         self.calls += 1
         time.sleep(self.seconds)
-        if self.how and self.rank == RANK and self.calls == self.call:
+        if self.how and self.rank == rank() and self.calls == self.call:
             if self.how == "raise":
                 raise RuntimeError("no scorer today")
             if self.how == "kill":
@@ -76,7 +85,10 @@ class Curves(DummyLogger):
 
 
 class Recorder(L.Callback):
-    """The adapter after every optimiser step, and the place to send oneself a signal."""
+    """The adapter after every optimiser step, and the place to send oneself a signal.
+
+    ``signals``: "name" of one, to "rank", in the rollout "after" so many or in this process's optimiser step "at_step".
+    """
 
     def __init__(self, module: RewardRLModule, signals: dict[str, Any]) -> None:
         self.adapters: list[Tensor] = []
@@ -84,6 +96,7 @@ class Recorder(L.Callback):
         step = module._step
 
         def recorded(*arguments: Any) -> Tensor:
+            self._signal(at_step=len(self.adapters))
             norm = step(*arguments)
             self.adapters.append(module.backbone.adapters.parameters(module.adapter_name)[0].detach().clone())
             return norm
@@ -92,8 +105,23 @@ class Recorder(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, RewardRLModule)
-        if self.signals and (RANK, pl_module.rollouts_done) == (self.signals["rank"], self.signals["after"]):
+        self._signal(after=pl_module.rollouts_done)
+
+    def _signal(self, **when: int) -> None:
+        if self.signals and self.signals["rank"] == rank() and when.items() <= self.signals.items():
             os.kill(os.getpid(), signal.Signals[self.signals["name"]])
+
+
+class SignalAfter(L.Callback):
+    """Sends this process a signal at the start of the rollout after so many."""
+
+    def __init__(self, rollouts: int, name: str = "SIGTERM") -> None:
+        self.rollouts, self.name = rollouts, name
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, RewardRLModule)
+        if pl_module.rollouts_done == self.rollouts:
+            os.kill(os.getpid(), signal.Signals[self.name])
 
 
 def run(
@@ -109,6 +137,7 @@ def run(
     every_n_rollouts: int = 2,
     resume: bool = False,
     num_nodes: int = 1,
+    label: str = "",
 ) -> dict[str, Any]:
     """One fit; what it ended with."""
     folder = out / name
@@ -116,13 +145,14 @@ def run(
     prompts = out / "prompts.txt"
     if not prompts.exists():
         prompts.write_text("a red circle\na blue star\na green ring\na pink cross\na white dot\n")
-    torch.manual_seed(RANK)
+    torch.manual_seed(rank())
     module = RewardRLModule(GaussianBackbone(2), TroubledReward(**(trouble or {})), **(SETTINGS | (settings or {})))
     recorder = Recorder(module, signals or {})
     trainer = L.Trainer(
-        accelerator="cpu", devices=WORLD // num_nodes, num_nodes=num_nodes, default_root_dir=folder, max_epochs=epochs,
-        strategy=DDP(timeout_s=30) if WORLD > 1 else "auto", enable_progress_bar=False, enable_model_summary=False,
-        logger=Curves(folder / "curves.jsonl") if RANK == 0 else DummyLogger(), log_every_n_steps=1,
+        accelerator="cpu", devices=world_size() // num_nodes, num_nodes=num_nodes, max_epochs=epochs,
+        strategy=DDP(timeout_s=120) if world_size() > 1 else "auto", default_root_dir=folder,
+        enable_progress_bar=False, enable_model_summary=False,
+        logger=Curves(folder / "curves.jsonl") if rank() == 0 else DummyLogger(), log_every_n_steps=1,
         num_sanity_val_steps=0, limit_val_batches=1.0 if validate else 0,
         callbacks=[recorder, RunCheckpoint(str(folder / "checkpoints"), every_n_rollouts)],
     )  # fmt: skip
@@ -133,6 +163,8 @@ def run(
     found = newest_whole(folder / "checkpoints") if resume else None
     trainer.fit(module, datamodule=data, ckpt_path=str(found) if found else None)
     assert module.replay is not None
+    if rank() == 0:
+        save_file(module.backbone.adapters.state_dict(module.adapter_name), folder / "adapter.safetensors")
     return {
         "trained": module.state_dict(),
         "optimizers": [optimizer.state_dict()["state"] for optimizer in trainer.optimizers],
@@ -152,7 +184,7 @@ def main(out: str, runs: str) -> None:
             ended = run(Path(out), **options)
         except (Exception, Preempted) as error:
             ended = {"error": f"{type(error).__name__}: {error}"}
-        torch.save(ended, Path(out) / options["name"] / f"rank{RANK}.pt")
+        torch.save(ended, Path(out) / options["name"] / f"{options.get('label', '')}rank{rank()}.pt")
 
 
 if __name__ == "__main__":

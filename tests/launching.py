@@ -1,30 +1,18 @@
-"""Starts ``distributed_fit.py`` in processes of its own, and compares what they ended with."""
+"""Runs the fits of ``distributed_fit.py`` in processes of their own, and compares what they ended with."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-
-
-def command(out: Path, runs: Sequence[dict[str, Any]]) -> list[str]:
-    """The command line that does ``runs`` in folder ``out``."""
-    return [sys.executable, str(ROOT / "tests" / "distributed_fit.py"), str(out), json.dumps(list(runs))]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """This process's, with the package importable and one thread per process."""
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
+from tests import distributed_fit
 
 
 def free_port() -> int:
@@ -35,30 +23,39 @@ def free_port() -> int:
         return port
 
 
-def start(out: Path, runs: Sequence[dict[str, Any]], processes: int = 1) -> list[subprocess.Popen[str]]:
-    """The processes, running, by rank. No launcher watches over them: torchrun would end survivors itself."""
+def finish(out: Path, runs: Sequence[dict[str, Any]], processes: int = 1) -> list[int]:
+    """Do the runs, each process by a fork of this one, which has paid for the imports; the exit codes by rank.
+
+    No launcher watches over them: torchrun would end the survivors of a killed process itself.
+    """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     shared |= {"LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
-    started = []
+    children = []
     for rank in range(processes):
         own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        log = (out / f"log{rank}.txt").open("w")
-        started.append(
-            subprocess.Popen(
-                command(out, runs), cwd=ROOT, env=environment(**own), text=True, stdout=log, stderr=subprocess.STDOUT
-            )
-        )
-    return started
+        child = multiprocessing.get_context("fork").Process(target=_child, args=(out, runs, own, f"log{rank}.txt"))
+        child.start()
+        children.append(child)
+    for child in children:
+        child.join(timeout=300)
+    codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    assert None not in codes, f"a process hangs: {codes}"
+    return codes  # type: ignore[return-value]
 
 
-def finish(out: Path, runs: Sequence[dict[str, Any]], processes: int = 1) -> list[int]:
-    """Do the runs; the exit codes by rank."""
-    return [process.wait(timeout=300) for process in start(out, runs, processes)]
+def _child(out: Path, runs: Sequence[dict[str, Any]], own: dict[str, str], log: str) -> None:
+    os.environ.update(own)
+    with (out / log).open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    distributed_fit.main(str(out), json.dumps(list(runs)))
 
 
-def ended(out: Path, name: str, rank: int = 0) -> dict[str, Any]:
+def ended(out: Path, name: str, rank: int = 0, label: str = "") -> dict[str, Any]:
     """What a rank of a run ended with."""
-    state: dict[str, Any] = torch.load(out / name / f"rank{rank}.pt", weights_only=True)
+    state: dict[str, Any] = torch.load(out / name / f"{label}rank{rank}.pt", weights_only=True)
     return state
 
 
@@ -69,6 +66,13 @@ def curves(out: Path, name: str) -> dict[int, dict[str, float]]:
     for step, metrics in lines:
         found[step] = found.get(step, {}) | metrics
     return found
+
+
+def assert_same_end(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Two runs ended in the same state, bit for bit; only ``steps`` may cover a part of the run."""
+    assert "error" not in one, one
+    assert "error" not in other, other
+    assert_equal({**one, "steps": one["steps"][-1]}, {**other, "steps": other["steps"][-1]})
 
 
 def assert_equal(one: Any, other: Any, where: str = "") -> None:

@@ -215,6 +215,36 @@ def test_a_checkpoint_is_resumed_from_the_command_line(run_config: list[str], tm
     assert state["dblightning"]["rollouts_done"] == 3
 
 
+def test_a_run_told_to_stop_exits_with_75_and_auto_resumes_it(
+    run_config: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing about checkpoints is in the config: saving is the default."""
+    callback = {"class_path": "tests.distributed_fit.SignalAfter", "init_args": {"rollouts": 1}}
+    options = [*run_config, *REWARD, *TINY, "--trainer.enable_checkpointing", "true", "--trainer.max_epochs", "3"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", *options, "--trainer.callbacks", json.dumps([callback]), "--ckpt_path", "auto"])
+    assert stop.value.code == 75
+    folder = tmp_path / "checkpoints"
+    assert [file.name for file in folder.iterdir()] == ["rollout-000002.ckpt"]
+    cli.main(["fit", *options, "--ckpt_path", "auto"])
+    state = torch.load(folder / "rollout-000003.ckpt", weights_only=True)
+    assert state["dblightning"]["rollouts_done"] == 3
+
+
+def test_auto_refuses_a_folder_that_each_run_names_anew(run_config: list[str], tmp_path: Path) -> None:
+    logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": str(tmp_path)}}
+    options = ["--trainer.enable_checkpointing", "true", "--trainer.logger", json.dumps(logger), "--ckpt_path", "auto"]
+    with pytest.raises(ValueError, match="give RunCheckpoint a folder"):
+        cli.main(["fit", *run_config, *REWARD, *options])
+    with pytest.raises(SystemExit, match="looks in RunCheckpoint's folder"):
+        cli.main(["fit", *run_config, *REWARD, "--ckpt_path", "auto"])
+
+
+def test_more_devices_than_there_are_is_refused_before_training(run_config: list[str]) -> None:
+    with pytest.raises(Exception, match="CUDA|gpu|GPU"):
+        cli.main(["fit", *run_config, *REWARD, "--trainer.accelerator", "gpu", "--trainer.devices", "99"])
+
+
 def test_every_further_command_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     for command in cli.OTHERS:
         with pytest.raises(SystemExit) as stop:

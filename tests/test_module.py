@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 from dblightning.data import PromptFileDataModule
-from dblightning.module import RewardRLModule
+from dblightning.module import RewardRLModule, adapted_kl_weight
 from dblightning.policy_gradient import explained_variance
 from dblightning.rewards import JPEGCompressibility
 from dblightning.rewards.base import RewardMetric
@@ -46,12 +47,8 @@ def prompts(tmp_path: Path) -> Any:
 # ── DPOK finds the known optimum of eq. (4) ─────────────────────────────────────────────────────────────────────────
 
 
-def optimal_shift(backbone: GaussianBackbone, solver: DDIMSolver, slope: float, alpha: float) -> float:
-    """Shift of each dimension's mean x₀ at the optimum of eq. (4), written from the definitions.
-
-    The policy may add d_t to the mean of step t. x₀ moves by Σ c_t d_t, c_t the product of the later steps' gains
-    dμ/dx, and the KL of step t is d_t² / (2σ_t²). So d_t = slope · c_t σ_t² / α and the shift is slope/α Σ c_t² σ_t².
-    """
+def reachable_variance(backbone: GaussianBackbone, solver: DDIMSolver) -> float:
+    """Σ c_t² σ_t² over the steps, c_t the gain dx₀/dμ of step t's mean: see :func:`optimal_shift`."""
     alphas, after = solver.schedule.alphas.tolist(), solver.schedule.alphas_next.tolist()
     total, gain_of_later_steps = 0.0, 1.0
     for a, b in zip(reversed(alphas), reversed(after), strict=True):
@@ -60,7 +57,16 @@ def optimal_shift(backbone: GaussianBackbone, solver: DDIMSolver, slope: float, 
         d_epsilon = (1 - a) ** 0.5 / (a * backbone.std**2 + 1 - a)
         coefficient = (1 - b - variance) ** 0.5 - (b * (1 - a) / a) ** 0.5
         gain_of_later_steps *= (b / a) ** 0.5 + coefficient * d_epsilon
-    return slope / alpha * total
+    return total
+
+
+def optimal_shift(backbone: GaussianBackbone, solver: DDIMSolver, slope: float, alpha: float) -> float:
+    """Shift of each dimension's mean x₀ at the optimum of eq. (4), written from the definitions.
+
+    The policy may add d_t to the mean of step t. x₀ moves by Σ c_t d_t, c_t the product of the later steps' gains
+    dμ/dx, and the KL of step t is d_t² / (2σ_t²). So d_t = slope · c_t σ_t² / α and the shift is slope/α Σ c_t² σ_t².
+    """
+    return slope / alpha * reachable_variance(backbone, solver)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +121,39 @@ def test_dpok_converges_to_the_known_optimum(
     expected = optimal_shift(backbone, module.solver, slope, alpha)
     # 5 %: what is left of the policy gradient's noise after averaging
     assert moved.mean(0).flatten().tolist() == pytest.approx([expected] * dims, rel=0.05)
+
+
+def test_the_kl_weight_finds_the_value_at_which_the_kl_is_the_target(tmp_path: Path, prompts: Any) -> None:
+    """At the optimum for α the path KL is Σ d_t²/(2σ_t²) = slope²/(2α²) Σ c_t² σ_t², so the target names one α."""
+    slope, target = 0.5, 0.1
+    backbone = GaussianBackbone()
+    module = RewardRLModule(
+        backbone, LinearReward(slope), num_inference_steps=4, guidance_scale=1.0, clip_range=0.5, kl_weight=0.4,
+        kl_target=target, advantage="prompt", learning_rate=0.02, policy_steps=1, policy_batch_size=4 * 128,
+        gradient_accumulation=1, clip_grad_norm=100.0, buffer_size=None, statistics_window=4096,
+    )  # fmt: skip
+    expected = slope * (reachable_variance(backbone, module.solver) / (2 * target)) ** 0.5
+    assert abs(expected / 0.4 - 1) > 0.3  # the first value is not the answer
+    seen: list[tuple[float, float]] = []
+
+    class Record(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            metrics = trainer.callback_metrics
+            seen.append((float(metrics["train/kl"]), float(metrics["train/kl_weight"])))
+
+    trainer(tmp_path, callbacks=[Record()]).fit(module, datamodule=prompts(batch_size=128, rollouts_per_epoch=150))
+    assert seen[0][1] == pytest.approx(0.4)
+    kl, weight = torch.tensor(seen[-60:]).mean(0).tolist()
+    # 10 %: the controller follows a KL that the policy gradient's noise moves
+    assert kl == pytest.approx(target, rel=0.1)
+    assert weight == pytest.approx(expected, rel=0.1)
+
+
+def test_the_kl_weight_moves_by_two_percent_at_most_and_to_the_right_side() -> None:
+    assert adapted_kl_weight(1.0, kl=2.0, target=2.0) == 1.0
+    assert adapted_kl_weight(1.0, kl=2.2, target=2.0) == pytest.approx(1.01)
+    assert adapted_kl_weight(1.0, kl=50.0, target=2.0) == pytest.approx(1.02)
+    assert adapted_kl_weight(1.0, kl=0.0, target=2.0) == pytest.approx(0.98)
 
 
 # ── on a real architecture ──────────────────────────────────────────────────────────────────────────────────────────
@@ -282,12 +321,25 @@ def test_a_fit_moves_the_adapter_and_nothing_of_the_base(
     assert {name.replace(".base_layer", "") for name in after} == set(before)
     for name, each in after.items():
         assert torch.equal(each, before[name.replace(".base_layer", "")])
-    logged = {name for name in fit.logged_metrics if not name.startswith("prompt/")}
+    logged = set(fit.logged_metrics)
     expected = {"reward", "reward_std", "kl", "ratio", "clip_fraction", "on_policy_ratio_error", "grad_norm"}
     assert {f"train/{name}" for name in expected} <= logged
     assert ("train/value_loss" in logged) == (advantage != "prompt")
     assert "time/images_per_s" in logged
-    assert any(name.startswith("prompt/") for name in fit.logged_metrics)
+
+
+def test_a_prompts_reward_is_logged_in_the_rollouts_that_have_it_alone(tmp_path: Path, prompts: Any) -> None:
+    class Kept(DummyLogger):
+        points: ClassVar[dict[int, set[str]]] = {}
+
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            assert step is not None
+            self.points.setdefault(step, set()).update(name for name in metrics if name.startswith("prompt/"))
+
+    module = RewardRLModule(GaussianBackbone(), LinearReward(), num_inference_steps=4, guidance_scale=1.0)
+    trainer(tmp_path, logger=Kept(), log_every_n_steps=1).fit(module, datamodule=prompts(batch_size=2))
+    assert [len(Kept.points[step]) for step in (0, 1)] == [2, 2]
+    assert not Kept.points[0] & Kept.points[1]  # four prompts in two rollouts
 
 
 def test_the_value_function_takes_real_steps_and_learns(backbone: Any, tmp_path: Path, prompts: Any) -> None:
@@ -423,7 +475,7 @@ def test_a_checkpoint_holds_nothing_of_the_base_model(backbone: Any, tmp_path: P
     assert set(checkpoint["state_dict"]) == expected
 
 
-def test_a_checkpoint_of_another_reward_is_refused(
+def test_a_checkpoint_of_another_run_is_refused_and_other_changes_are_named(
     backbone: Any, sd15_folder: Path, tmp_path: Path, prompts: Any
 ) -> None:
     from dblightning.backbone import DiffusersBackbone
@@ -431,9 +483,19 @@ def test_a_checkpoint_of_another_reward_is_refused(
     fit = trainer(tmp_path, limit_train_batches=1)
     fit.fit(build(backbone), datamodule=prompts())
     fit.save_checkpoint(tmp_path / "run.ckpt")
-    other = build(DiffusersBackbone(str(sd15_folder)), JPEGCompressibility(), adapter_name="Redness")
+
+    def resume(reward: RewardMetric | None = None, **settings: Any) -> None:
+        module = build(DiffusersBackbone(str(sd15_folder)), reward, **settings)
+        trainer(tmp_path).fit(module, datamodule=prompts(), ckpt_path=str(tmp_path / "run.ckpt"))
+
     with pytest.raises(ValueError, match="trained on reward 'Redness'"):
-        trainer(tmp_path).fit(other, datamodule=prompts(), ckpt_path=str(tmp_path / "run.ckpt"))
+        resume(JPEGCompressibility(), adapter_name="Redness")
+    with pytest.raises(ValueError, match="rank was 4 and is 2"):
+        resume(rank=2)
+    with pytest.raises(ValueError, match="eta was 1.0 and is 0.5"):
+        resume(eta=0.5)
+    with pytest.warns(UserWarning, match="learning_rate was 0.01 and is 0.02"):
+        resume(learning_rate=0.02)
 
 
 def test_sdxl_trains_a_step_and_exports_a_lora_that_plain_diffusers_loads(
@@ -471,6 +533,8 @@ def test_validation_scores_the_adapter_with_every_reward(backbone: Any, tmp_path
         ({"eta": 0.0}, "eta must be > 0"),
         ({"clip_range": 0.0}, "clip_range"),
         ({"kl_weight": -1.0}, "kl_weight"),
+        ({"kl_target": 0.0}, "kl_target must be > 0"),
+        ({"kl_target": 1.0, "kl_weight": 0.0}, "kl_weight > 0 to start from"),
         ({"policy_steps": 0}, "policy_steps must be at least 1"),
         ({"skip_last_steps": 4}, "skip_last_steps"),
         ({"buffer_size": 3}, "buffer_size counts single steps"),
