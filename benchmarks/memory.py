@@ -190,8 +190,13 @@ def megabytes(tensors: Any) -> float:
     return sum(tensor.nbytes for tensor in tensors) / 1e6
 
 
+def run_variant(options: argparse.Namespace, variant: str) -> dict[str, Any]:
+    """One measurement: "plain" and "checkpointed" are one update each, "sizes" are those of the paper's settings."""
+    return paper_sizes(options) if variant == "sizes" else one_update(options, variant == "checkpointed")
+
+
 def in_fresh_process(options: argparse.Namespace, variant: str) -> dict[str, Any]:
-    """This script's ``variant`` run alone."""
+    """:func:`run_variant` alone in a process."""
     flags = ["--resolution", str(options.resolution), "--dtype", options.dtype]
     flags += ["--micro-batch", str(options.micro_batch), *(["--tiny"] if options.tiny else [])]
     # memory goes back to the system as soon as it is freed, so that the peak is that of what was in use
@@ -256,8 +261,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if options.variant is not None:
-        sizes = options.variant == "sizes"
-        print(json.dumps(paper_sizes(options) if sizes else one_update(options, options.variant == "checkpointed")))
+        print(json.dumps(run_variant(options, options.variant)))
         return None
     record = measure(options)
     print(markdown(record))

@@ -72,7 +72,8 @@ def summary(rounds: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     images = settings.images * settings.processes
     return {
         "settings": dataclasses.asdict(settings),
-        "counts": rounds[0]["counts"],
+        "images": images,
+        "counts": rounds[0]["counts"],  # of the first process
         "images_per_cpu_second": spread([images / each["cpu_seconds"] for each in rounds]),
         "images_per_wall_second": spread([images / each["seconds"] for each in rounds]),
         "seconds_per_optimizer_step": spread([each["phases"]["update"] / settings.optimizer_steps for each in rounds]),

@@ -196,11 +196,9 @@ class NaiveTrainer:
 
     def export(self, folder: Path) -> None:
         """Write the adapter as diffusers writes LoRAs."""
-        from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
-        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
-        self.pipeline.save_lora_weights(folder, unet_lora_layers=state)
+        self.pipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(self.unet))
 
 
 def start(settings: Settings, meter: Meter) -> tuple[Callable[[], dict[str, Any]], Callable[[Path], None]]:

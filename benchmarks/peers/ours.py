@@ -60,6 +60,7 @@ def build(settings: Settings) -> tuple[RewardRLModule, MiniatureDataModule]:
     if settings.config is not None:
         run = yaml.safe_load(Path(settings.config).read_text(encoding="utf-8"))
         model = {key: value for key, value in run["model"].items() if key not in ("backbone", "reward", "eval_rewards")}
+        model["seed"] = settings.seed
         data = run["data"]["init_args"]
     else:
         model = dict(

@@ -100,8 +100,10 @@ def start(settings: Settings, meter: Meter) -> tuple[Callable[[], dict[str, Any]
         return {"reward": sum(seen) / len(seen)}
 
     def export(to: Path) -> None:
-        to.mkdir(parents=True, exist_ok=True)
-        pipeline.save_checkpoint([pipeline.unet], [], str(to))
+        from peft.utils import get_peft_model_state_dict
+
+        # TRL's own save_checkpoint writes the older lora.up and lora.down keys; the tensors are the same
+        pipeline.sd_pipeline.save_lora_weights(to, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
 
     return one_round, export
 

@@ -40,7 +40,8 @@ class Settings:
         seed: of prompts, noise and adapter.
         processes: data-parallel processes.
         train_fraction: share of every image's steps that is trained.
-        config: a run configuration of this package that replaces all of the above for the contestant "ours".
+        config: a run configuration of this package that replaces all of the above but seed and processes (contestant
+            "ours").
         skip_reference: leave out the base model's forward where its output has no effect (contestant "ours").
         per_prompt: advantages by the prompt's own mean and deviation, else by the batch's.
 

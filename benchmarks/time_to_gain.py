@@ -1,0 +1,224 @@
+"""Training seconds until a gain in held-out aesthetic reward, ours against TRL, each at its own best settings.
+
+    python benchmarks/time_to_gain.py --peer-environment FOLDER --json benchmarks/results/time_to_gain.json
+    python benchmarks/time_to_gain.py --tiny --only ours
+
+The gain is paired: the adapter's images less the base model's, on the same held-out prompts, the same noise and by the
+same scorer, which is this package's sampler for every contestant. Rounds are interleaved, and every contestant's
+adapter is scored after each of its rounds; neither the scoring nor the waiting counts. A contestant stops at the
+largest gain asked for, or after ``--max-cpu-seconds``. A run is small evidence: give several seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from benchmarks import machine
+from benchmarks.peers import environment
+from benchmarks.peers.contestant import Contestant
+from benchmarks.peers.worker import Settings
+from dblightning.adapters import WEIGHTS_NAME
+from dblightning.backbone import DiffusersBackbone
+from dblightning.blending import Base, Single
+from dblightning.miniature import world
+from dblightning.miniature.rewards import ShapeAesthetic
+from dblightning.sampling import DDIMSolver, ImageNoise, denoise_loop
+from dblightning.schedule import DDIMSchedule
+
+CONFIGS = environment.ROOT / "configs"
+#: TRL with rollouts of ours' size; what its defaults say otherwise
+TRL = dict(
+    images=64, sample_batch=64, samples_per_prompt=8, micro_batch=16, optimizer_steps=4, learning_rate=3e-4,
+    weight_decay=1e-4, clip_range=1e-4, per_prompt=False,
+)  # fmt: skip
+#: name → program and settings
+CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ours": ("ours", {"config": str(CONFIGS / "miniature" / "aesthetic.yaml")}),
+    "ours, quickstart": ("ours", {"config": str(CONFIGS / "quickstart.yaml")}),
+    "TRL, defaults": ("trl_ddpo", TRL),
+    "TRL, lr 3e-3": ("trl_ddpo", {**TRL, "learning_rate": 3e-3}),
+    "TRL, tuned": ("trl_ddpo", {**TRL, "learning_rate": 3e-3, "clip_range": 5e-3, "per_prompt": True}),
+    "TRL, tuned, 8 of 20 steps": (
+        "trl_ddpo",
+        {**TRL, "learning_rate": 3e-3, "clip_range": 5e-3, "per_prompt": True, "train_fraction": 0.4},
+    ),
+}
+
+
+class Scorer:
+    """Held-out aesthetic reward of exported adapters, paired with the base model's.
+
+    Args:
+        count: held-out prompts, one image each.
+        steps, guidance_scale: of the sampler (DDIM, eta 1).
+    """
+
+    def __init__(self, count: int, steps: int = 20, guidance_scale: float = 3.0) -> None:
+        self.backbone = DiffusersBackbone("miniature")
+        self.prompts = world.test_prompts()[:count]
+        self.solver = DDIMSolver(DDIMSchedule(self.backbone.scheduler_config, steps), 1.0)
+        self.guidance_scale = guidance_scale
+        self.base = self._score(Base())
+        self._loaded = False
+
+    @torch.no_grad()
+    def _score(self, blend: Any) -> Tensor:
+        scores = []
+        for start in range(0, len(self.prompts), 32):
+            part = self.prompts[start : start + 32]
+            noise = ImageNoise.of(0, range(start, start + len(part)), [0] * len(part), stream="evaluation")
+            conditioning = self.backbone.encode(part)
+            latents = denoise_loop(self.backbone, conditioning, self.solver, blend, noise, self.guidance_scale)
+            scores.append(ShapeAesthetic().score(self.backbone.decode(latents), part))
+        return torch.cat(scores)
+
+    def gain(self, folder: Path) -> tuple[float, float]:
+        """Mean gain over the base of the adapter in ``folder``, and the half width of its 95 % interval."""
+        bank = self.backbone.adapters
+        if not self._loaded:
+            bank.load("tried", folder, self.backbone.pipeline)
+            self._loaded = True
+        else:
+            bank.load_state_dict("tried", _tensors(folder))
+        gains = self._score(Single("tried")) - self.base
+        return float(gains.mean()), float(1.96 * gains.std() / len(gains) ** 0.5)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return {key.removeprefix("unet."): value for key, value in load_file(folder / WEIGHTS_NAME).items()}
+
+
+def seconds_to(target: float, points: list[dict[str, float]], clock: str) -> float | None:
+    """``clock`` at the first point whose gain is at least ``target``; None where there is none."""
+    return next((point[clock] for point in points if point["gain"] >= target), None)
+
+
+def race(contestants: dict[str, Contestant], scorer: Scorer, options: argparse.Namespace) -> dict[str, list[dict]]:
+    """Train all in turns; each one's learning curve: cumulative seconds, images and transitions against gain."""
+    curves: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
+    open_ = list(contestants)
+    with tempfile.TemporaryDirectory() as folder:
+        while open_:
+            for name in list(open_):
+                curve = curves[name]
+                last = curve[-1] if curve else dict.fromkeys(("cpu_s", "wall_s", "images", "transitions"), 0.0)
+                done = contestants[name].round()
+                gain, interval = scorer.gain(contestants[name].export(Path(folder) / "adapter"))
+                curve.append(
+                    {
+                        "cpu_s": last["cpu_s"] + done["cpu_seconds"],
+                        "wall_s": last["wall_s"] + done["seconds"],
+                        "images": last["images"] + done["counts"]["images"],
+                        "transitions": last["transitions"] + done["counts"]["transitions"],
+                        "reward": done["reward"],
+                        "gain": gain,
+                        "gain_ci": interval,
+                    }
+                )
+                print(f"{name}: {json.dumps(curve[-1])}", file=sys.stderr, flush=True)
+                if gain >= max(options.gains) or curve[-1]["cpu_s"] >= options.max_cpu_seconds:
+                    open_.remove(name)
+    return curves
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Race once per seed; returns the record that is written."""
+    described = machine.describe()
+    scorer = Scorer(options.prompts)
+    runs = []
+    for seed in options.seeds:
+        with ExitStack() as stack:
+            running = {}
+            for name in options.only:
+                program, chosen = CONTESTANTS[name]
+                settings = dataclasses.replace(Settings(**chosen), seed=seed)
+                running[name] = stack.enter_context(Contestant(program, settings, options.peer_environment))
+            curves = race(running, scorer, options)
+            versions = {name: contestant.versions for name, contestant in running.items()}
+        for name, curve in curves.items():
+            reached = {
+                f"{target:g}": {clock: seconds_to(target, curve, clock) for clock in ("cpu_s", "wall_s", "images")}
+                for target in options.gains
+            }
+            runs.append({"contestant": name, "seed": seed, "reached": reached, "curve": curve})
+    return {
+        "machine": described,
+        "versions": versions,
+        "settings": {name: CONTESTANTS[name][1] for name in options.only},
+        "prompts": options.prompts,
+        "gains": options.gains,
+        "max_cpu_seconds": options.max_cpu_seconds,
+        "runs": runs,
+    }
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The record as a table."""
+    gains = [f"{gain:g}" for gain in record["gains"]]
+    heads = " | ".join(f"CPU s to +{gain} (images)" for gain in gains)
+    lines = [
+        f"{record['prompts']} held-out prompts; one thread each. {machine.sentence(record['machine'])}.",
+        "",
+        f"| contestant | seed | {heads} | last gain | CPU s |",
+        "|---|---|" + "---|" * (len(gains) + 2),
+    ]
+    for run in record["runs"]:
+        cells = []
+        for gain in gains:
+            reached = run["reached"][gain]
+            never = reached["cpu_s"] is None
+            cells.append("not reached" if never else f"{reached['cpu_s']:.0f} ({reached['images']:.0f})")
+        last = run["curve"][-1]
+        lines.append(
+            f"| {run['contestant']} | {run['seed']} | {' | '.join(cells)} | "
+            f"{last['gain']:+.2f} ± {last['gain_ci']:.2f} | {last['cpu_s']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=["ours", "TRL, tuned"])
+    parser.add_argument("--peer-environment", type=Path, help="folder of TRL's environment; built there if missing")
+    parser.add_argument("--gains", type=float, nargs="+", default=[0.3, 0.5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--prompts", type=int, default=128, help="held-out prompts to score on")
+    parser.add_argument(
+        "--max-cpu-seconds", type=float, default=600.0, help="training seconds after which one gives up"
+    )
+    parser.add_argument("--tiny", action="store_true", help="one round and few prompts")
+    parser.add_argument("--json", type=Path, help="file to write; the Markdown table goes beside it")
+    options = parser.parse_args(arguments)
+    if options.tiny:
+        options.max_cpu_seconds, options.prompts = 0.0, 4
+    if any(CONTESTANTS[name][0] == "trl_ddpo" for name in options.only):
+        if options.peer_environment is None:
+            parser.error("TRL needs its own environment: add --peer-environment FOLDER, or leave TRL out with --only")
+        if not environment.is_ready(options.peer_environment):
+            environment.build(options.peer_environment)
+    torch.set_num_threads(1)
+    record = measure(options)
+    print(markdown(record))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        options.json.with_suffix(".md").write_text(markdown(record) + "\n", encoding="utf-8")
+    return record
+
+
+if __name__ == "__main__":
+    main()
