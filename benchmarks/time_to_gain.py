@@ -5,8 +5,9 @@
 
 The gain is paired: the adapter's images less the base model's, on the same held-out prompts, the same noise and by the
 same scorer, which is this package's sampler for every contestant. Rounds are interleaved, and every contestant's
-adapter is scored after each of its rounds; neither the scoring nor the waiting counts. A contestant stops at the
-largest gain asked for, or after ``--max-cpu-seconds``. A run is small evidence: give several seeds.
+adapter is scored after each of its rounds, or every few (``--score-every``); neither the scoring nor the waiting
+counts. A contestant stops at the largest gain asked for, or after ``--max-cpu-seconds``. A run is small evidence: give
+several seeds.
 """
 
 from __future__ import annotations
@@ -110,27 +111,22 @@ def seconds_to(target: float, points: list[dict[str, float]], clock: str) -> flo
 def race(contestants: dict[str, Contestant], scorer: Scorer, options: argparse.Namespace) -> dict[str, list[dict]]:
     """Train all in turns; each one's learning curve: cumulative seconds, images and transitions against gain."""
     curves: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
+    totals = {name: dict.fromkeys(("cpu_s", "wall_s", "images", "transitions"), 0.0) for name in contestants}
     open_ = list(contestants)
     with tempfile.TemporaryDirectory() as folder:
         while open_:
             for name in list(open_):
-                curve = curves[name]
-                last = curve[-1] if curve else dict.fromkeys(("cpu_s", "wall_s", "images", "transitions"), 0.0)
-                done = contestants[name].round()
+                total = totals[name]
+                for _ in range(options.score_every):
+                    done = contestants[name].round()
+                    total["cpu_s"] += done["cpu_seconds"]
+                    total["wall_s"] += done["seconds"]
+                    total["images"] += done["counts"]["images"]
+                    total["transitions"] += done["counts"]["transitions"]
                 gain, interval = scorer.gain(contestants[name].export(Path(folder) / "adapter"))
-                curve.append(
-                    {
-                        "cpu_s": last["cpu_s"] + done["cpu_seconds"],
-                        "wall_s": last["wall_s"] + done["seconds"],
-                        "images": last["images"] + done["counts"]["images"],
-                        "transitions": last["transitions"] + done["counts"]["transitions"],
-                        "reward": done["reward"],
-                        "gain": gain,
-                        "gain_ci": interval,
-                    }
-                )
-                print(f"{name}: {json.dumps(curve[-1])}", file=sys.stderr, flush=True)
-                if gain >= max(options.gains) or curve[-1]["cpu_s"] >= options.max_cpu_seconds:
+                curves[name].append({**total, "reward": done["reward"], "gain": gain, "gain_ci": interval})
+                print(f"{name}: {json.dumps(curves[name][-1])}", file=sys.stderr, flush=True)
+                if gain >= max(options.gains) or total["cpu_s"] >= options.max_cpu_seconds:
                     open_.remove(name)
     return curves
 
