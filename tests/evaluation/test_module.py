@@ -73,7 +73,10 @@ def finish(process: subprocess.Popen[bytes]) -> str:
 
 
 def module(folder: Path, tmp_path: Path, adapters: dict[str, str], **settings: Any) -> BlendEvaluationModule:
-    rewards: Any = {"size": JPEGCompressibility(scale_kb=0.01, offset_kb=1.0)}
+    rewards: Any = {
+        "size": JPEGCompressibility(scale_kb=0.01, offset_kb=1.0),
+        "other": JPEGCompressibility(quality=60, scale_kb=0.01),
+    }
     sweep = BlendSweep(["db-mpa"], ["size", "other"], [0.2, 0.7])
     defaults: dict[str, Any] = {"blends": [BlendSpec("base")], "sweeps": [sweep], "out": str(tmp_path / "out")}
     return BlendEvaluationModule(
