@@ -5,7 +5,8 @@
     python -m dblightning test     --config configs/eval/….yaml          compare blends: table, Pareto picture, grid
     python -m dblightning predict  --config configs/eval/predict.yaml    write images of blends
 
-and ``pretrain-miniature``, ``score``, ``convert-vila``.
+and ``report`` (tables, figures and one HTML page from score tables), ``score``, ``pretrain-miniature``,
+``convert-vila``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ EVALUATION = ("test", "predict")
 #: further commands: name → (module, function); each takes its own arguments
 OTHERS = {
     "pretrain-miniature": ("dblightning.miniature.pretrain", "main"),
+    "report": ("dblightning.evaluation.report", "report_main"),
     "score": ("dblightning.rewards.score", "score_main"),
     "convert-vila": ("dblightning.rewards.vila_convert", "convert_vila_main"),
 }

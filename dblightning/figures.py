@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -64,31 +63,4 @@ def blend_grid_figure(images: Tensor, columns: Sequence[str], rows: Sequence[str
                 axis.set_title(title, fontsize=8)
         text = "\n".join(textwrap.wrap(label, 18))
         axes[row][0].set_ylabel(text, fontsize=7, rotation=0, ha="right", va="center")
-    return figure
-
-
-def pareto_figure(summary: pd.DataFrame, x: str, y: str) -> Figure:
-    """Mean rewards of every method and weight in the plane of two rewards, with 95 % intervals.
-
-    Args:
-        summary: one row per point with the columns ``method``, ``label`` (the weight), ``order`` (along the curve),
-            and ``<reward>`` and ``<reward>_ci`` (half width of the interval) for both rewards.
-        x, y: the rewards' column names.
-    """
-    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
-    axis = figure.subplots()
-    for method, points in summary.groupby("method", sort=False):
-        points = points.sort_values("order")
-        style = "o-" if len(points) > 1 else "s"
-        axis.errorbar(
-            points[x], points[y], xerr=points[f"{x}_ci"], yerr=points[f"{y}_ci"], fmt=style, capsize=2,
-            elinewidth=0.8, markersize=4, label=str(method),
-        )  # fmt: skip
-        for _, point in points.iterrows():
-            axis.annotate(str(point["label"]), (point[x], point[y]), fontsize=7, xytext=(4, 4),
-                          textcoords="offset points")  # fmt: skip
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
     return figure
