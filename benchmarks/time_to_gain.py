@@ -192,10 +192,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--peer-environment", type=Path, help="folder of TRL's environment; built there if missing")
     parser.add_argument("--gains", type=float, nargs="+", default=[0.3, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--score-every", type=int, default=1, help="rounds between two scorings")
     parser.add_argument("--prompts", type=int, default=128, help="held-out prompts to score on")
-    parser.add_argument(
-        "--max-cpu-seconds", type=float, default=600.0, help="training seconds after which one gives up"
-    )
+    parser.add_argument("--max-cpu-seconds", type=float, default=600.0, help="of training, after which one gives up")
     parser.add_argument("--tiny", action="store_true", help="one round and few prompts")
     parser.add_argument("--json", type=Path, help="file to write; the Markdown table goes beside it")
     options = parser.parse_args(arguments)
