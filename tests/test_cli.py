@@ -105,8 +105,8 @@ def test_fit_exports_an_adapter_and_predict_blends_it(run_config: list[str], tmp
 def test_test_writes_scores_summary_and_figures(run_config: list[str], tmp_path: Path) -> None:
     import pandas as pd
 
-    adapters = {"small": str(export(run_config, tmp_path, "small", 1))}
-    blends = [{"method": "base"}, {"method": "db-kla", "weights": {"small": 1.0}, "kl_scale": 1.5}]
+    adapters = {"size": str(export(run_config, tmp_path, "size", 1))}
+    blends = [{"method": "base"}, {"method": "db-kla", "weights": {"size": 1.0}, "kl_scale": 1.5}]
     rewards = {
         "size": {"class_path": "dblightning.rewards.JPEGCompressibility"},
         "size_75": {"class_path": "dblightning.rewards.JPEGCompressibility", "init_args": {"quality": 75}},
@@ -121,8 +121,8 @@ def test_test_writes_scores_summary_and_figures(run_config: list[str], tmp_path:
     assert set(scores["method"]) == {"base", "db-kla"}
     summary = pd.read_csv(out / "summary.csv")
     base = scores[scores["method"] == "base"]
-    assert summary.loc[0, "size"] == pytest.approx(base["size"].mean(), abs=1e-4)
-    for name in ("pareto.png", "grid.png"):
+    assert summary.loc[0, "reward/size"] == pytest.approx(base["reward/size"].mean(), abs=1e-4)
+    for name in ("gain_by_strength.png", "grid.png"):
         assert Image.open(out / name).size[0] > 100
 
 
@@ -138,7 +138,7 @@ def test_predict_steers_with_code(run_config: list[str], tmp_path: Path) -> None
     import pandas as pd
 
     # the best of three candidates at each step makes smaller files than the base model's own walk
-    assert pd.read_csv(out / "summary.csv").loc[1, "size_gain"] > 0
+    assert pd.read_csv(out / "summary.csv").loc[1, "gain/size"] > 0
     with pytest.raises(ValueError, match="needs rewards"):
         cli.main(["predict", *run_config, "--model.blends", json.dumps(blends), "--model.out", str(out)])
     with pytest.raises(ValueError, match="candidate"):
@@ -191,7 +191,7 @@ def test_wrong_blends_stop_before_anything_is_sampled(run_config: list[str], tmp
         ([{"method": "db-mpa", "weights": {"small": 0.5}}], "sum to 1"),
         ([{"method": "db-mpa", "weights": {"smal": 1.0}}], "'smal'"),
         ([{"method": "db-kla", "weights": {"small": 1.0}, "kl_scale": -1.0}], "kl_scale"),
-        ([], "blends is empty"),
+        ([], "nothing to compare"),
     ]:
         with pytest.raises(ValueError, match=message):
             cli.main(

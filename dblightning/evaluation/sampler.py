@@ -72,7 +72,9 @@ class BlendSampler:
             return None
         unknown = [name for name in spec.weights if name not in self.rewards]
         if unknown:
-            raise ValueError(f"{spec.method} steers by {unknown[0]!r}, but the rewards are {list(self.rewards)}")
+            raise ValueError(
+                f"method {spec.method!r} needs rewards to steer by, and {unknown[0]!r} is not among {list(self.rewards)}"
+            )
         # a reward that is only measured need not be one that a method can follow
         used = {name: reward for name, reward in self.rewards.items() if spec.weights.get(name, not spec.weights)}
         weights = {name: weight for name, weight in spec.weights.items() if weight}
