@@ -184,14 +184,16 @@ def scenes_of_known_prompts() -> dict[str, tuple[list[Detection], bool]]:
     scenes = dict(SCENES)
     for right, each in zip((True, False), by_tag["counting"], strict=False):
         clause = each["include"][0]
-        scenes[each["prompt"]] = ([thing(clause["class"])] * (clause["count"] + (not right)), right)
+        # an object of confidence 0.5 is there for every task but counting
+        unsure = thing(clause["class"], score=0.5)
+        scenes[each["prompt"]] = ([thing(clause["class"])] * (clause["count"] + (not right)) + [unsure], right)
     steps = {"left of": (-30, 0), "right of": (30, 0), "above": (0, -30), "below": (0, 30)}
     for right, each in zip((True, False), by_tag["position"], strict=False):
         landmark, placed = each["include"]
         x, y = steps[placed["position"][0]]
         sign = 1 if right else -1
         scenes[each["prompt"]] = (
-            [thing(landmark["class"]), thing(placed["class"], 50 + sign * x, 50 + sign * y)],
+            [thing(landmark["class"], score=0.5), thing(placed["class"], 50 + sign * x, 50 + sign * y, 0.5)],
             right,
         )
     return scenes
