@@ -11,9 +11,9 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.name)
-def test_every_cell_of_a_notebook_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_cell_of_a_notebook_runs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matplotlib.use("Agg")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(file.parent)  # where Jupyter starts it
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     namespace: dict[str, Any] = {}
     for index, cell in enumerate(cells):
