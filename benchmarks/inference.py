@@ -29,9 +29,11 @@ from torch import Tensor
 
 from dblightning.backbone import Conditioning, DiffusersBackbone
 from dblightning.blending import DBKLA, DBMPA, DBMPALS, Base, RewardedSoup, RewardedSoupFactors
+from dblightning.noise import ImageNoise
 from dblightning.rewards.base import RewardMetric
-from dblightning.sampling import DDIMSolver, ImageNoise, denoise_loop
+from dblightning.sampling import denoise_loop
 from dblightning.schedule import DDIMSchedule
+from dblightning.solvers import DDIMSolver
 from dblightning.steering import RGG, CoDe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -25,8 +25,10 @@ from dblightning.blending import DBMPA, DBMPALS, Base, RewardedSoup, RewardedSou
 from dblightning.miniature import adapters as shipped_adapters
 from dblightning.miniature import rewards as miniature_rewards
 from dblightning.miniature import world
-from dblightning.sampling import DDIMSolver, ImageNoise, Run, denoise_loop
+from dblightning.noise import ImageNoise
+from dblightning.sampling import Run, denoise_loop
 from dblightning.schedule import DDIMSchedule
+from dblightning.solvers import DDIMSolver
 
 REWARDS = {
     "alignment": miniature_rewards.ShapeAlignment,

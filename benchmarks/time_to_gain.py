@@ -35,8 +35,10 @@ from dblightning.backbone import DiffusersBackbone
 from dblightning.blending import Base, Single
 from dblightning.miniature import world
 from dblightning.miniature.rewards import ShapeAesthetic
-from dblightning.sampling import DDIMSolver, ImageNoise, denoise_loop
+from dblightning.noise import ImageNoise
+from dblightning.sampling import denoise_loop
 from dblightning.schedule import DDIMSchedule
+from dblightning.solvers import DDIMSolver
 
 CONFIGS = environment.ROOT / "configs"
 #: TRL with rollouts of ours' size; what its defaults say otherwise

@@ -25,11 +25,13 @@ from dblightning.checkpointing import (
     restore_random_state,
 )
 from dblightning.distributed import Ranks
+from dblightning.noise import ImageNoise, image_seed
 from dblightning.policy_gradient import OBJECTIVES, PromptStatistics, clip_fraction, explained_variance
 from dblightning.replay import ReplayBuffer, Transitions
 from dblightning.rewards.base import RewardMetric
-from dblightning.sampling import DDIMSolver, Execution, ImageNoise, Trajectory, denoise_loop, image_seed, rollout
+from dblightning.sampling import Execution, Trajectory, denoise_loop, rollout
 from dblightning.schedule import DDIMSchedule, gaussian_kl, gaussian_log_prob, to_epsilon
+from dblightning.solvers import DDIMSolver
 from dblightning.value import ValueFunction
 
 #: metrics of which the largest value is logged, not the mean

@@ -13,16 +13,10 @@ from torch import Tensor
 from dblightning.adapters import AdapterBank
 from dblightning.backbone import DiffusersBackbone, load_pipeline
 from dblightning.blending import METHODS, Base, BatchWeights, Blend, WeightSchedule, make_blend
-from dblightning.sampling import (
-    DDIMSolver,
-    DiffusersSolver,
-    Execution,
-    GeneratorNoise,
-    Solver,
-    Steering,
-    denoise_loop,
-)
+from dblightning.noise import GeneratorNoise
+from dblightning.sampling import Execution, Steering, denoise_loop
 from dblightning.schedule import DDIMSchedule
+from dblightning.solvers import DDIMSolver, DiffusersSolver, Solver
 from dblightning.steering import STEERING, Reward, make_steering
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -2,208 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dblightning.backbone import Backbone, Conditioning
 from dblightning.blending import Blend, BlendPlan, BlendStep
-from dblightning.schedule import DDIMSchedule, GaussianStep, gaussian_log_prob, predict_original, to_epsilon
+from dblightning.noise import ImageNoise
+from dblightning.schedule import gaussian_log_prob
+from dblightning.solvers import DDIMSolver, Solver
 
 Execution = Literal["auto", "gated", "merged"]
-
-
-def image_seed(run_seed: int, prompt_id: int, seed: int, stream: str = "noise") -> int:
-    """A 63-bit generator seed for one image and one purpose.
-
-    It depends on nothing else, so an image is the same whatever the batch, the number of devices or the method it is
-    compared with (common random numbers).
-    """
-    digest = hashlib.blake2b(f"{run_seed}/{prompt_id}/{seed}/{stream}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-class ImageNoise:
-    """Standard normal noise and the draws of stochastic blends, from one CPU generator per image.
-
-    Args:
-        seeds: one generator seed per image.
-        device: where the noise is wanted.
-    """
-
-    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
-        #: as diffusers' schedulers take it: one per image, one for the whole batch, or None for the global one
-        self.generators: list[torch.Generator] | torch.Generator | None = [
-            torch.Generator().manual_seed(seed) for seed in seeds
-        ]
-        # apart from the noise, so that a method that draws sees the same noise as one that does not
-        self.draws = [torch.Generator().manual_seed(image_seed(seed, 0, 0, "draws")) for seed in seeds]
-        self.device = torch.device(device)
-
-    @classmethod
-    def of(
-        cls,
-        run_seed: int,
-        prompt_ids: Sequence[int],
-        seeds: Sequence[int],
-        device: torch.device | str = "cpu",
-        stream: str = "noise",
-    ) -> ImageNoise:
-        """Noise of the images (prompt_id, seed) of one run; ``stream`` tells its uses apart (training, evaluation)."""
-        keys = zip(prompt_ids, seeds, strict=True)
-        return cls([image_seed(run_seed, prompt_id, seed, stream) for prompt_id, seed in keys], device)
-
-    def __len__(self) -> int:
-        return len(self.draws)
-
-    def __call__(self, shape: Sequence[int], copies: int = 1) -> Tensor:
-        """The next noise, float32 (B · copies, *shape), an image's copies side by side."""
-        assert isinstance(self.generators, list)
-        size = (copies, *shape)
-        noise = torch.cat([torch.randn(size, generator=generator) for generator in self.generators])
-        return noise.to(self.device, non_blocking=True)
-
-
-class GeneratorNoise(ImageNoise):
-    """Noise as diffusers' pipelines draw it: from one generator for the whole batch, or one per image.
-
-    Args:
-        generator: one generator, a list of B, or None for torch's global one. Generators of another device work.
-        batch: number of images B.
-        device: where the noise is wanted.
-        dtype: precision in which it is drawn; the noise itself is float32.
-
-    Raises:
-        ValueError: a list of another length than B.
-    """
-
-    def __init__(
-        self,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        batch: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        listed = isinstance(generator, Sequence)
-        given = list(generator) if isinstance(generator, Sequence) else [generator]
-        if listed and len(given) != batch:
-            raise ValueError(f"got {len(given)} generators for {batch} images; give one, or one per image")
-        self.generators = given if listed else given[0]  # type: ignore[assignment]
-        self.device = torch.device(device)
-        self.dtype = dtype
-        # from the states, without drawing: the noise stays what it is without a method that draws
-        states = [torch.get_rng_state() if each is None else each.get_state() for each in given]
-        keys = [hashlib.blake2b(state.numpy().tobytes(), digest_size=8).hexdigest() for state in states]
-        seeds = [image_seed(int(keys[i % len(keys)], 16), i, 0, "draws") for i in range(batch)]
-        self.draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, shape: Sequence[int], copies: int = 1) -> Tensor:
-        from diffusers.utils.torch_utils import randn_tensor
-
-        batch = len(self.draws)
-        if copies == 1:
-            size = (batch, *shape)
-            noise = randn_tensor(size, generator=self.generators, device=self.device, dtype=self.dtype)
-        else:
-            size = (batch, copies, *shape)
-            noise = randn_tensor(size, generator=self.generators, device=self.device, dtype=self.dtype).flatten(0, 1)
-        return noise.float()
-
-
-class Solver(Protocol):
-    """What turns predictions into the next latents."""
-
-    timesteps: Tensor
-
-    def initial(self, noise: Tensor) -> Tensor:
-        """The first latents from standard normal noise."""
-        ...
-
-    def scale(self, latents: Tensor, step_index: int) -> Tensor:
-        """The latents as the denoiser wants them."""
-        ...
-
-    def step(
-        self, model_output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1
-    ) -> Tensor:
-        """The next latents; ``copies`` rows per image where a search rolls several."""
-        ...
-
-
-class DDIMSolver:
-    """DDIM with any η; its step is a Gaussian with a known density, so it also serves training.
-
-    Args:
-        schedule: timesteps and ᾱ.
-        eta: 0 deterministic … 1 DDPM.
-    """
-
-    def __init__(self, schedule: DDIMSchedule, eta: float) -> None:
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie between 0 (deterministic) and 1 (DDPM), got {eta}")
-        self.schedule = schedule
-        self.eta = eta
-        self.timesteps = schedule.timesteps
-
-    def initial(self, noise: Tensor) -> Tensor:
-        return noise
-
-    def scale(self, latents: Tensor, step_index: int) -> Tensor:
-        return latents
-
-    def gaussian(self, model_output: Tensor, latents: Tensor, step_index: int | Tensor) -> GaussianStep:
-        """The step's distribution; ``step_index`` may differ per row."""
-        return self.schedule.step(model_output, latents, step_index, self.eta)
-
-    def original(self, model_output: Tensor, latents: Tensor, step_index: int, detach: bool = False) -> Tensor:
-        """Tweedie's x̂₀ of the latents at a step; ``detach`` treats ε as a constant."""
-        alpha, _ = self.schedule.at(step_index, latents)
-        epsilon = to_epsilon(model_output, latents, alpha, self.schedule.prediction_type)
-        return predict_original(epsilon.detach() if detach else epsilon, latents, alpha)
-
-    def step(
-        self, model_output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1
-    ) -> Tensor:
-        gaussian = self.gaussian(model_output, latents, step_index)
-        if self.eta == 0:
-            return gaussian.mean
-        return gaussian.sample(noise(latents.shape[1:], copies))
-
-
-class DiffusersSolver:
-    """Any solver of diffusers' schedulers: DPM-Solver++ (SDE or ODE), Euler-ancestral, …
-
-    Args:
-        scheduler: a diffusers scheduler; it is copied, so one object can serve many runs.
-        num_inference_steps: number T of denoising steps.
-    """
-
-    def __init__(self, scheduler: Any, num_inference_steps: int) -> None:
-        self.scheduler = type(scheduler).from_config(scheduler.config)
-        self.num_inference_steps = num_inference_steps
-        self.scheduler.set_timesteps(num_inference_steps)
-        self.timesteps: Tensor = self.scheduler.timesteps
-        self._takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-
-    def initial(self, noise: Tensor) -> Tensor:
-        self.scheduler.set_timesteps(self.num_inference_steps)  # forget an earlier run's history
-        return noise * float(self.scheduler.init_noise_sigma)
-
-    def scale(self, latents: Tensor, step_index: int) -> Tensor:
-        return self.scheduler.scale_model_input(latents, self.timesteps[step_index])
-
-    def step(
-        self, model_output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1
-    ) -> Tensor:
-        extra = {"generator": noise.generators} if self._takes_generator else {}
-        return self.scheduler.step(model_output, self.timesteps[step_index], latents, return_dict=False, **extra)[0]
 
 
 class Trajectory(NamedTuple):

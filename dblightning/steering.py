@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dblightning.blending import BatchWeights, weights_tensor
-from dblightning.sampling import DDIMSolver, Run, State, Steering
+from dblightning.sampling import Run, State, Steering
+from dblightning.solvers import DDIMSolver
 
 
 class Reward(Protocol):

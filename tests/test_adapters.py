@@ -181,8 +181,10 @@ def test_plain_diffusers_loads_an_export_and_makes_the_same_image(
     theirs = plain("a red circle", **settings).images
 
     from dblightning.blending import Single
-    from dblightning.sampling import DDIMSolver, ImageNoise, denoise_loop
+    from dblightning.noise import ImageNoise
+    from dblightning.sampling import denoise_loop
     from dblightning.schedule import DDIMSchedule
+    from dblightning.solvers import DDIMSolver
 
     solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, 4), eta=0.0)
     with torch.no_grad():

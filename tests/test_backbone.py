@@ -9,8 +9,10 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from dblightning.backbone import DiffusersBackbone, load_pipeline
 from dblightning.blending import Base
-from dblightning.sampling import DDIMSolver, ImageNoise, denoise_loop
+from dblightning.noise import ImageNoise
+from dblightning.sampling import denoise_loop
 from dblightning.schedule import DDIMSchedule
+from dblightning.solvers import DDIMSolver
 
 
 def ours(backbone: Any, prompts: list[str], noise: torch.Tensor, negative: Any, guidance: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ from dblightning.module import RewardRLModule, adapted_kl_weight
 from dblightning.policy_gradient import explained_variance
 from dblightning.rewards import JPEGCompressibility
 from dblightning.rewards.base import RewardMetric
-from dblightning.sampling import DDIMSolver
+from dblightning.solvers import DDIMSolver
 from tests.toy import GaussianBackbone, LinearReward
 
 

@@ -15,10 +15,12 @@ from diffusers import (
 from dblightning.adapters import AdapterBank
 from dblightning.backbone import DiffusersBackbone
 from dblightning.blending import DBMPA
+from dblightning.noise import ImageNoise
 from dblightning.pipeline import DiffusionBlendPipeline
 from dblightning.rewards.base import RewardMetric
-from dblightning.sampling import DDIMSolver, ImageNoise, denoise_loop
+from dblightning.sampling import denoise_loop
 from dblightning.schedule import DDIMSchedule
+from dblightning.solvers import DDIMSolver
 from dblightning.steering import CoDe
 from tests.conftest import randomize
 

@@ -21,17 +21,10 @@ from peft.utils import get_peft_model_state_dict
 
 from dblightning.backbone import DiffusersBackbone
 from dblightning.blending import DBKLA, DBMPA, DBMPALS, Base, RewardedSoup, RewardedSoupFactors, Single
-from dblightning.sampling import (
-    MERGED_GROUP,
-    DDIMSolver,
-    DiffusersSolver,
-    GeneratorNoise,
-    ImageNoise,
-    Run,
-    arrange,
-    denoise_loop,
-)
+from dblightning.noise import GeneratorNoise, ImageNoise
+from dblightning.sampling import MERGED_GROUP, Run, arrange, denoise_loop
 from dblightning.schedule import DDIMSchedule
+from dblightning.solvers import DDIMSolver, DiffusersSolver
 
 STEPS = 20  # where plain diffusers is the judge
 FEW = 5  # elsewhere

@@ -8,10 +8,12 @@ from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 from dblightning.blending import DBMPA, Base
+from dblightning.noise import ImageNoise
 from dblightning.rewards.base import RewardMetric
 from dblightning.rewards.jpeg import JPEGCompressibility
-from dblightning.sampling import DDIMSolver, DiffusersSolver, ImageNoise, denoise_loop
+from dblightning.sampling import denoise_loop
 from dblightning.schedule import DDIMSchedule
+from dblightning.solvers import DDIMSolver, DiffusersSolver
 from dblightning.steering import RGG, CoDe, make_steering
 from tests.conftest import randomize
 

@@ -24,8 +24,10 @@ from dblightning.gaussian_mixture import (
     control,
     jensen_gap,
 )
-from dblightning.sampling import DDIMSolver, ImageNoise, Run, denoise_loop
+from dblightning.noise import ImageNoise
+from dblightning.sampling import Run, denoise_loop
 from dblightning.schedule import DDIMSchedule
+from dblightning.solvers import DDIMSolver
 
 SCHEDULER = {
     "num_train_timesteps": 1000,

@@ -16,9 +16,11 @@ from torch import Tensor
 from dblightning.adapters import WEIGHTS_NAME
 from dblightning.backbone import Backbone
 from dblightning.evaluation.specs import BlendSpec
+from dblightning.noise import ImageNoise
 from dblightning.rewards.base import RewardMetric
-from dblightning.sampling import DDIMSolver, ImageNoise, denoise_loop
+from dblightning.sampling import denoise_loop
 from dblightning.schedule import DDIMSchedule
+from dblightning.solvers import DDIMSolver
 from dblightning.steering import make_steering
 
 #: side of the thumbnails in the score table, from which diversity is computed
@@ -73,7 +75,7 @@ class BlendSampler:
         unknown = [name for name in spec.weights if name not in self.rewards]
         if unknown:
             raise ValueError(
-                f"method {spec.method!r} needs rewards to steer by, and {unknown[0]!r} is not among {list(self.rewards)}"
+                f"method {spec.method!r} needs rewards to steer by: {unknown[0]!r} is not among {list(self.rewards)}"
             )
         # a reward that is only measured need not be one that a method can follow
         used = {name: reward for name, reward in self.rewards.items() if spec.weights.get(name, not spec.weights)}
