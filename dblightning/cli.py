@@ -91,7 +91,9 @@ def _lightning(command: str, arguments: list[str]) -> None:
         run=False,
         args=arguments,
     )
-    options = {"ckpt_path": _checkpoint(cli.config["ckpt_path"], cli.trainer)} if training else {}
+    options: dict[str, Any] = {}
+    if training:
+        options = {"ckpt_path": _checkpoint(cli.config["ckpt_path"], cli.trainer), "weights_only": True}
     run = getattr(cli.trainer, command)
     run(cli.model, datamodule=cli.datamodule, **options)
 
@@ -106,9 +108,7 @@ def _checkpoint(path: str | None, trainer: Trainer) -> str | None:
 
     savers = [each for each in trainer.callbacks if isinstance(each, RunCheckpoint)]  # type: ignore[attr-defined]
     if not savers:
-        sys.exit(
-            f"error: --ckpt_path {path} needs RunCheckpoint; set --trainer.enable_checkpointing true or name a file"
-        )
+        sys.exit(f"error: --ckpt_path {path} looks in RunCheckpoint's folder; name a file, or let checkpoints be saved")
     found = savers[0].find(trainer)
     where = savers[0].path(trainer)
     rank_zero_info(f"resuming from {found}" if found else f"no checkpoint in {where}: starting from the beginning")
