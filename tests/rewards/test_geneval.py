@@ -11,12 +11,15 @@ from torch import Tensor
 
 from dblightning.data.geneval import CLASSES, COLORS, held_out_samples, train_samples
 from dblightning.rewards import GenEvalAccuracy, build_reward
-from dblightning.rewards.detection import SPELLINGS, Detection, TransformersDetector, instances, mask_boxes
+from dblightning.rewards.detection import Detection, TransformersDetector, instances, mask_boxes
 from dblightning.rewards.geneval_rules import COLOR_TEMPLATES, crop, faults, group_objects, known_samples, relations
 from tests.rewards.tiny import pictures, randomise, save_huggingface_clip
 
-#: COCO's labels as detectors spell them
-COCO = [next((ours for ours, name in SPELLINGS.items() if name == each), each) for each in CLASSES]
+#: COCO's labels as COCO spells them, and with Pascal VOC's spellings, which some detectors keep
+RENAMED = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
+COCO = [RENAMED.get(name, name) for name in CLASSES]
+VOC = {"airplane": "aeroplane", "motorcycle": "motorbike", "couch": "sofa", "potted plant": "pottedplant",
+       "dining table": "diningtable", "tv": "tvmonitor"}  # fmt: skip
 
 
 def thing(label: str, x: float = 50, y: float = 50, score: float = 0.95, size: float = 10) -> Detection:
@@ -439,7 +442,7 @@ def test_mask_boxes_enclose_all_parts_of_a_mask() -> None:
 def test_a_box_detector_gives_boxes_in_pixels_and_its_own_labels(tmp_path: Path) -> None:
     from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ResNetConfig
 
-    labels = {0: "N/A", **{index + 1: name for index, name in enumerate(COCO)}}
+    labels = {0: "N/A", **{index + 1: VOC.get(name, name) for index, name in enumerate(COCO)}}
     backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], out_features=["stage4"])
     config = DetrConfig(
         backbone_config=backbone, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
