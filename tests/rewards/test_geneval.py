@@ -430,6 +430,11 @@ def test_masks_are_enlarged_before_they_are_cut() -> None:
     mask_logits = torch.tensor([-1.0, 3.0]).expand(1, 2, 2)
     _, _, boxes, _ = instances(torch.tensor([[9.0, 0.0]]), mask_logits, (8, 8), (8, 8), 0.3)
     assert boxes.tolist() == [[3, 0, 8, 8]]
+    # by way of an input of 4 columns (−1 0 2 3) the image's last five columns are 0.5 1.5 2.25 2.75 3
+    scores, _, boxes, _ = instances(torch.tensor([[9.0, 0.0]]), mask_logits, (4, 4), (8, 8), 0.3)
+    certainty = np.mean([1 / (1 + np.exp(-logit)) for logit in (0.5, 1.5, 2.25, 2.75, 3)])
+    assert boxes.tolist() == [[3, 0, 8, 8]]
+    assert scores.tolist() == pytest.approx([certainty / (1 + np.exp(-9))])
 
 
 def test_mask_boxes_enclose_all_parts_of_a_mask() -> None:
