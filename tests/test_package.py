@@ -19,7 +19,7 @@ def test_the_public_names_are_there() -> None:
     assert dblightning.DiffusionBlendPipeline.__module__ == "dblightning.pipeline"
     for room, names in {
         blending: "Base Single DBMPA DBKLA DBMPALS RewardedSoup RewardedSoupFactors",
-        callbacks: "BeforeAfterGrid ExportAdapter SampleGrid",
+        callbacks: "BeforeAfterGrid BlendSamplingCallback ExportAdapter SampleGrid",
         data: "DrawBenchDataModule GenEvalDataModule PromptFileDataModule MiniatureDataModule",
         rewards: "ImageReward PickScore VILA JPEGCompressibility HPSv2 AestheticScore CLIPScore GenEvalAccuracy WeightedReward",
     }.items():
