@@ -230,7 +230,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"weights, micro-batch {settings['micro_batch']} ({2 * settings['micro_batch']} rows), CPU, "
         f"torch {record['torch']}. {machine.sentence(record['machine'])}.",
         "",
-        "| policy update | peak MB | of it the update | saved for backward, MB | s |",
+        "| policy update | peak MB | of it the update | saved for backward, MB | wall s |",
         "|---|---|---|---|---|",
     ]
     for name in ("plain", "checkpointed"):

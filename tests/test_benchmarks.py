@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import memory, time_to_gain, training
-from benchmarks.peers import environment
+from benchmarks.peers import environment, trl_ddpo
 from benchmarks.peers.naive import NaiveTrainer, ddim_gaussian, log_density
 from benchmarks.peers.worker import Meter, Settings
 from dblightning import miniature
@@ -154,6 +154,29 @@ def test_trl_does_the_same_work_as_ours_without_the_reference() -> None:
     assert record["contestants"]["TRL"]["counts"]["unet_rows_without_grad"] == 16
 
 
+def test_the_copy_for_trl_holds_the_same_pipeline_under_other_keys(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    copy = trl_ddpo.readable_copy(miniature.path(), tmp_path)
+    name = Path("text_encoder") / "model.safetensors"
+    before, after = load_file(miniature.path() / name), load_file(copy / name)
+    assert {f"text_model.{key.removeprefix('text_model.')}" for key in before} == set(after)
+    assert set(before) != set(after)  # transformers 5 writes no prefix; if that changes, this step has no purpose
+    vocab = json.loads((copy / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    assert sorted(vocab.values()) == list(range(570))
+
+
+def test_a_model_that_fell_back_to_random_weights_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    layer = torch.nn.Linear(2, 2)
+    save_file(layer.state_dict(), tmp_path / "model.safetensors")
+    trl_ddpo.check_loaded(layer, tmp_path / "model.safetensors")
+    torch.nn.init.zeros_(layer.weight)
+    with pytest.raises(RuntimeError, match="weight .* was not loaded"):
+        trl_ddpo.check_loaded(layer, tmp_path / "model.safetensors")
+
+
 def test_trl_without_an_environment_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         training.main(["--tiny", "--only", "TRL"])
@@ -207,7 +230,8 @@ def checkpointed() -> tuple[dict[bool, int], dict[bool, int]]:
             nonlocal count
             count += torch.is_grad_enabled()  # not the reference's forward
 
-        backbone.unet.down_blocks[0].resnets[0].register_forward_pre_hook(hook)
+        # in the last block: what comes before the first adapter has no gradients and is never run again
+        backbone.unet.up_blocks[-1].resnets[0].register_forward_pre_hook(hook)
         loss, _ = module.policy_loss(transitions)
         loss.backward()
         calls[active] = count
@@ -240,8 +264,8 @@ def test_tiny_memory_benchmark_writes_its_record(tmp_path: Path, monkeypatch: py
     assert record["ratio"]["saved_for_backward_mb"] < 0.5
     sizes = record["paper_sizes_mb"]
     assert sizes["LoRA's optimiser"] == pytest.approx(2 * sizes["LoRA"], rel=0.01)  # two moments, and step counters
-    # 20 trajectories of 51 latents (4, 16, 16) in float32, and per trajectory 50 log-probs, 3 facts and 2 integers
-    assert sizes["replay buffer"] == pytest.approx(20 * (51 * 1024 * 4 + 53 * 4 + 16) / 1e6)
+    # 20 trajectories of 51 latents (4, 16, 16) and 50 log-probs in float32; 0.1 % for some numbers per trajectory
+    assert sizes["replay buffer"] == pytest.approx(20 * 4 * (51 * 1024 + 50) / 1e6, rel=1e-3)
 
 
 def test_memory_variants_are_those_that_a_fresh_process_understands() -> None:

@@ -11,27 +11,46 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.peers.worker import Meter, Settings, serve
 
 
 def readable_copy(folder: Path, into: Path) -> Path:
-    """A copy of the pipeline whose tokenizer transformers 4 reads: vocab.json and merges.txt beside tokenizer.json."""
-    import shutil
+    """A copy of the pipeline that transformers 4 reads whole.
 
+    It wants vocab.json and merges.txt beside tokenizer.json, and the text encoder's keys under "text_model.", which
+    transformers 5 leaves out; without them it would start from random weights and only warn.
+    """
     copy = into / "pipeline"
     shutil.copytree(folder, copy)
     tokenizer = json.loads((copy / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     (copy / "tokenizer" / "vocab.json").write_text(json.dumps(tokenizer["vocab"]), encoding="utf-8")
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["merges"]]
     (copy / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
+    weights = copy / "text_encoder" / "model.safetensors"
+    prefixed = {f"text_model.{key.removeprefix('text_model.')}": each for key, each in load_file(weights).items()}
+    save_file(prefixed, weights, metadata={"format": "pt"})
     return copy
+
+
+def check_loaded(module: torch.nn.Module, weights: Path) -> None:
+    """Refuse a module that does not hold what the file holds: a library that fell back to random weights.
+
+    Raises:
+        RuntimeError: the first tensor that is missing or differs.
+    """
+    state = module.state_dict()
+    for key, expected in load_file(weights).items():
+        if key not in state or not torch.equal(state[key].float(), expected.float()):
+            raise RuntimeError(f"{key} of {weights} was not loaded: the contestants would not train the same model")
 
 
 def start(settings: Settings, meter: Meter) -> tuple[Callable[[], dict[str, Any]], Callable[[Path], None]]:
@@ -50,9 +69,11 @@ def start(settings: Settings, meter: Meter) -> tuple[Callable[[], dict[str, Any]
     from dblightning.miniature import rewards, world
 
     folder = Path(tempfile.mkdtemp())
-    pipeline = DefaultDDPOStableDiffusionPipeline(
-        str(readable_copy(miniature.path(), folder)), pretrained_model_revision="main", use_lora=True
-    )
+    copy = readable_copy(miniature.path(), folder)
+    pipeline = DefaultDDPOStableDiffusionPipeline(str(copy), pretrained_model_revision="main", use_lora=True)
+    check_loaded(pipeline.text_encoder, copy / "text_encoder" / "model.safetensors")
+    check_loaded(pipeline.unet, copy / "unet" / "diffusion_pytorch_model.safetensors")
+    check_loaded(pipeline.vae, copy / "vae" / "diffusion_pytorch_model.safetensors")
     prompts = random.Random(settings.seed).sample(world.train_prompts(), len(world.train_prompts()))
     draws = itertools.chain.from_iterable(
         itertools.repeat(prompt, settings.samples_per_prompt) for prompt in itertools.cycle(prompts)
