@@ -122,6 +122,7 @@ def test_the_naive_round_does_the_work_its_settings_say() -> None:
 TINY_COUNTS = {"images": 4, "unet_rows_with_grad": 16, "transitions": 8, "optimizer_steps": 1}
 
 
+@pytest.mark.slow
 def test_tiny_training_benchmark_counts_equal_work(tmp_path: Path) -> None:
     training.main(["--tiny", "--only", "ours", "naive", "--json", str(tmp_path / "training.json")])
     record = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
