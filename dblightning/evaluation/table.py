@@ -61,7 +61,7 @@ def write_scores(path: str | Path, frame: pd.DataFrame, record: dict[str, Any]) 
     meta = {**(table.schema.metadata or {}), RECORD_KEY: json.dumps(record).encode()}
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        pq.write_table(table.replace_schema_metadata(meta), aside)
+        pq.write_table(table.replace_schema_metadata(meta), aside, compression="zstd", compression_level=12)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
