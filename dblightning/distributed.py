@@ -96,6 +96,21 @@ class Ranks:
         if failed:
             raise RankError(f"{what} failed on another process, so all stop. " + "; ".join(failed))
 
+    def mean(self, values: dict[str, float], weight: float, largest: Sequence[str] = ()) -> dict[str, float]:
+        """Each value's weighted mean over the ranks that have it. A collective call.
+
+        Args:
+            values: of this rank.
+            weight: what this rank's values count.
+            largest: names of which the largest value is taken instead.
+        """
+        pairs: dict[str, list[tuple[float, float]]] = {}
+        for share, each in self.gather((weight, values)):
+            for name, value in each.items():
+                pairs.setdefault(name, []).append((share, value))
+        means = {name: sum(w * v for w, v in found) / sum(w for w, _ in found) for name, found in pairs.items()}
+        return means | {name: max(value for _, value in pairs[name]) for name in largest if name in pairs}
+
     def average_gradients(self, parameters: Sequence[Tensor], weight: float = 1.0) -> None:
         """Replace each gradient by the ranks' mean, in one exchange.
 

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dblightning.adapters import ATTENTION, fingerprint
+from dblightning.adapters import ATTENTION
 from dblightning.backbone import Backbone
 from dblightning.blending import Blend, Single
-from dblightning.checkpointing import (
-    changed_settings,
-    check_same_run,
-    random_state,
-    read_shard,
-    restore_random_state,
-)
 from dblightning.distributed import Ranks
 from dblightning.noise import ImageNoise, image_seed
 from dblightning.policy_gradient import OBJECTIVES, PromptStatistics, clip_fraction, explained_variance
 from dblightning.replay import ReplayBuffer, Transitions
 from dblightning.rewards.base import RewardMetric
+from dblightning.run_state import RunState
 from dblightning.sampling import Execution, Trajectory, denoise_loop, rollout
 from dblightning.schedule import DDIMSchedule, gaussian_kl, gaussian_log_prob, to_epsilon
 from dblightning.solvers import DDIMSolver
@@ -36,17 +28,6 @@ from dblightning.value import ValueFunction
 
 #: metrics of which the largest value is logged, not the mean
 WORST = ("train/on_policy_ratio_error",)
-#: settings a resumed run may not change: they give the adapter its shape or the stored log-probs their meaning
-FIXED = (
-    "rank",
-    "lora_alpha",
-    "target_modules",
-    "num_inference_steps",
-    "eta",
-    "guidance_scale",
-    "negative_prompt",
-    "value_width",
-)
 
 
 def adapted_kl_weight(kl_weight: float, kl: float, target: float) -> float:
@@ -62,7 +43,7 @@ def adapted_kl_weight(kl_weight: float, kl: float, target: float) -> float:
     return kl_weight * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
-class RewardRLModule(L.LightningModule):
+class RewardRLModule(RunState):
     """DPOK on a LoRA adapter of a frozen diffusion model: rollout → score → replay → value updates → policy updates.
 
     Each training batch holds the prompts of one rollout (per rank). Maximises eq. (4) of the paper,
@@ -494,20 +475,8 @@ class RewardRLModule(L.LightningModule):
 
     def _over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         """Each metric's mean over the stored steps of all ranks, or its largest value if it is one of ``WORST``."""
-        names = list(metrics)
-        values = torch.stack([metrics[name].double() for name in names]).tolist() if names else []
-        shares = self.ranks.gather((self._share, dict(zip(names, values, strict=True))))
-        found: dict[str, list[tuple[float, float]]] = {}
-        for share, each in shares:
-            for name, value in each.items():
-                found.setdefault(name, []).append((share, value))
-        total = {name: sum(share for share, _ in pairs) for name, pairs in found.items()}
-        return {
-            name: max(value for _, value in pairs)
-            if name in WORST
-            else sum(share * value for share, value in pairs) / total[name]
-            for name, pairs in found.items()
-        }
+        values = torch.stack([value.double() for value in metrics.values()]).tolist() if metrics else []
+        return self.ranks.mean(dict(zip(metrics, values, strict=True)), self._share, WORST)
 
     def _adapt_kl_weight(self, kl: float) -> None:
         target = self.hparams["kl_target"]
@@ -621,110 +590,7 @@ class RewardRLModule(L.LightningModule):
         # every rank loads the same base model: nothing of it is broadcast
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen + buffers)
 
-    # ── checkpoints: adapter, value function, replay, statistics, random state; never the base model ──────────────────
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trained tensors: ``adapter.*`` and ``value_function.*``."""
-        adapter = self.backbone.adapters.state_dict(self.adapter_name)
-        value = self.value_function.state_dict()
-        return {f"adapter.{key}": tensor for key, tensor in adapter.items()} | {
-            f"value_function.{key}": tensor for key, tensor in value.items()
-        }
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Restore :meth:`state_dict`.
-
-        Raises:
-            ValueError: tensors of another adapter or value function.
-        """
-        parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "value_function": {}}
-        for key, tensor in state_dict.items():
-            part, _, rest = key.partition(".")
-            parts[part][rest] = tensor
-        self.backbone.adapters.load_state_dict(self.adapter_name, parts["adapter"])
-        return self.value_function.load_state_dict(parts["value_function"], strict=strict)
-
-    def facts(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint's adapter and replay buffer to keep their meaning."""
-        unet = getattr(self.backbone.adapters, "unet", None)
-        scheduler = {key: value for key, value in dict(self.backbone.scheduler_config).items() if key[0] != "_"}
-        return {
-            "reward": self.reward.name,
-            "adapter_name": self.adapter_name,
-            "base": fingerprint(unet) if unet is not None else None,
-            "latent_shape": list(self.backbone.latent_shape),
-            "scheduler": scheduler,
-            **{name: _plain(self.hparams[name]) for name in FIXED},
-        }
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own = {
-            "replay": self.replay.state_dict() if self.replay is not None else None,
-            "capacity": self.replay.capacity if self.replay is not None else None,
-            "random": random_state(self.device),
-        }
-        checkpoint["dblightning"] = {
-            "facts": self.facts(),
-            "prompts": dict(self.prompts),
-            "statistics": self.statistics.state_dict(),
-            "rollouts_done": self.rollouts_done,
-            "images_done": self.images_done,
-            "kl_weight": self.kl_weight,
-            "ranks": self.share_rank_states(own),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["dblightning"]
-        fitting = self._trainer is None or self._trainer.state.fn == "fit"
-        check_same_run(state["facts"], self.facts(), adapter_only=not fitting)
-        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        changed = changed_settings(saved, dict(self.hparams), besides=FIXED)
-        if fitting and changed:
-            what = ", ".join(f"{name} was {then!r} and is {now!r}" for name, (then, now) in changed.items())
-            warnings.warn(f"resuming with other settings than the checkpoint's: {what}", stacklevel=2)
-        self.prompts = dict(state["prompts"])
-        self.statistics.load_state_dict(state["statistics"])
-        self.rollouts_done, self.images_done = state["rollouts_done"], state["images_done"]
-        if "kl_weight" not in changed:
-            self.kl_weight = state["kl_weight"]
-        self._resumed = state
-
-    def on_fit_start(self) -> None:
-        state = getattr(self, "_resumed", None)
-        rollouts = self.ranks.gather(self.rollouts_done)
-        _check(len(set(rollouts)) == 1, f"the ranks resumed from different checkpoints, after {rollouts} rollouts")
-        if state is None:
-            return
-        _check(
-            len(state["ranks"]) == self.trainer.world_size,
-            f"the checkpoint was saved by {len(state['ranks'])} processes and this run has {self.trainer.world_size}: "
-            "a replay buffer belongs to its process, so resume with as many",
-        )
-        with self.ranks.together("loading a checkpoint's shard"):
-            own = read_shard(state.get("folder", "."), state["ranks"][self.ranks.rank])
-            restore_random_state(own["random"], self.device)
-            if own["replay"] is not None:
-                self.replay = ReplayBuffer(
-                    own["capacity"], len(self.solver.timesteps), self.backbone.latent_shape, self.device
-                )
-                self.replay.load_state_dict(own["replay"])
-        del self._resumed
-
-    def export_adapter(self, folder: str, **facts: Any) -> str:
-        """Write the adapter as diffusers LoRA safetensors, the run's facts as metadata; returns the file's path."""
-        hparams = {key: value for key, value in self.hparams.items() if value is not None}
-        made = {"reward": self.reward.name, "images": self.images_done, "hyperparameters": hparams}
-        if getattr(self.backbone, "pretrained", None) == "miniature":
-            made["base"] = "miniature"  # its folder's name says nothing
-        pipeline: Any = self.backbone.pipeline
-        return str(self.backbone.adapters.export(self.adapter_name, folder, pipeline, {**made, **facts}))
-
 
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _plain(value: Any) -> Any:
-    """Lists for any other sequence: what a checkpoint stores, and what a YAML file gives."""
-    return list(value) if isinstance(value, list | tuple | set) else value

@@ -15,8 +15,6 @@ from dblightning.checkpointing import (
     CheckedCheckpointIO,
     DamagedCheckpointError,
     RunCheckpoint,
-    changed_settings,
-    check_same_run,
     newest_whole,
     read_shard,
     read_whole,
@@ -26,6 +24,7 @@ from dblightning.checkpointing import (
     write_whole,
 )
 from dblightning.distributed import Ranks
+from dblightning.run_state import changed_settings, check_same_run
 
 STATE = {"weights": torch.arange(1000.0), "rollouts": 3, "names": ["a", "b"]}
 

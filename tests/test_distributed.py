@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +17,8 @@ from dblightning.distributed import DDP, Ranks
 from tests import launching
 from tests.distributed_fit import run
 
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs" / "cluster.md"
 LATEST = {"buffer_size": None}
 RUNS: list[dict[str, Any]] = [
     {"name": "plain", "settings": LATEST, "validate": 3},
@@ -114,3 +121,27 @@ def test_the_timeout_is_a_setting_in_seconds() -> None:
     assert DDP(timeout_s=90)._timeout == timedelta(seconds=90)
     with pytest.raises(ValueError, match="timeout_s must be > 0"):
         DDP(timeout_s=0)
+
+
+@pytest.mark.slow
+def test_the_documented_two_node_command_trains_one_adapter_on_both(tmp_path: Path) -> None:
+    """Two torchrun agents on this machine, each with a loopback address of its own, by the line of docs/cluster.md."""
+    line = next(
+        line.strip() for line in DOCS.read_text().splitlines() if line.strip().startswith("torchrun --nnodes 2")
+    )
+    words = line.split(" -m dblightning fit ")[0].replace("NODE0:29400", f"127.0.0.1:{launching.free_port()}").split()
+    words[words.index("--nproc-per-node") + 1] = "1"
+    script = [str(ROOT / "tests" / "distributed_fit.py"), str(tmp_path), json.dumps([{"name": "run", "num_nodes": 2}])]
+    here = {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words[1:], "--local-addr", address, *script],
+            cwd=ROOT, env={**os.environ, **here},
+        )
+        for address in ("127.0.0.1", "127.0.0.2")
+    ]  # fmt: skip
+    assert [node.wait(timeout=500) for node in nodes] == [0, 0]
+    first, second = (launching.ended(tmp_path, "run", rank) for rank in (0, 1))
+    assert first["counts"] == [3, 24, 1, 12]
+    assert torch.equal(first["steps"], second["steps"])
+    assert not torch.equal(first["replay"]["latents"], second["replay"]["latents"])
