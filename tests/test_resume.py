@@ -71,6 +71,10 @@ def killed_and_resumed(out: Path, at_step: int, processes: int, seed: int = 0) -
     signals = {"name": "SIGKILL", "rank": seed % processes, "at_step": at_step}
     codes = launching.finish(out, [{"name": "run", **RUN, "signals": signals}], processes)
     assert codes[seed % processes] == -signal.SIGKILL
+    done = at_step // 4
+    saved = newest_whole(out / "run" / "checkpoints")
+    # saved every second rollout, so a kill costs less than two
+    assert (saved.name if saved else "none") == (f"rollout-{done - done % 2:06d}.ckpt" if done >= 2 else "none")
     codes = launching.finish(out, [{"name": "run", **RUN, "resume": True}], processes)
     assert codes == [0] * processes
 
