@@ -21,7 +21,8 @@ def test_the_public_names_are_there() -> None:
         blending: "Base Single DBMPA DBKLA DBMPALS RewardedSoup RewardedSoupFactors",
         callbacks: "BeforeAfterGrid BlendSamplingCallback ExportAdapter SampleGrid",
         data: "DrawBenchDataModule GenEvalDataModule PromptFileDataModule MiniatureDataModule",
-        rewards: "ImageReward PickScore VILA JPEGCompressibility HPSv2 AestheticScore CLIPScore GenEvalAccuracy WeightedReward",
+        rewards: "ImageReward PickScore VILA JPEGCompressibility HPSv2 AestheticScore CLIPScore GenEvalAccuracy "
+        "WeightedReward",
     }.items():
         for name in names.split():
             assert hasattr(room, name), f"{room.__name__}.{name}"
