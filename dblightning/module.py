@@ -195,17 +195,19 @@ class RewardRLModule(RunState):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One rollout and the updates that follow it."""
+        profile = self.trainer.profiler.profile  # type: ignore[attr-defined]  # set by Lightning's connector
         start = time.perf_counter()
         with self.ranks.together("a rollout or its reward"):
-            with self._no_ddp_sync(), torch.no_grad():
+            with profile("rollout"), self._no_ddp_sync(), torch.no_grad():
                 trajectory, images = self.roll_out(batch)
             sampled = time.perf_counter()
-            reward = self.reward.score(images, batch["prompt"]).detach()
+            with profile("reward"):
+                reward = self.reward.score(images, batch["prompt"]).detach()
         scored = time.perf_counter()
         self.latest_images = (images, list(batch["prompt"]), reward)
         count = len(reward) * self.ranks.size
         self._store(trajectory, batch, reward)
-        with self._no_ddp_sync():
+        with self._no_ddp_sync(), profile("update"):
             updates = [self.update_value()] if self.uses_value else []
             updates.append(self.update_policy())
         metrics = self._over_ranks({name: value for update in updates for name, value in update.items()})
@@ -219,8 +221,11 @@ class RewardRLModule(RunState):
             "time/reward_s": scored - sampled,
             "time/update_s": done - scored,
             "time/images_per_s": count / (done - start),
+            "time/device_s_per_image": (done - start) * self.ranks.size / count,
             "train/images": float(self.images_done),
         }
+        if self.device.type == "cuda":
+            metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         self.log_dict(metrics, batch_size=len(reward))
         self.log("kl", metrics["train/kl"], prog_bar=True, logger=False, batch_size=len(reward))
 

@@ -56,7 +56,13 @@ def test_the_run_logs_rewards_kl_and_grids_to_tensorboard(backbone: Any, tmp_pat
     seen = events(tmp_path)
     scalars = set(seen.Tags()["scalars"])
     assert {"train/reward", "train/reward_std", "train/kl", "train/ratio", "train/clip_fraction"} <= scalars
-    assert {"prompt/a red circle", "prompt/a blue star", "time/images_per_s", "train/grad_norm"} <= scalars
+    assert {
+        "prompt/a red circle",
+        "prompt/a blue star",
+        "time/images_per_s",
+        "time/device_s_per_image",
+        "train/grad_norm",
+    } <= scalars
     assert [event.step for event in seen.Scalars("train/reward")] == [0, 1, 2, 3]
     assert [event.step for event in seen.Images("samples")] == [1, 2, 4]
 
