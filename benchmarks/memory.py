@@ -167,7 +167,7 @@ def paper_sizes(options: argparse.Namespace) -> dict[str, float]:
     capacity = module.hparams["buffer_size"] // module.hparams["num_inference_steps"]
     replay = ReplayBuffer(capacity, module.hparams["num_inference_steps"], backbone.latent_shape)
     lora, value = backbone.adapters.parameters(module.adapter_name), list(module.value_function.parameters())
-    adapted = sum(layer.get_base_layer().weight.nbytes for layer in backbone.adapters.layers())
+    adapted = sum(4 * layer.get_base_layer().weight.numel() for layer in backbone.adapters.layers())
     return {
         "frozen UNet": megabytes(weight for weight in backbone.unet.parameters() if not weight.requires_grad),
         "LoRA": megabytes(lora),
@@ -177,7 +177,7 @@ def paper_sizes(options: argparse.Namespace) -> dict[str, float]:
         "value function's gradients": megabytes(value),
         "value function's optimiser": megabytes(states(optimizers[1])),
         "replay buffer": megabytes(each for each in vars(replay).values() if isinstance(each, Tensor)),
-        "merged copy of the adapted matrices (rollouts in float32)": adapted / 1e6,
+        "merged copy of the adapted matrices (float32 only)": adapted / 1e6,
     }
 
 

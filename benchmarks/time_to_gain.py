@@ -40,7 +40,6 @@ from dblightning.sampling import denoise_loop
 from dblightning.schedule import DDIMSchedule
 from dblightning.solvers import DDIMSolver
 
-CONFIGS = environment.ROOT / "configs"
 #: TRL with rollouts of ours' size; what its defaults say otherwise
 TRL = dict(
     images=64, sample_batch=64, samples_per_prompt=8, micro_batch=16, optimizer_steps=4, learning_rate=3e-4,
@@ -48,8 +47,8 @@ TRL = dict(
 )  # fmt: skip
 #: name → program and settings
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ours": ("ours", {"config": str(CONFIGS / "miniature" / "aesthetic.yaml")}),
-    "ours, quickstart": ("ours", {"config": str(CONFIGS / "quickstart.yaml")}),
+    "ours": ("ours", {"config": "configs/miniature/aesthetic.yaml"}),
+    "ours, quickstart": ("ours", {"config": "configs/quickstart.yaml"}),
     "TRL, defaults": ("trl_ddpo", TRL),
     "TRL, lr 3e-3": ("trl_ddpo", {**TRL, "learning_rate": 3e-3}),
     "TRL, tuned": ("trl_ddpo", {**TRL, "learning_rate": 3e-3, "clip_range": 5e-3, "per_prompt": True}),

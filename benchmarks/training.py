@@ -74,7 +74,8 @@ def summary(rounds: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
         "settings": dataclasses.asdict(settings),
         "images": images,
         "counts": rounds[0]["counts"],  # of the first process
-        "images_per_cpu_second": spread([images / each["cpu_seconds"] for each in rounds]),
+        # of the first process: its images, its CPU seconds
+        "images_per_cpu_second": spread([settings.images / each["cpu_seconds"] for each in rounds]),
         "images_per_wall_second": spread([images / each["seconds"] for each in rounds]),
         "seconds_per_optimizer_step": spread([each["phases"]["update"] / settings.optimizer_steps for each in rounds]),
         "phases": {phase: statistics.median(each["phases"][phase] for each in rounds) for phase in (*PHASES, "other")},
@@ -82,8 +83,15 @@ def summary(rounds: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     }
 
 
-def comparison(peer: str, ours: str, rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """How many times faster ``ours`` is than ``peer``, and whether both did the same work."""
+def comparison(peer: str, ours: str, rounds: dict[str, list[dict[str, Any]]], processes: float = 1.0) -> dict[str, Any]:
+    """How many times faster ``ours`` is than ``peer``, and whether both did the same work, per process.
+
+    Args:
+        peer, ours: names.
+        rounds: records of both, interleaved.
+        processes: how many times as many processes, and so images, ``ours`` has. They count on the wall alone: CPU
+            seconds are the first process's.
+    """
     pairs = list(zip(rounds[peer], rounds[ours], strict=True))
     different = sorted(
         {count for one, other in pairs for count in WORK if one["counts"].get(count) != other["counts"].get(count)}
@@ -94,7 +102,7 @@ def comparison(peer: str, ours: str, rounds: dict[str, list[dict[str, Any]]]) ->
         "identical_work": not different,
         "differs_in": different,
         "speedup_cpu": spread([one["cpu_seconds"] / other["cpu_seconds"] for one, other in pairs]),
-        "speedup_wall": spread([one["seconds"] / other["seconds"] for one, other in pairs]),
+        "speedup_wall": spread([processes * one["seconds"] / other["seconds"] for one, other in pairs]),
     }
 
 
@@ -108,7 +116,7 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[str, str, Settings]]:
             yield name, program, settings
             continue
         for processes in options.processes:
-            title = name if options.processes == [1] else f"{name}, {processes} processes"
+            title = name if options.processes == [1] else f"{name}, {processes} process{'es' * (processes > 1)}"
             yield title, program, dataclasses.replace(settings, processes=processes)
 
 
@@ -123,18 +131,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         rounds = interleaved(running, 1 if options.tiny else options.repeats)
         versions = {name: contestant.versions for name, contestant in running.items()}
-    pairs = COMPARISONS if options.processes == [1] else scaling_pairs([name for name, *_ in every])
+    comparisons = [comparison(peer, ours, rounds) for peer, ours in COMPARISONS if {peer, ours} <= set(rounds)]
+    if options.processes != [1]:  # everything against the first
+        (first, _, alone), *others = every
+        comparisons = [
+            comparison(first, name, rounds, settings.processes / alone.processes) for name, _, settings in others
+        ]
     return {
         "machine": described,
         "versions": versions,
         "contestants": {name: summary(rounds[name], settings) for name, _, settings in every},
-        "comparisons": [comparison(peer, ours, rounds) for peer, ours in pairs if peer in rounds and ours in rounds],
+        "comparisons": comparisons,
     }
-
-
-def scaling_pairs(names: list[str]) -> list[tuple[str, str]]:
-    """Every run on several processes against the first on fewer."""
-    return [(names[0], name) for name in names[1:]]
 
 
 def markdown(record: dict[str, Any]) -> str:

@@ -71,6 +71,8 @@ def test_work_that_differs_is_named() -> None:
     assert not found["identical_work"]
     assert found["differs_in"] == ["unet_rows_without_grad"]
     assert (found["speedup_cpu"]["median"], found["speedup_wall"]["median"]) == (2, 3)
+    doubled = training.comparison("a", "b", {"a": [round_], "b": [less]}, processes=2)
+    assert (doubled["speedup_cpu"]["median"], doubled["speedup_wall"]["median"]) == (2, 6)  # twice the images
 
 
 # ── the naive loop is right, so that it is a fair baseline ───────────────────────────────────────────────────────────

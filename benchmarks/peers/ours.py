@@ -10,7 +10,6 @@ import os
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from benchmarks.peers.environment import ROOT
 from benchmarks.peers.worker import Line, Meter, Settings, versions
 from dblightning.backbone import DiffusersBackbone
 from dblightning.data import MiniatureDataModule
@@ -58,7 +58,7 @@ class Gate(L.Callback):
 def build(settings: Settings) -> tuple[RewardRLModule, MiniatureDataModule]:
     """Module and prompts that do the work of ``settings``, or of the run configuration it names."""
     if settings.config is not None:
-        run = yaml.safe_load(Path(settings.config).read_text(encoding="utf-8"))
+        run = yaml.safe_load((ROOT / settings.config).read_text(encoding="utf-8"))
         model = {key: value for key, value in run["model"].items() if key not in ("backbone", "reward", "eval_rewards")}
         model["seed"] = settings.seed
         data = run["data"]["init_args"]
