@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from dblightning.adapters import WEIGHTS_NAME
 from dblightning.data.base import PromptDataModule
 from dblightning.data.stream import EvalLoader
-from dblightning.distributed import Ranks
 from dblightning.evaluation.analysis import estimate
 from dblightning.evaluation.plots import pareto_figure
-from dblightning.evaluation.sampler import BlendSampler, adapter_folders, check_spec, load_adapters
+from dblightning.evaluation.sampler import BlendSampler, adapter_folders, load_adapters
 from dblightning.evaluation.specs import BlendSpec, BlendSweep, expand
 from dblightning.evaluation.table import preference_rewards, reward_names, weight_names, with_defaults, write_scores
 from dblightning.figures import blend_grid_figure
@@ -114,10 +113,7 @@ class BlendSamplingCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RewardRLModule)
-        sampler = self._sampler(pl_module)
-        for spec in self.blends:  # wrong settings stop here, not after the first evaluation
-            check_spec(spec, spec.adapters, sampler.num_inference_steps)
-        sampler.check([spec for spec in self.blends if spec.steers])
+        self._sampler(pl_module).check(self.blends)  # wrong settings stop here, not at the first evaluation
         known = {pl_module.adapter_name, *self._folders(pl_module)}
         missing = sorted({name for spec in self.blends for name in spec.adapters} - known)
         if missing and self.watch is None:
@@ -176,7 +172,6 @@ class BlendSamplingCallback(L.Callback):
         grids: dict[tuple[str, int], Tensor] = {}
         with self._guests(module, specs), self._on_device(module.device):
             sampler = self._sampler(module)
-            sampler.check(specs)
             for batch in loader:
                 for order, spec in enumerate(specs):
                     scored = sampler.score(batch, spec)
@@ -184,7 +179,7 @@ class BlendSamplingCallback(L.Callback):
                     for row, image in zip(scored.rows, scored.images, strict=True):
                         if row["prompt_id"] < self.grid_prompts and row["seed"] == 0:
                             grids[row["blend"], row["prompt_id"]] = image.float().cpu()
-        parts = Ranks().gather((rows, grids))
+        parts = module.ranks.gather((rows, grids))
         rows = [row for part, _ in parts for row in part]
         if not trainer.is_global_zero or not rows:
             return None, {}

@@ -60,13 +60,13 @@ class BlendSampler:
         self.solver = DDIMSolver(DDIMSchedule(self.backbone.scheduler_config, self.num_inference_steps), self.eta)
 
     def check(self, specs: Sequence[BlendSpec]) -> None:
-        """Refuse what would fail later.
+        """Refuse what would fail later; draws nothing from torch's global generator. Adapters need not be loaded yet.
 
         Raises:
-            ValueError: wrong weights, an adapter or reward that is not there, settings a method refuses.
+            ValueError: wrong weights, a reward that is not there, settings a method refuses.
         """
         for spec in specs:
-            check_spec(spec, self.backbone.adapters.names, self.num_inference_steps)
+            spec.blend().start(spec.adapters, 1, self.num_inference_steps, [torch.Generator()])
             self._steering(spec)
 
     def _steering(self, spec: BlendSpec) -> Any:
@@ -123,15 +123,6 @@ class BlendSampler:
             }
             rows.append(row | {f"reward/{name}": values[index] for name, values in scores.items()})
         return Scored(images, rows)
-
-
-def check_spec(spec: BlendSpec, adapters: Sequence[str], num_steps: int) -> None:
-    """Refuse weights, schedules or adapters that do not fit; draws nothing from torch's global generator.
-
-    Raises:
-        ValueError: what does not fit.
-    """
-    spec.blend().start(adapters, 1, num_steps, [torch.Generator()])
 
 
 def thumbnail(images: Tensor) -> Tensor:

@@ -68,7 +68,9 @@ class BlendSpec:
                 raise ValueError(f"morl needs adapter: the one trained on {self.weights or 'its weights'}")
             check_weights(self.weights, list(self.weights))
             return Single(self.adapter)
-        weights = self.weights if self.adapter is None else {self.adapter: 1.0}
+        # without the zeros: an adapter of weight 0 is not run, so it need not be there
+        used = {name: weight for name, weight in self.weights.items() if weight}
+        weights = used if self.adapter is None else {self.adapter: 1.0}
         return make_blend(self.method, weights or None, self.kl_scale, ls_schedule=self.ls_schedule)
 
     @property

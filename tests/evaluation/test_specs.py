@@ -54,6 +54,9 @@ def test_adapters_of_weight_zero_are_not_run() -> None:
     spec = BlendSpec("db-mpa", {"a": 1.0, "b": 0.0})
     assert isinstance(spec.blend(), DBMPA)
     assert spec.adapters == ["a"]
+    gates, mix, _ = spec.blend().start(spec.adapters, 1, 1)(0)  # b need not be loaded
+    assert gates[mix != 0].tolist() == [[1.0]]
+    assert mix[mix != 0].tolist() == [1.0]
 
 
 def test_a_point_named_twice_runs_once() -> None:
