@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import machine
+from benchmarks.publish import publish
 from dblightning.backbone import DiffusersBackbone
 from dblightning.miniature import pretrain
 from dblightning.miniature.rewards import ShapeAesthetic
@@ -264,11 +265,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
         print(json.dumps(run_variant(options, options.variant)))
         return None
     record = measure(options)
-    print(markdown(record))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        options.json.with_suffix(".md").write_text(markdown(record) + "\n", encoding="utf-8")
+    publish(record, markdown(record), options.json)
     return record
 
 

@@ -30,6 +30,7 @@ from benchmarks import machine
 from benchmarks.peers import environment
 from benchmarks.peers.contestant import Contestant
 from benchmarks.peers.worker import Settings
+from benchmarks.publish import publish
 from dblightning.adapters import WEIGHTS_NAME
 from dblightning.backbone import DiffusersBackbone
 from dblightning.blending import Base, Single
@@ -202,17 +203,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.tiny:
         options.max_cpu_seconds, options.prompts = 0.0, 4
     if any(CONTESTANTS[name][0] == "trl_ddpo" for name in options.only):
-        if options.peer_environment is None:
-            parser.error("TRL needs its own environment: add --peer-environment FOLDER, or leave TRL out with --only")
-        if not environment.is_ready(options.peer_environment):
-            environment.build(options.peer_environment)
+        environment.prepare(parser, options.peer_environment)
     torch.set_num_threads(1)
     record = measure(options)
-    print(markdown(record))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        options.json.with_suffix(".md").write_text(markdown(record) + "\n", encoding="utf-8")
+    publish(record, markdown(record), options.json)
     return record
 
 

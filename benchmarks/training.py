@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from benchmarks import machine
 from benchmarks.peers import environment
 from benchmarks.peers.contestant import Contestant
 from benchmarks.peers.worker import PHASES, Settings
+from benchmarks.publish import publish
 
 #: name → program, and its departures from the common settings
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -193,16 +193,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="file to write; the Markdown tables go beside it")
     options = parser.parse_args(arguments)
     if "TRL" in options.only:
-        if options.peer_environment is None:
-            parser.error("TRL needs its own environment: add --peer-environment FOLDER, or leave TRL out with --only")
-        if not environment.is_ready(options.peer_environment):
-            environment.build(options.peer_environment)
+        environment.prepare(parser, options.peer_environment)
     record = measure(options)
-    print(markdown(record))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        options.json.with_suffix(".md").write_text(markdown(record) + "\n", encoding="utf-8")
+    publish(record, markdown(record), options.json)
     return record
 
 

@@ -8,6 +8,7 @@ installed there: only its reward is imported, from the checkout.
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -44,6 +45,14 @@ def build(folder: Path) -> None:
     subprocess.run([interpreter(folder), "-m", "pip", "install", "--quiet", *same, *PACKAGES], check=True)
     if not is_ready(folder):
         raise RuntimeError(f"the environment in {folder} does not import trl and the reward: delete it and try again")
+
+
+def prepare(parser: argparse.ArgumentParser, folder: Path | None) -> None:
+    """Build the environment where it is not ready; no folder given is the command line's error."""
+    if folder is None:
+        parser.error("TRL needs its own environment: add --peer-environment FOLDER, or leave TRL out with --only")
+    if not is_ready(folder):
+        build(folder)
 
 
 def variables() -> dict[str, str]:
