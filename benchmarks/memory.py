@@ -212,6 +212,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     described = machine.describe()
     plain, checkpointed = (in_fresh_process(options, variant) for variant in ("plain", "checkpointed"))
     keys = ("peak_mb", "update_mb", "saved_for_backward_mb", "seconds")
+    if plain["update_mb"] <= 0:
+        raise RuntimeError(
+            "the update took no new memory: its process already held what it needed, so the peak means nothing; "
+            "measure in a fresh process, as the command does"
+        )
     return {
         "machine": described,
         "torch": torch.__version__,

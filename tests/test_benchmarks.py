@@ -259,8 +259,8 @@ def test_the_bytes_saved_do_not_count_weights() -> None:
     assert memory.saved_bytes(module, torch.randn(3, 10)) == 240  # type: ignore[arg-type]
 
 
-def test_tiny_memory_benchmark_writes_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "in_fresh_process", memory.run_variant)
+def test_tiny_memory_benchmark_writes_its_record(tmp_path: Path) -> None:
+    # in fresh processes, as it is meant: a process that ran other tests holds freed memory, and its peak does not move
     target = tmp_path / "memory.json"
     memory.main(["--tiny", "--resolution", "128", "--dtype", "float32", "--micro-batch", "1", "--json", str(target)])
     record = json.loads(target.read_text(encoding="utf-8"))
@@ -269,6 +269,13 @@ def test_tiny_memory_benchmark_writes_its_record(tmp_path: Path, monkeypatch: py
     assert sizes["LoRA's optimiser"] == pytest.approx(2 * sizes["LoRA"], rel=0.01)  # two moments, and step counters
     # 20 trajectories of 51 latents (4, 16, 16) and 50 log-probs in float32; 0.1 % for some numbers per trajectory
     assert sizes["replay buffer"] == pytest.approx(20 * 4 * (51 * 1024 + 50) / 1e6, rel=1e-3)
+
+
+def test_memory_that_does_not_grow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"peak_mb": 9.0, "update_mb": 0.0, "saved_for_backward_mb": 1.0, "seconds": 1.0}
+    monkeypatch.setattr(memory, "in_fresh_process", lambda options, variant: held)
+    with pytest.raises(RuntimeError, match="measure in a fresh process"):
+        memory.main(["--tiny"])
 
 
 def test_memory_variants_are_those_that_a_fresh_process_understands() -> None:
