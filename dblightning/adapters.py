@@ -36,87 +36,84 @@ METADATA_KEY = "dblightning"
 
 @dataclass
 class GateState:
-    """What the next forward of every gated layer does; one object shared by all layers of a denoiser."""
+    """What the next forward of every gated layer does; one object shared by all layers of a denoiser.
+
+    Everything that does not differ between layers is worked out once per denoiser call, by :class:`AdapterBank`: the
+    layers only read tensors, so that ``torch.compile`` traces them in one piece.
+    """
 
     names: list[str] = field(default_factory=list)  # adapters in gate order
     gates: Tensor | None = None  # (rows, m); None: the base model
     factors: bool = False  # gate A and B apart: (Σ g B)(Σ g A), the paper code's Rewarded Soup
     merged: tuple[Any, ...] | None = None  # key of the merged weights to use instead of W
+    scales: list[Tensor] = field(default_factory=list)  # per layout of adapters, what scales each rank (rows, R)
 
 
 class GatedLinear(LoraLinear):
     """PEFT's LoRA linear layer with a gate per batch row; without a :class:`GateState` it is PEFT's own forward."""
 
     gate_state: GateState | None
+    layout: int  # index into the state's scales
+    stack: tuple[Tensor, Tensor] | None
     merged_weights: dict[tuple[Any, ...], Tensor]
-    _stack_key: tuple[Any, ...] | None
-    _stack: tuple[Tensor, Tensor] | None
-    _columns: Tensor
-    _scales: Tensor
+    merged_weight: Tensor | None  # of merged_weights, the one in force
+    _names: list[str]
+    _ranks: list[int]
 
     def install(self, state: GateState) -> None:
         """Join the layer to the denoiser's shared state, and index its adapters in the state's order."""
         self.gate_state = state
         self.merged_weights = {}
+        self.merged_weight = None
         self.index()
 
     def index(self) -> None:
         """Index the adapters the state names, in its order."""
         state = self.gate_state
         assert state is not None
-        self._stack_key = self._stack = None
+        self.stack = None
         self._names = [name for name in state.names if name in self.lora_A]
         self._ranks = [self.r[name] for name in self._names]
-        columns = [state.names.index(name) for name in self._names for _ in range(self.r[name])]
-        scales = [self.scaling[name] for name in self._names for _ in range(self.r[name])]
-        device = self.get_base_layer().weight.device
-        # buffers, so that they follow the model to its device; not persistent, so that no state dict holds them
-        self.register_buffer("_columns", torch.tensor(columns, dtype=torch.long, device=device), persistent=False)
-        self.register_buffer("_scales", torch.tensor(scales, dtype=torch.float32, device=device), persistent=False)
 
-    def _stacked(self) -> tuple[Tensor, Tensor]:
+    def arrangement(self) -> tuple[tuple[int, float], ...]:
+        """For each rank of each adapter here, its column of the gates and its LoRA scale."""
+        assert self.gate_state is not None
+        names = self.gate_state.names
+        return tuple(
+            (names.index(name), float(self.scaling[name])) for name in self._names for _ in range(self.r[name])
+        )
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
         """All A stacked (R, in) and all B side by side (out, R), R the sum of ranks."""
         downs = [self.lora_A[name].weight for name in self._names]
         ups = [self.lora_B[name].weight for name in self._names]
-        if len(downs) == 1:
-            return downs[0], ups[0]
-        if torch.is_grad_enabled():
-            return torch.cat(downs), torch.cat(ups, dim=1)
-        key = tuple((weight.data_ptr(), weight._version) for weight in (*downs, *ups))
-        if self._stack is None or key != self._stack_key:
-            self._stack, self._stack_key = (torch.cat(downs), torch.cat(ups, dim=1)), key
-        return self._stack
+        return (downs[0], ups[0]) if len(downs) == 1 else (torch.cat(downs), torch.cat(ups, dim=1))
 
-    def _gate_ranks(self, hidden: Tensor, gates: Tensor, factors: bool) -> Tensor:
-        """Scale the rank-space activations (rows, …, R) of each row by its gates."""
-        gate = gates.to(hidden.dtype)[:, self._columns]
-        scale = self._scales.to(hidden.dtype)
-        if not factors:
-            return hidden * (gate * scale).view(len(gate), *[1] * (hidden.ndim - 2), -1)
-        self._check_one_rank()
-        root = (gate * scale.sqrt()).view(len(gate), *[1] * (hidden.ndim - 2), len(self._names), -1)
-        summed = (hidden.unflatten(-1, (len(self._names), -1)) * root).sum(-2, keepdim=True)
-        return (summed * root).flatten(-2)
+    def _sum_factors(self, hidden: Tensor, root: Tensor) -> Tensor:
+        """Rank-space activations (rows, …, R) as averaged factors make them: each adapter's B sees the sum over A."""
+        hidden, root = hidden.unflatten(-1, (len(self._names), -1)), root.unflatten(-1, (len(self._names), -1))
+        return ((hidden * root).sum(-2, keepdim=True) * root).flatten(-2)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state: GateState | None = getattr(self, "gate_state", None)
         if state is None:
             return super().forward(x, *args, **kwargs)
-        if state.merged is not None:
-            weight = self.merged_weights.get(state.merged)
-            if weight is not None:
-                return F.linear(x, weight, self.base_layer.bias)
+        if self.merged_weight is not None:
+            return F.linear(x, self.merged_weight, self.base_layer.bias)
         y = self.base_layer(x, *args, **kwargs)
         gates = state.gates
-        if gates is None or not self._names or state.merged is not None:
+        if gates is None or not self._names:
             return y
         if x.shape[0] != gates.shape[0]:
             raise ValueError(f"gates are set for {gates.shape[0]} rows, but the layer was called with {x.shape[0]}")
-        down, up = self._stacked()
-        hidden = self._gate_ranks(F.linear(x, down.to(x.dtype)), gates, state.factors)
+        down, up = self.stacked() if self.stack is None else self.stack
+        hidden = F.linear(x, down.to(x.dtype))
+        scale = state.scales[self.layout].to(hidden.dtype).view(len(x), *[1] * (x.ndim - 2), -1)
+        hidden = self._sum_factors(hidden, scale) if state.factors else hidden * scale
         return y + F.linear(hidden, up.to(x.dtype)).to(y.dtype)
 
-    def _check_one_rank(self) -> None:
+    def check_one_rank(self) -> None:
+        """Raises ValueError if this layer's adapters are of several ranks."""
         if len(set(self._ranks)) > 1:
             raise ValueError(
                 f"averaging LoRA factors needs adapters of one rank, got ranks {self._ranks} of {self._names}; "
@@ -131,7 +128,7 @@ class GatedLinear(LoraLinear):
         if not used:
             return None
         if factors:
-            self._check_one_rank()
+            self.check_one_rank()
             down = sum(value * self.scaling[name] ** 0.5 * self.lora_A[name].weight.float() for name, value in used)
             up = sum(value * self.scaling[name] ** 0.5 * self.lora_B[name].weight.float() for name, value in used)
             return up @ down
@@ -159,6 +156,9 @@ class AdapterBank:
         self._fingerprint = fingerprint(unet)
         self._layers: list[GatedLinear] = []
         self._sides: list[Tensor] = []
+        self._layouts: list[tuple[tuple[int, float], ...]] = []  # the layers' distinct arrangements of adapters
+        self._on_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}  # them as (columns, scales)
+        self._stacked_for: tuple[Any, ...] | None = None  # state of the weights the layers' stacks were made of
         present = list(getattr(unet, "peft_config", {}))
         if present:  # LoRAs the pipeline came with
             self.state.names = present
@@ -324,21 +324,57 @@ class AdapterBank:
     def restored(self, snapshot: tuple[Any, ...]) -> Iterator[None]:
         """Forwards inside use the state that :meth:`snapshot` returned: for recomputation in gradient checkpointing."""
         before = self.snapshot()
-        self.state.gates, self.state.factors, self.state.merged = snapshot
+        self._enforce(snapshot)
         try:
             yield
         finally:
-            self.state.gates, self.state.factors, self.state.merged = before
+            self._enforce(before)
 
     def snapshot(self) -> tuple[Any, ...]:
-        """The gates in force: (gates, factors, merged key)."""
-        return self.state.gates, self.state.factors, self.state.merged
+        """The gates in force: (gates, factors, merged key, scales)."""
+        return self.state.gates, self.state.factors, self.state.merged, self.state.scales
+
+    def _enforce(self, snapshot: tuple[Any, ...]) -> None:
+        state, merged = self.state, snapshot[2]
+        if merged != state.merged:
+            for layer in self._layers:  # past nn.Module's own __setattr__, which takes a microsecond per layer
+                layer.__dict__["merged_weight"] = None if merged is None else layer.merged_weights.get(merged)
+        state.gates, state.factors, state.merged, state.scales = snapshot
 
     @contextmanager
     def gated(self, gates: Tensor | None, factors: bool = False) -> Iterator[None]:
         """Forwards inside use these gates, one row of (rows, m) per batch row; None is the base model."""
-        with self.restored((gates, factors, None)):
+        scales = [] if gates is None else self._scales(gates, factors)
+        if gates is not None:
+            self._stack()
+        with self.restored((gates, factors, None, scales)):
             yield
+
+    def _scales(self, gates: Tensor, factors: bool) -> list[Tensor]:
+        """Per layout, what each row scales the rank-space activations by: (rows, R)."""
+        if gates.device not in self._on_device:
+            pairs = [tuple(zip(*layout, strict=True)) or ((), ()) for layout in self._layouts]
+            self._on_device[gates.device] = [
+                (torch.tensor(columns, dtype=torch.long, device=gates.device), torch.tensor(scales, device=gates.device))
+                for columns, scales in pairs
+            ]
+        if factors:
+            for layer in self._layers:
+                layer.check_one_rank()
+        return [
+            gates[:, columns] * (scales.sqrt() if factors else scales)
+            for columns, scales in self._on_device[gates.device]
+        ]
+
+    def _stack(self) -> None:
+        """Keep the layers' stacked factors, where no gradient has to pass through the stacking."""
+        key = None if torch.is_grad_enabled() or len(self.state.names) < 2 else self._weights_state()
+        if key == self._stacked_for:
+            return
+        self._stacked_for = key
+        for layer in self._layers:
+            several = key is not None and len(layer._names) > 1
+            layer.__dict__["stack"] = layer.stacked() if several else None
 
     @contextmanager
     def merged(self, gate: Sequence[float], factors: bool = False) -> Iterator[None]:
@@ -347,14 +383,14 @@ class AdapterBank:
         The merged copies of the adapted matrices are kept, at most ``merged_limit`` of them.
         """
         key = self._merge(tuple(float(value) for value in gate), factors) if any(gate) else None
-        with self.restored((None, False, key)):
+        with self.restored((None, False, key, [])):
             yield
 
     @torch.no_grad()
     def _merge(self, gate: tuple[float, ...], factors: bool) -> tuple[Any, ...]:
         # the version sum notices an optimiser's in-place update, so a stale merge is never used
         layers = self._layers
-        key = (gate, factors, *self._merge_state())
+        key = (gate, factors, *self._weights_state())
         if key in self._merged_keys:
             self._merged_keys.move_to_end(key)
             return key
@@ -373,8 +409,8 @@ class AdapterBank:
         self._merged_keys[key] = None
         return key
 
-    def _merge_state(self) -> tuple[Any, ...]:
-        """What a merged copy depends on beside its gate vector: the vector's names, and the weights as they are."""
+    def _weights_state(self) -> tuple[Any, ...]:
+        """What copies made of the adapters depend on: the adapters' names, and the weights as they are."""
         weight = self._layers[0].base_layer.weight
         return tuple(self.state.names), sum(side._version for side in self._sides), weight.device, weight.dtype
 
@@ -405,6 +441,16 @@ class AdapterBank:
         self.state.names = names
         for layer in self._layers:
             layer.index()
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Find the layers' distinct arrangements of adapters: one or two, as a rule."""
+        arrangements = [layer.arrangement() for layer in self._layers]
+        self._layouts = list(dict.fromkeys(arrangements))
+        self._on_device.clear()
+        self._stacked_for = None
+        for layer, arrangement in zip(self._layers, arrangements, strict=True):
+            layer.layout = self._layouts.index(arrangement)
 
     def remove(self, name: str) -> None:
         """Take an adapter out of the denoiser.
@@ -441,6 +487,7 @@ class AdapterBank:
         self._merged_keys.clear()
         for layer in self._layers:
             layer.install(self.state)
+        self._lay_out()
 
     def _check_new(self, name: str) -> None:
         if name in self.state.names:
