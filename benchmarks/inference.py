@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py --model miniature --batch 1
     python benchmarks/inference.py --model sd15 --resolution 128 --steps 3 --repeats 3
-    python benchmarks/inference.py --model sd15 --resolution 512 --steps 50 --device cuda --dtype bf16 --compile
+    python benchmarks/inference.py --model sd15 --resolution 512 --steps 50 --device cuda --dtype bf16 --compile blocks
 
 ``sd15`` is Stable Diffusion 1.5's architecture with random weights (weights do not matter for time); a folder or hub id
 works too. "base" is the plain UNet without PEFT layers. Every repeat runs all methods once, and a ratio is the median
@@ -96,9 +96,8 @@ def backbones(options: argparse.Namespace) -> tuple[DiffusersBackbone, Diffusers
         for layer in adapted.adapters.layers():
             torch.nn.init.normal_(layer.lora_B[name].weight, std=0.02)
     adapted.adapters.train_only(None)
-    if options.compile:
-        for backbone in (plain, adapted):
-            backbone.unet.compile_repeated_blocks()
+    for backbone in (plain, adapted):
+        backbone.compile_denoiser(options.compile)
     return plain, adapted
 
 
@@ -298,7 +297,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[""], help="only methods whose name contains one of these")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", default="none", choices=["none", "blocks", "whole"])
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--no-warm-up", action="store_true", help="skip the unmeasured first round")
     parser.add_argument("--out", type=Path, help="JSON to write; the Markdown table goes beside it")

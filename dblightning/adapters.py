@@ -355,7 +355,10 @@ class AdapterBank:
         if gates.device not in self._on_device:
             pairs = [tuple(zip(*layout, strict=True)) or ((), ()) for layout in self._layouts]
             self._on_device[gates.device] = [
-                (torch.tensor(columns, dtype=torch.long, device=gates.device), torch.tensor(scales, device=gates.device))
+                (
+                    torch.tensor(columns, dtype=torch.long, device=gates.device),
+                    torch.tensor(scales, device=gates.device),
+                )
                 for columns, scales in pairs
             ]
         if factors:

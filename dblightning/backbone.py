@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from dblightning.adapters import AdapterBank
 
 DType = Literal["float32", "bfloat16", "float16"]
+#: what the denoisers are made of, by diffusers' class names
+REPEATED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+#: compiled forms of one block's code: a dozen sizes in SDXL, times base, gated and merged
+COMPILED_VARIANTS = 64
 
 
 class Conditioning(NamedTuple):
@@ -112,7 +116,8 @@ class DiffusersBackbone(Backbone):
         attention: "sdpa", torch's fused kernel, or "eager", plain matrix products (slower; for comparison).
         gradient_checkpointing: recompute activations in the backward pass; much less memory, a third more time.
         channels_last: memory layout that speeds up convolutions on GPUs.
-        compile: compile the denoiser's repeated blocks with torch.compile.
+        compile: torch.compile of the denoiser: its repeated "blocks" (residual and transformer; one after the other, so
+            that equal ones are compiled once), or the "whole" of it (fuses more, takes minutes at the first call).
         decode_batch_size: images decoded at once.
         prompt_cache_size: how many prompts' embeddings are kept.
 
@@ -131,7 +136,7 @@ class DiffusersBackbone(Backbone):
         attention: Literal["sdpa", "eager"] = "sdpa",
         gradient_checkpointing: bool = False,
         channels_last: bool = False,
-        compile: bool = False,
+        compile: Literal["none", "blocks", "whole"] = "none",
         decode_batch_size: int = 16,
         prompt_cache_size: int = 4096,
     ) -> None:
@@ -147,8 +152,7 @@ class DiffusersBackbone(Backbone):
             self.unet.to(memory_format=torch.channels_last)
         if gradient_checkpointing:
             self.enable_gradient_checkpointing()
-        if compile:
-            self.unet.compile_repeated_blocks()
+        self.compile_denoiser(compile)
 
     @classmethod
     def from_pipeline(cls, pipeline: Any, resolution: int | None = None) -> DiffusersBackbone:
@@ -231,6 +235,20 @@ class DiffusersBackbone(Backbone):
             return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
 
         self.unet.enable_gradient_checkpointing(checkpoint)
+
+    def compile_denoiser(self, what: Literal["none", "blocks", "whole"], **options: Any) -> None:
+        """Compile at the next call, see ``compile`` above; ``options`` are torch.compile's.
+
+        The base, the gated and the merged forward are compiled apart, and each size of a block.
+        """
+        if what not in ("none", "blocks", "whole"):
+            raise ValueError(f"compile must be none, blocks or whole, got {what!r}")
+        # blocks share their code, so torch counts their sizes and forwards together; its limit of 8 is soon reached
+        torch._dynamo.config.recompile_limit = max(COMPILED_VARIANTS, torch._dynamo.config.recompile_limit)
+        whole = [self.unet] if what == "whole" else []
+        blocks = [module for module in self.unet.modules() if type(module).__name__ in REPEATED_BLOCKS]
+        for module in blocks if what == "blocks" else whole:
+            module.compile(**options)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], negative_prompt: str | Sequence[str] | None = None) -> Conditioning:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dblightning.adapters import ATTENTION
-from dblightning.backbone import Backbone
+from dblightning.backbone import Backbone, Conditioning
 from dblightning.blending import Blend, Single
 from dblightning.distributed import Ranks
 from dblightning.noise import ImageNoise, image_seed
@@ -22,7 +22,7 @@ from dblightning.replay import ReplayBuffer, Transitions
 from dblightning.rewards.base import RewardMetric
 from dblightning.run_state import RunState
 from dblightning.sampling import Execution, Trajectory, denoise_loop, rollout
-from dblightning.schedule import DDIMSchedule, gaussian_kl, gaussian_log_prob, to_epsilon
+from dblightning.schedule import DDIMSchedule, GaussianStep, gaussian_kl, gaussian_log_prob, to_epsilon
 from dblightning.solvers import DDIMSolver
 from dblightning.value import ValueFunction
 
@@ -69,7 +69,8 @@ class RewardRLModule(RunState):
         clip_range: c of the ratio clip [1−c, 1+c] (paper: 1e-4).
         kl: "exact" Gaussian KL, or "eps_mse", DPOK's unweighted ‖ε_θ − ε_pre‖²
             (``schedule.mean_sensitivity(...)**2 / 2`` converts).
-        kl_weight, reward_weight: weights of KL and reward in the loss (paper: α = 0.1).
+        kl_weight, reward_weight: weights of KL and reward in the loss (paper: α = 0.1). With ``kl_weight`` 0 the base
+            model is not run but for the first micro-batch of a rollout, whose KL is logged.
         kl_target: path KL in nats, as logged in ``train/kl``; ``kl_weight`` starts at its value and is steered there by
             the controller of Ziegler et al. 2019. None keeps the weight (paper).
         kl_warmup: rollouts before the KL term sets in.
@@ -282,11 +283,13 @@ class RewardRLModule(RunState):
         logged: dict[str, list[Tensor]] = {}
         for policy_step in range(hparams["policy_steps"]):
             with self.ranks.together("the policy update"):
-                for transitions in islice(batches, hparams["gradient_accumulation"]):
+                for index, transitions in enumerate(islice(batches, hparams["gradient_accumulation"])):
                     # autocast keeps casts of weights for the whole step: those made without gradients, or before an
                     # optimiser step, must not be used again
                     torch.clear_autocast_cache()
-                    loss, metrics = self.policy_loss(transitions)
+                    # without a weight the KL is watched, not paid for
+                    measured = policy_step == index == 0 or self._kl_weight_now > 0
+                    loss, metrics = self.policy_loss(transitions, measured)
                     self.manual_backward(loss / hparams["gradient_accumulation"])
                     if policy_step > 0:
                         metrics.pop("train/on_policy_ratio_error")
@@ -297,38 +300,49 @@ class RewardRLModule(RunState):
         worst = {name: torch.stack(logged.pop(name)).max() for name in WORST if name in logged}
         return {name: torch.stack(values).mean() for name, values in logged.items()} | worst
 
-    def policy_loss(self, transitions: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
+    def policy_loss(self, transitions: Transitions, with_kl: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of some transitions, and what to log about them.
 
-        −reward_weight · A · clipped ratio + kl_weight · KL, averaged over the transitions.
+        −reward_weight · A · clipped ratio + kl_weight · KL, averaged over the transitions. Without ``with_kl`` the base
+        model is not run and the KL term left out.
         """
         hparams = self.hparams
-        output, reference_output = self._outputs(transitions)
+        output = self._output(transitions)
         step = self.solver.gaussian(output, transitions.latents, transitions.step_index)
-        reference = self.solver.gaussian(reference_output, transitions.latents, transitions.step_index)
         log_prob = gaussian_log_prob(step, transitions.next_latents)
         ratio = (log_prob - transitions.log_prob).exp()
         advantage = self._advantage(transitions)
         surrogate = OBJECTIVES[hparams["objective"]](advantage, ratio, hparams["clip_range"])
-        exact_kl = gaussian_kl(step, reference)
-        dims = transitions.latents[0].numel()
-        if hparams["kl"] == "exact":
-            penalty = exact_kl / dims  # the log-prob is a mean over dimensions too
-        else:
-            epsilon, reference_epsilon = (self._epsilon(each, transitions) for each in (output, reference_output))
-            penalty = (epsilon - reference_epsilon).square().flatten(1).mean(1)
-        kl_weight = self.kl_weight if self.rollouts_done >= hparams["kl_warmup"] else 0.0
-        loss = (-hparams["reward_weight"] * surrogate + kl_weight * penalty).mean()
-        fresh = transitions.age == 0
-        return loss, {
-            "train/policy_loss": loss,
+        loss = -hparams["reward_weight"] * surrogate.mean()
+        metrics = {}
+        if with_kl:
+            exact_kl, penalty = self._kl(step, output, transitions)
+            loss = loss + self._kl_weight_now * penalty.mean()
             # the sum over a path's trained steps, in nats: what eq. (4) multiplies by α
-            "train/kl": exact_kl.mean() * self.trained_steps,
+            metrics["train/kl"] = exact_kl.mean() * self.trained_steps
+        fresh = transitions.age == 0
+        return loss, metrics | {
+            "train/policy_loss": loss,
             "train/ratio": ratio.mean(),
             "train/clip_fraction": clip_fraction(ratio, hparams["clip_range"]),
             "train/advantage_std": advantage.std(correction=0),
             "train/on_policy_ratio_error": torch.where(fresh, (ratio - 1).abs(), 0).max(),
         }
+
+    def _kl(self, step: GaussianStep, output: Tensor, transitions: Transitions) -> tuple[Tensor, Tensor]:
+        """Exact KL to the base model's step in nats, and the penalty that ``kl`` names, both per transition (B,)."""
+        reference_output = self._reference(transitions)
+        reference = self.solver.gaussian(reference_output, transitions.latents, transitions.step_index)
+        exact = gaussian_kl(step, reference)
+        if self.hparams["kl"] == "exact":
+            return exact, exact / transitions.latents[0].numel()  # the log-prob is a mean over dimensions too
+        epsilon, reference_epsilon = (self._epsilon(each, transitions) for each in (output, reference_output))
+        return exact, (epsilon - reference_epsilon).square().flatten(1).mean(1)
+
+    @property
+    def _kl_weight_now(self) -> float:
+        """The KL weight in this rollout's loss."""
+        return self.kl_weight if self.rollouts_done >= self.hparams["kl_warmup"] else 0.0
 
     @torch.no_grad()
     def generate(self, prompts: list[str], prompt_ids: Tensor, seeds: Tensor, blend: Blend | None = None) -> Tensor:
@@ -512,18 +526,23 @@ class RewardRLModule(RunState):
         for slots, steps in self.replay.batches(count, seed, self.trained_steps, self.ranks.rank):
             yield self.replay.transitions(slots, steps, self.device)
 
-    def _outputs(self, transitions: Transitions) -> tuple[Tensor, Tensor]:
-        """Model outputs of the adapter, with gradients, and of the base model (zero gate, the same network)."""
+    def _output(self, transitions: Transitions) -> Tensor:
+        """The model's output with the adapter, with gradients."""
+        names = self.backbone.adapters.names
+        gates = torch.zeros(len(transitions.latents), len(names), device=self.device)
+        gates[:, names.index(self.adapter_name)] = 1
+        return self.backbone.denoise(*self._arguments(transitions), gates=gates)
+
+    @torch.no_grad()
+    def _reference(self, transitions: Transitions) -> Tensor:
+        """The base model's output: the same network with its gates at zero."""
+        return self.backbone.denoise(*self._arguments(transitions))
+
+    def _arguments(self, transitions: Transitions) -> tuple[Tensor, Tensor, Conditioning, float]:
         prompts = [self.prompts[prompt_id] for prompt_id in transitions.prompt_id.tolist()]
         conditioning = self.backbone.encode(prompts, self.hparams["negative_prompt"])
         timesteps = self.solver.timesteps.to(self.device)[transitions.step_index]
-        arguments = (transitions.latents, timesteps, conditioning, self.hparams["guidance_scale"])
-        with torch.no_grad():
-            reference = self.backbone.denoise(*arguments)
-        names = self.backbone.adapters.names
-        gates = torch.zeros(len(prompts), len(names), device=self.device)
-        gates[:, names.index(self.adapter_name)] = 1
-        return self.backbone.denoise(*arguments, gates=gates), reference
+        return transitions.latents, timesteps, conditioning, self.hparams["guidance_scale"]
 
     def _epsilon(self, output: Tensor, transitions: Transitions) -> Tensor:
         schedule = self.solver.schedule

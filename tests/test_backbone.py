@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor
 
 from dblightning.backbone import DiffusersBackbone, load_pipeline
 from dblightning.blending import Base
@@ -13,6 +14,7 @@ from dblightning.noise import ImageNoise
 from dblightning.sampling import denoise_loop
 from dblightning.schedule import DDIMSchedule
 from dblightning.solvers import DDIMSolver
+from tests.conftest import randomize
 
 
 def ours(backbone: Any, prompts: list[str], noise: torch.Tensor, negative: Any, guidance: float) -> torch.Tensor:
@@ -152,3 +154,46 @@ def test_prompts_must_be_a_list(backbone: Any) -> None:
         backbone.encode("a red circle")
     with pytest.raises(ValueError, match="1 negative prompts for 2 prompts"):
         backbone.encode(["a", "b"], ["c"])
+
+
+@pytest.mark.parametrize("what", ["blocks", "whole"])
+def test_a_compiled_denoiser_is_traced_without_a_break_and_computes_the_same(
+    sd15_folder: Path, what: Literal["blocks", "whole"]
+) -> None:
+    """fullgraph refuses any break; the "eager" backend runs what was traced, with no minutes of code generation."""
+    torch.compiler.reset()
+    backbone = DiffusersBackbone(str(sd15_folder))
+    for seed, name in enumerate(("one", "two")):
+        backbone.adapters.add(name, rank=2 + seed, seed=seed)
+        randomize(backbone.adapters, name, seed, 0.2)
+    latents = torch.randn(3, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    arguments = (latents, torch.tensor([10, 500, 900]), backbone.encode(["a", "b", "c"]), 2.0)
+    gates = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.0, 0.0]])
+
+    def outputs() -> list[Tensor]:
+        with torch.no_grad():
+            found = [
+                backbone.denoise(*arguments, **use)  # type: ignore[arg-type]
+                for use in ({}, {"gates": gates}, {"merged": (0.5, 0.5)}, {"merged": (1.0, 0.0)})
+            ]
+        backbone.adapters.train_only("two")
+        parameters = backbone.adapters.parameters("two")
+        return found + list(torch.autograd.grad(backbone.denoise(*arguments, gates=gates).square().mean(), parameters))
+
+    expected = outputs()
+    backbone.compile_denoiser(what, backend="eager", fullgraph=True)
+    for got, plain in zip(outputs(), expected, strict=True):
+        torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():  # another adapter state: nothing may be frozen into what was traced
+        backbone.adapters.parameters("one")[1].mul_(2)
+    changed = outputs()
+    for module in backbone.unet.modules():
+        module._compiled_call_impl = None  # as before `compile`
+    for got, plain in zip(changed, outputs(), strict=True):
+        torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(changed[1], expected[1])
+
+
+def test_compile_takes_no_other_word(sd15_folder: Path) -> None:
+    with pytest.raises(ValueError, match="none, blocks or whole"):
+        DiffusersBackbone(str(sd15_folder), compile="everything")  # type: ignore[arg-type]

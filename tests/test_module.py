@@ -223,7 +223,7 @@ def test_the_on_policy_ratio_of_every_stored_transition_is_one(
     rolled_out(module, tmp_path, prompts())
     transitions = every_transition(module)
     assert len(transitions.reward) == 4 * 4
-    output, _ = module._outputs(transitions)
+    output = module._output(transitions)
     from dblightning.schedule import gaussian_log_prob
 
     step = module.solver.gaussian(output, transitions.latents, transitions.step_index)
@@ -242,7 +242,7 @@ def test_the_reference_is_the_base_model_without_any_adapter(
     give_effect(module)
     rolled_out(module, tmp_path, prompts())
     transitions = every_transition(module)
-    output, reference = module._outputs(transitions)
+    output, reference = module._output(transitions), module._reference(transitions)
     plain = UNet2DConditionModel.from_pretrained(sd15_folder, subfolder="unet")
     conditioning = backbone.encode([module.prompts[each] for each in transitions.prompt_id.tolist()])
     timesteps = module.solver.timesteps[transitions.step_index]
@@ -263,7 +263,7 @@ def test_the_kl_penalty_is_the_formula(backbone: Any, tmp_path: Path, prompts: A
     rolled_out(module, tmp_path, prompts())
     transitions = every_transition(module)
     loss, metrics = module.policy_loss(transitions)
-    output, reference = (each.detach().double() for each in module._outputs(transitions))
+    output, reference = (each(transitions).detach().double() for each in (module._output, module._reference))
     difference = (output - reference).square().flatten(1).mean(1)
     alphas = module.backbone.pipeline.scheduler.alphas_cumprod.double()
     weights = []
@@ -281,6 +281,34 @@ def test_the_kl_penalty_is_the_formula(backbone: Any, tmp_path: Path, prompts: A
     assert metrics["train/kl"].item() == pytest.approx(exact.mean().item() * dims * 4, rel=1e-4)
 
 
+@pytest.mark.parametrize(("settings", "base_rows"), [({"kl_weight": 0.0}, 4), ({"kl_warmup": 1}, 4), ({}, 16)])
+def test_without_a_kl_weight_the_base_model_runs_on_the_first_micro_batch_alone(
+    backbone: Any, tmp_path: Path, prompts: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any],
+    base_rows: int,
+) -> None:  # fmt: skip
+    module = build(backbone, policy_steps=2, policy_batch_size=4, gradient_accumulation=2, **settings)
+    rows: list[int] = []
+    reference = module._reference
+    monkeypatch.setattr(module, "_reference", lambda each: rows.append(len(each.latents)) or reference(each))
+    run = trainer(tmp_path, limit_train_batches=1, max_epochs=1)
+    run.fit(module, datamodule=prompts())
+    assert sum(rows) == base_rows
+    assert run.callback_metrics["train/kl"] >= 0
+
+
+def test_leaving_the_kl_out_changes_neither_the_loss_nor_its_gradient_at_weight_zero(
+    backbone: Any, tmp_path: Path, prompts: Any
+) -> None:
+    module = build(backbone, kl_weight=0.0)
+    give_effect(module)
+    rolled_out(module, tmp_path, prompts())
+    transitions, parameters = every_transition(module), backbone.adapters.parameters(module.adapter_name)
+    losses = [module.policy_loss(transitions, with_kl)[0] for with_kl in (True, False)]
+    assert losses[0].item() == losses[1].item()
+    for one, other in zip(*(torch.autograd.grad(loss, parameters) for loss in losses), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_the_loss_gradient_on_policy_is_minus_advantage_times_score(
     backbone: Any, tmp_path: Path, prompts: Any
 ) -> None:
@@ -291,7 +319,7 @@ def test_the_loss_gradient_on_policy_is_minus_advantage_times_score(
     parameters = backbone.adapters.parameters(module.adapter_name)
     loss, _ = module.policy_loss(transitions)
     got = torch.autograd.grad(loss, parameters)
-    output, _ = module._outputs(transitions)
+    output = module._output(transitions)
     step = module.solver.gaussian(output, transitions.latents, transitions.step_index)
     density = torch.distributions.Normal(step.mean, step.std.expand_as(step.mean))
     log_prob = density.log_prob(transitions.next_latents).flatten(1).mean(1)
