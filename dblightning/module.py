@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +17,7 @@ from dblightning.adapters import ATTENTION
 from dblightning.backbone import Backbone, Conditioning
 from dblightning.blending import Blend, Single
 from dblightning.distributed import Ranks
+from dblightning.fitting import CudaMeter, largest_batch
 from dblightning.noise import ImageNoise, image_seed
 from dblightning.policy_gradient import OBJECTIVES, PromptStatistics, clip_fraction, explained_variance
 from dblightning.replay import ReplayBuffer, Transitions
@@ -23,6 +25,7 @@ from dblightning.rewards.base import RewardMetric
 from dblightning.run_state import RunState
 from dblightning.sampling import Execution, Trajectory, denoise_loop, rollout
 from dblightning.schedule import DDIMSchedule, GaussianStep, gaussian_kl, gaussian_log_prob, to_epsilon
+from dblightning.scoring import RewardQueue
 from dblightning.solvers import DDIMSolver
 from dblightning.value import ValueFunction
 
@@ -62,7 +65,10 @@ class RewardRLModule(RunState):
         eta: DDIM noise, must be > 0 (paper's code: 1).
         guidance_scale: classifier-free guidance (paper's code: 7.5).
         negative_prompt: of every prompt; None is none.
-        rollout_batch_size: images sampled at once; None takes the whole batch.
+        rollout_batch_size: images sampled at once; None takes the whole batch, "auto" as many as fit into 80 % of the
+            GPU's memory, found at the first rollout (the whole batch on a CPU).
+        overlap_reward: score a part of the rollout in the background while the next one is sampled; it needs a
+            ``rollout_batch_size`` below the batch.
         rollout_execution: how rollouts run the adapter; "auto" merges it into the weights in float32 and gates it
             otherwise, because the on-policy ratio must be 1.
         objective: "dpok" (hard clamp of the ratio) or "ppo" (minimum of clipped and unclipped).
@@ -111,7 +117,8 @@ class RewardRLModule(RunState):
         eta: float = 1.0,
         guidance_scale: float = 7.5,
         negative_prompt: str | None = None,
-        rollout_batch_size: int | None = None,
+        rollout_batch_size: int | Literal["auto"] | None = None,
+        overlap_reward: bool = False,
         rollout_execution: Execution = "auto",
         objective: Literal["dpok", "ppo"] = "dpok",
         clip_range: float = 1e-4,
@@ -140,6 +147,10 @@ class RewardRLModule(RunState):
         super().__init__()
         self.save_hyperparameters(ignore=["backbone", "reward", "eval_rewards"])
         _check(eta > 0, f"eta must be > 0: a step without noise has no density to train on, got {eta}")
+        _check(
+            rollout_batch_size in (None, "auto") or (isinstance(rollout_batch_size, int) and rollout_batch_size >= 1),
+            f'rollout_batch_size must be at least 1, "auto" or null, got {rollout_batch_size!r}',
+        )
         _check(clip_range > 0, f"clip_range must be > 0, got {clip_range}")
         _check(kl_weight >= 0 and reward_weight > 0, "kl_weight must be >= 0 and reward_weight > 0")
         _check(
@@ -178,6 +189,7 @@ class RewardRLModule(RunState):
         self._share = 1.0  # of this rank's gradient: its stored steps by the ranks' mean
         self._evaluated: dict[str, list[Tensor]] = {}
         self._failure: Exception | None = None
+        self._fitting: int | None = None  # images that fit into memory at once, where that is asked
         self.rollouts_done = 0
         self.images_done = 0
         self.latest_images: tuple[Tensor, list[str], Tensor] | None = None  # of the last rollout, for callbacks
@@ -198,12 +210,13 @@ class RewardRLModule(RunState):
         """One rollout and the updates that follow it."""
         profile = self.trainer.profiler.profile  # type: ignore[attr-defined]  # set by Lightning's connector
         start = time.perf_counter()
-        with self.ranks.together("a rollout or its reward"):
+        overlap = bool(self.hparams["overlap_reward"])
+        with self.ranks.together("a rollout or its reward"), RewardQueue(self.reward, overlap) as queue:
             with profile("rollout"), self._no_ddp_sync(), torch.no_grad():
-                trajectory, images = self.roll_out(batch)
+                trajectory, images = self.roll_out(batch, queue.put)
             sampled = time.perf_counter()
             with profile("reward"):
-                reward = self.reward.score(images, batch["prompt"]).detach()
+                reward = queue.rewards()
         scored = time.perf_counter()
         self.latest_images = (images, list(batch["prompt"]), reward)
         count = len(reward) * self.ranks.size
@@ -230,18 +243,25 @@ class RewardRLModule(RunState):
         self.log_dict(metrics, batch_size=len(reward))
         self.log("kl", metrics["train/kl"], prog_bar=True, logger=False, batch_size=len(reward))
 
-    def roll_out(self, batch: dict[str, Any]) -> tuple[Trajectory, Tensor]:
-        """Sample the batch's images with the adapter as it is: trajectory and images (B, 3, H, W)."""
-        size = self.hparams["rollout_batch_size"] or len(batch["prompt"])
+    def roll_out(
+        self, batch: dict[str, Any], take: Callable[[Tensor, list[str]], None] | None = None
+    ) -> tuple[Trajectory, Tensor]:
+        """Sample the batch's images with the adapter as it is: trajectory and images (B, 3, H, W).
+
+        Args:
+            batch: prompts, their ids and the images' seeds.
+            take: is given each part's images and prompts as soon as they are there.
+        """
+        prompts: list[str] = list(batch["prompt"])
+        size = self._images_at_once(prompts)
         parts, images = [], []
-        for start in range(0, len(batch["prompt"]), size):
+        for start in range(0, len(prompts), size):
             part = slice(start, start + size)
-            conditioning = self.backbone.encode(batch["prompt"][part], self.hparams["negative_prompt"])
             noise = self._noise(batch["prompt_id"][part], batch["seed"][part], "training")
             parts.append(
                 rollout(
                     self.backbone,
-                    conditioning,
+                    self.backbone.encode(prompts[part], self.hparams["negative_prompt"]),
                     self.solver,
                     Single(self.adapter_name),
                     noise,
@@ -250,8 +270,33 @@ class RewardRLModule(RunState):
                 )
             )
             images.append(self.backbone.decode(parts[-1].latents[-1]))
+            if take is not None:
+                take(images[-1], prompts[part])
         whole = Trajectory(*(torch.cat([part[field] for part in parts], dim=1) for field in range(2)))
         return whole, torch.cat(images)
+
+    def _images_at_once(self, prompts: list[str]) -> int:
+        """``rollout_batch_size`` in images."""
+        size = self.hparams["rollout_batch_size"]
+        if size != "auto":
+            return int(size or len(prompts))
+        if self._fitting is None:
+            if self.device.type != "cuda":
+                return len(prompts)
+            self._fitting = largest_batch(
+                lambda count: self._try(prompts[:count]), len(prompts), CudaMeter(self.device)
+            )
+            rank_zero_info(f"rollout_batch_size: {self._fitting} images fit at once")
+        return self._fitting
+
+    def _try(self, prompts: list[str]) -> None:
+        """What a rollout of so many images needs most memory for: one denoiser call, and decoding."""
+        latents = torch.zeros(len(prompts), *self.backbone.latent_shape, device=self.device)
+        timesteps = self.solver.timesteps[:1].to(self.device).expand(len(prompts))
+        gates = torch.ones(len(prompts), len(self.backbone.adapters.names), device=self.device)
+        conditioning = self.backbone.encode(prompts, self.hparams["negative_prompt"])
+        self.backbone.denoise(latents, timesteps, conditioning, self.hparams["guidance_scale"], gates=gates)
+        self.backbone.decode(latents)
 
     def update_value(self) -> dict[str, Tensor]:
         """Fit the value function to the rewards in the buffer: ``value_steps`` optimiser steps on the squared error."""
