@@ -7,6 +7,11 @@ adapters. Every shipped adapter's ΔW is multiplied by a scale (0.25 … 4) and 
 
 * along DB-MPA's own walks, ‖ε_soup − ε_DB-MPA‖ / ‖ε_DB-MPA − ε_base‖, mean over steps and images;
 * the weighted reward of the images each method makes from the same noise, with paired 95 % intervals against DB-MPA.
+
+Against training length or rank instead, give the adapters of each point, and they are taken as they are:
+
+    python benchmarks/soup_vs_blend.py --out docs/results/soup_vs_training --images 200 --seeds 2 --series \
+        20=alignment=runs/a/adapter-epoch4,aesthetic=runs/b/adapter-epoch1 80=alignment=runs/a/adapter,...
 """
 
 from __future__ import annotations
@@ -43,11 +48,10 @@ METHODS: dict[str, Any] = {
 }
 
 
-def load(options: argparse.Namespace) -> tuple[DiffusersBackbone, list[str]]:
-    """The miniature with its shipped adapters, or another base with random ones (to try the script)."""
+def load(options: argparse.Namespace, given: dict[str, str]) -> tuple[DiffusersBackbone, list[str]]:
+    """The miniature with its shipped adapters or those given, or another base with random ones (to try the script)."""
     backbone = DiffusersBackbone(options.base)
     if not options.random:
-        given = dict(each.split("=", 1) for each in options.adapters)
         folders = given or {name: folder for name, folder in shipped_adapters().items() if name in REWARDS}
         for name in sorted(folders, key=list(REWARDS).index):
             backbone.adapters.load(name, folders[name], backbone.pipeline)
@@ -95,17 +99,20 @@ def relative_difference(backbone: DiffusersBackbone, options: argparse.Namespace
 
 @torch.no_grad()
 def scores(backbone: DiffusersBackbone, options: argparse.Namespace, blend: Any, weights: dict[str, float]) -> Tensor:
-    """Weighted reward of each image, (images,)."""
+    """Weighted reward of each prompt, mean over its images: (prompts,)."""
     prompts = world.test_prompts()[: options.images]
     solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, options.steps), options.eta)
     total = []
     for start in range(0, len(prompts), 32):
         part = prompts[start : start + 32]
-        noise = ImageNoise(list(range(start, start + len(part))))
-        latents = denoise_loop(backbone, backbone.encode(part), solver, blend, noise, options.guidance_scale)
-        images = backbone.decode(latents)
-        parts = [weight * REWARDS[name]().score(images, part) for name, weight in weights.items()]
-        total.append(torch.stack(parts).sum(0))
+        of_seeds = []
+        for seed in range(options.seeds):
+            noise = ImageNoise([seed * len(prompts) + start + index for index in range(len(part))])
+            latents = denoise_loop(backbone, backbone.encode(part), solver, blend, noise, options.guidance_scale)
+            images = backbone.decode(latents)
+            parts = [weight * REWARDS[name]().score(images, part) for name, weight in weights.items()]
+            of_seeds.append(torch.stack(parts).sum(0))
+        total.append(torch.stack(of_seeds).mean(0))
     return torch.cat(total)
 
 
@@ -114,37 +121,67 @@ def interval(values: Tensor) -> float:
     return float(1.96 * values.std() / len(values) ** 0.5)
 
 
+def named_folders(pairs: list[str]) -> dict[str, str]:
+    """["name=folder", …] as a mapping."""
+    return dict(each.split("=", 1) for each in pairs)
+
+
 def study(options: argparse.Namespace) -> dict[str, Any]:
-    backbone, names = load(options)
     record: dict[str, Any] = {"settings": {key: str(value) for key, value in vars(options).items()}, "points": []}
-    bases = {}  # the base model's images do not depend on the adapters' scale
-    for m in range(2, len(names) + 1):
-        weights = dict.fromkeys(names[:m], 1 / m)
-        bases[m] = scores(backbone, options, Base(), weights)
-    for scale in options.scales:
-        rescale(backbone, scale)
-        for m in range(2, len(names) + 1):
-            weights = dict.fromkeys(names[:m], 1 / m)
-            point: dict[str, Any] = {
-                "scale": scale,
-                "m": m,
-                "relative_difference": relative_difference(backbone, options, weights),
-                "rewards": {},
-            }
-            point["rewards"]["base"] = {"mean": float(bases[m].mean()), "ci": interval(bases[m])}
-            made = {name: scores(backbone, options, method(weights), weights) for name, method in METHODS.items()}
-            for name, got in made.items():
-                apart = got - made["DB-MPA"]
-                point["rewards"][name] = {
-                    "mean": float(got.mean()),
-                    "ci": interval(got),
-                    "minus_db_mpa": float(apart.mean()),
-                    "minus_db_mpa_ci": interval(apart),
-                }
-            record["points"].append(point)
-            print(json.dumps(point), flush=True)
-        rescale(backbone, 1 / scale)
+    series = [each.split("=", 1) for each in options.series] or [["", ",".join(options.adapters)]]
+    for label, pairs in series:
+        backbone, names = load(options, named_folders(pairs.split(",")) if pairs else {})
+        # the base model's images depend neither on the adapters nor on their scale
+        counts = range(2, len(names) + 1)
+        bases = {m: scores(backbone, options, Base(), dict.fromkeys(names[:m], 1 / m)) for m in counts}
+        for scale in [1.0] if options.series else options.scales:
+            rescale(backbone, scale)
+            for m in counts:
+                point = {"series": label, "scale": scale, "m": m, **measured(backbone, options, names[:m], bases[m])}
+                record["points"].append(point)
+                print(json.dumps(point), flush=True)
+            rescale(backbone, 1 / scale)
     return record
+
+
+def measured(
+    backbone: DiffusersBackbone, options: argparse.Namespace, names: list[str], base: Tensor
+) -> dict[str, Any]:
+    """Both measurements of some adapters at equal weights."""
+    weights = dict.fromkeys(names, 1 / len(names))
+    made = {name: scores(backbone, options, method(weights), weights) for name, method in METHODS.items()}
+    rewards = {"base": {"mean": float(base.mean()), "ci": interval(base)}}
+    for name, got in made.items():
+        gain, apart = got - base, got - made["DB-MPA"]
+        rewards[name] = {
+            "mean": float(got.mean()),
+            "ci": interval(got),
+            "gain": float(gain.mean()),
+            "gain_ci": interval(gain),
+            "minus_db_mpa": float(apart.mean()),
+            "minus_db_mpa_ci": interval(apart),
+        }
+    return {"relative_difference": relative_difference(backbone, options, weights), "rewards": rewards}
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The points as a table."""
+    others = [name for name in METHODS if name != "DB-MPA"]
+    lines = [
+        "| series | scale | m | relative difference | DB-MPA's gain | "
+        + " | ".join(f"{n} − DB-MPA" for n in others)
+        + " |",
+        "|---|---|---|---|---|" + "---|" * len(others),
+    ]
+    for point in record["points"]:
+        blend = point["rewards"]["DB-MPA"]
+        cells = [point["rewards"][name] for name in others]
+        apart = " | ".join(f"{each['minus_db_mpa']:+.3f} ± {each['minus_db_mpa_ci']:.3f}" for each in cells)
+        lines.append(
+            f"| {point['series']} | {point['scale']:g} | {point['m']} | {point['relative_difference']:.3f} | "
+            f"{blend['gain']:+.2f} ± {blend['gain_ci']:.2f} | {apart} |"
+        )
+    return "\n".join(lines)
 
 
 def figure(record: dict[str, Any]) -> Any:
@@ -189,8 +226,10 @@ def main() -> None:
     parser.add_argument("--base", default="miniature")
     parser.add_argument("--random", action="store_true", help="random adapters instead of the shipped ones")
     parser.add_argument("--adapters", nargs="*", default=[], help="name=folder, instead of the shipped ones")
+    parser.add_argument("--series", nargs="*", default=[], help="label=name=folder,name=folder: one point each")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0, 4.0])
-    parser.add_argument("--images", type=int, default=64, help="held-out prompts, one image each")
+    parser.add_argument("--images", type=int, default=64, help="held-out prompts")
+    parser.add_argument("--seeds", type=int, default=1, help="images per prompt")
     parser.add_argument("--walks", type=int, default=16, help="walks along which predictions are compared")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--eta", type=float, default=1.0)
@@ -203,7 +242,9 @@ def main() -> None:
     record = study(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    figure(record).savefig(options.out.with_suffix(".png"), dpi=130)
+    print(markdown(record))
+    if not options.series:
+        figure(record).savefig(options.out.with_suffix(".png"), dpi=130)
 
 
 if __name__ == "__main__":

@@ -33,16 +33,26 @@ from benchmarks.publish import publish
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours": ("ours", {}),
     "ours, KL off": ("ours", {"kl_weight": 0.0}),
-    "ours, reference skipped": ("ours", {"kl_weight": 0.0, "skip_reference": True}),
+    "ours, KL off, micro-batch 32": ("ours", {"kl_weight": 0.0, "micro_batch": 32}),
+    "ours, KL off, micro-batch 32, compiled": ("ours", {"kl_weight": 0.0, "micro_batch": 32, "compile": "whole"}),
+    "ours, micro-batch 32": ("ours", {"micro_batch": 32}),
     "ours, micro-batch 2": ("ours", {"micro_batch": 2}),
     "TRL": ("trl_ddpo", {}),
+    "TRL, one step of micro-batch 16": ("trl_ddpo", {"micro_batch": 16, "optimizer_steps": 1}),
+    "ours, KL off, one step of micro-batch 16": (
+        "ours",
+        {"kl_weight": 0.0, "micro_batch": 16, "optimizer_steps": 1},
+    ),
     "naive": ("naive", {"micro_batch": 2}),
 }
 #: whose seconds are divided by whose
 COMPARISONS = [
-    ("TRL", "ours, reference skipped"),
     ("TRL", "ours, KL off"),
+    ("TRL", "ours, KL off, micro-batch 32"),
+    ("TRL", "ours, KL off, micro-batch 32, compiled"),
     ("TRL", "ours"),
+    ("TRL", "ours, micro-batch 32"),
+    ("TRL, one step of micro-batch 16", "ours, KL off, one step of micro-batch 16"),
     ("naive", "ours, micro-batch 2"),
     ("naive", "ours"),
 ]
@@ -93,9 +103,12 @@ def comparison(peer: str, ours: str, rounds: dict[str, list[dict[str, Any]]], pr
             seconds are the first process's.
     """
     pairs = list(zip(rounds[peer], rounds[ours], strict=True))
-    different = sorted(
-        {count for one, other in pairs for count in WORK if one["counts"].get(count) != other["counts"].get(count)}
-    )
+    different = {
+        count: other["counts"].get(count, 0) / one["counts"][count] if one["counts"].get(count) else float("inf")
+        for one, other in pairs
+        for count in WORK
+        if one["counts"].get(count, 0) != other["counts"].get(count, 0)
+    }
     return {
         "peer": peer,
         "ours": ours,
@@ -168,7 +181,8 @@ def markdown(record: dict[str, Any]) -> str:
     if record["comparisons"]:
         lines += ["", "| peer | against | × by CPU seconds | × by wall seconds | same work |", "|---|---|---|---|---|"]
     for row in record["comparisons"]:
-        same = "yes" if row["identical_work"] else "no: " + ", ".join(row["differs_in"])
+        differs = (f"{count.replace('_', ' ')} × {ratio:.3g}" for count, ratio in row["differs_in"].items())
+        same = "yes" if row["identical_work"] else "no: " + ", ".join(differs)
         lines.append(
             f"| {row['peer']} | {row['ours']} | {_spread(row['speedup_cpu'])} | {_spread(row['speedup_wall'])} | "
             f"{same} |"

@@ -76,19 +76,6 @@ def build(settings: Settings) -> tuple[RewardRLModule, MiniatureDataModule]:
     return module, MiniatureDataModule(**{**data, "rollouts_per_epoch": 10**6})
 
 
-def skip_reference(module: RewardRLModule) -> None:
-    """Leave out the base model's forward in the update: what KL off could save. Only for a KL weight of 0."""
-    if module.hparams["kl_weight"] != 0:
-        raise ValueError(f"without a reference there is no KL: set kl_weight to 0, not {module.hparams['kl_weight']}")
-    denoise = module.backbone.denoise
-
-    def skipping(latents: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        plain = kwargs.get("gates") is None and kwargs.get("merged") is None
-        return torch.zeros_like(latents) if plain else denoise(latents, *args, **kwargs)
-
-    module.backbone.denoise = skipping  # type: ignore[method-assign]
-
-
 def main() -> None:
     settings = Settings(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
@@ -101,8 +88,7 @@ def main() -> None:
     meter.wrap(module.reward, "score", "rewards")
     meter.wrap(module, "update_policy", "update")
     meter.wrap(module, "update_value", "update")
-    if settings.skip_reference:
-        skip_reference(module)
+    backbone.compile_denoiser(settings.compile)
     trainer = L.Trainer(
         accelerator="cpu", devices=settings.processes, strategy="ddp" if settings.processes > 1 else "auto",
         max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,

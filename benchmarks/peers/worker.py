@@ -42,7 +42,7 @@ class Settings:
         train_fraction: share of every image's steps that is trained.
         config: a run configuration of this package that replaces all of the above but seed and processes (contestant
             "ours").
-        skip_reference: leave out the base model's forward where its output has no effect (contestant "ours").
+        compile: what of the denoiser is compiled (contestant "ours").
         per_prompt: advantages by the prompt's own mean and deviation, else by the batch's.
 
     Raises:
@@ -65,7 +65,7 @@ class Settings:
     processes: int = 1
     train_fraction: float = 1.0
     config: str | None = None
-    skip_reference: bool = False
+    compile: str = "none"
     per_prompt: bool = True
 
     def __post_init__(self) -> None:
@@ -142,6 +142,7 @@ class Meter:
     def watch(self, unet: torch.nn.Module, vae: Any, text_encoder: torch.nn.Module, guided: bool) -> None:
         """Count UNet rows (with and without gradients), transitions, decoded images and encoded texts."""
 
+        @torch.compiler.disable  # a compiled denoiser must not trace, and freeze, the counting
         def rows(module: Any, args: Any, kwargs: Any) -> None:
             count = len(args[0] if args else kwargs["sample"])
             if torch.is_grad_enabled():
