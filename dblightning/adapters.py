@@ -237,6 +237,7 @@ class AdapterBank:
         state, alphas, config = pipeline.lora_state_dict(
             str(file.parent), weight_name=file.name, unet_config=self.unet.config, return_lora_metadata=True
         )
+        state = _with_peft_names(state)
         self._check_fit(name, file, state)
         with _several_adapters():
             pipeline.load_lora_into_unet(state, alphas, self.unet, adapter_name=name, metadata=config)
@@ -537,6 +538,15 @@ class AdapterBank:
                     f"adapter {name!r}: {file} was made for another architecture: {path} is {theirs} wide there and "
                     f"{ours} here"
                 )
+
+
+def _with_peft_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA's keys with PEFT's endings; TRL and older diffusers write ``lora.up`` and ``to_q_lora.up``."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    old = {key for key in state if "lora.up." in key or "lora.down." in key}
+    renamed = convert_unet_state_dict_to_peft({key: state[key] for key in old})
+    return {key: tensor for key, tensor in state.items() if key not in old} | renamed
 
 
 @contextmanager

@@ -206,6 +206,20 @@ def test_an_export_loads_back_bit_identical(backbone: Any, sd15_folder: Path, tm
     torch.testing.assert_close(ours(fresh, [[1.0]] * 3), ours(backbone, [[1.0]] * 3), rtol=0, atol=0)
 
 
+def test_loras_with_older_key_names_load(backbone: Any, sd15_folder: Path, tmp_path: Path) -> None:
+    """The names TRL's trainer writes; diffusers itself turns PEFT's into them."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    backbone.adapters.add("style", rank=3, seed=3)
+    randomize(backbone.adapters, "style", 3)
+    layers = convert_state_dict_to_diffusers(backbone.adapters.state_dict("style"))
+    assert all(".lora.up." in key or ".lora.down." in key for key in layers)
+    backbone.pipeline.save_lora_weights(str(tmp_path), unet_lora_layers=layers)
+    fresh = DiffusersBackbone(str(sd15_folder))
+    fresh.adapters.load("again", tmp_path, fresh.pipeline)
+    torch.testing.assert_close(ours(fresh, [[1.0]] * 3), ours(backbone, [[1.0]] * 3), rtol=0, atol=0)
+
+
 def test_an_adapter_of_another_base_model_is_refused(pair: Any, sd15_folder: Path, tmp_path: Path) -> None:
     pair.adapters.export("one", tmp_path, pair.pipeline)
     other = DiffusersBackbone(str(sd15_folder))
