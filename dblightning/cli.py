@@ -5,8 +5,8 @@
     python -m dblightning test     --config configs/eval/….yaml          compare blends: table, Pareto picture, grid
     python -m dblightning predict  --config configs/eval/predict.yaml    write images of blends
 
-and ``report`` (tables, figures and one HTML page from score tables), ``score``, ``pretrain-miniature``,
-``convert-vila``.
+and ``report`` (tables, figures and one HTML page from score tables), ``seeds`` (one evaluation over several training
+seeds), ``score``, ``pretrain-miniature``, ``convert-vila``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ EVALUATION = ("test", "predict")
 OTHERS = {
     "pretrain-miniature": ("dblightning.miniature.pretrain", "main"),
     "report": ("dblightning.evaluation.report", "report_main"),
+    "seeds": ("dblightning.evaluation.training_seeds", "seeds_main"),
     "score": ("dblightning.rewards.score", "score_main"),
     "convert-vila": ("dblightning.rewards.vila_convert", "convert_vila_main"),
 }

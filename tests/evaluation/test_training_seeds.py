@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from dblightning.evaluation.table import write_scores
+from dblightning.evaluation.training_seeds import across_training_seeds, seeds_main
+from tests.evaluation.synthetic import blend, preference, score_table
+
+
+def evaluation_of(gain: float, behind: float, oracle: float | None) -> pd.DataFrame:
+    """DB-MPA gains ``gain`` on both rewards, the soup ``behind`` less, MORL ``oracle`` (None: there is none)."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(20, 1)), rng.normal(size=(20, 1))
+    weights = preference(0.5, ("a", "b"))
+    blends = [
+        (blend("base"), {"a": a, "b": b}),
+        (blend("db-mpa", weights), {"a": a + gain, "b": b + gain}),
+        (blend("rewarded-soup", weights), {"a": a + gain - behind, "b": b + gain - behind}),
+    ]
+    if oracle is not None:
+        blends.append((blend("morl", weights, adapter="oracle"), {"a": a + oracle, "b": b + oracle}))
+    return score_table(blends, 20, 1, ("a", "b"))
+
+
+def values_of(table: pd.DataFrame, method: str, quantity: str) -> pd.Series:
+    rows = table[table["blend"].str.startswith(method) & (table["quantity"] == quantity)]
+    assert len(rows) == 1 or method == "rewarded-soup"
+    return rows.iloc[0]
+
+
+def test_each_seed_counts_once_and_the_interval_is_students() -> None:
+    frames = [evaluation_of(0.4, 0.1, 0.8), evaluation_of(0.5, 0.0, 0.5), evaluation_of(0.9, 0.2, None)]
+    table = across_training_seeds(frames)
+    gain = values_of(table, "db-mpa", "weighted_gain")
+    assert gain["values"] == pytest.approx([0.4, 0.5, 0.9])
+    low, high = stats.t.interval(0.95, 2, loc=0.6, scale=stats.sem([0.4, 0.5, 0.9]))
+    assert (gain["mean"] - gain["half_width"], gain["mean"] + gain["half_width"]) == pytest.approx((low, high))
+    assert values_of(table, "rewarded-soup", "minus_db_mpa")["values"] == pytest.approx([-0.1, 0.0, -0.2])
+    share = values_of(table, "db-mpa", "share_of_oracle")
+    assert share["seeds"] == 2 and share["mean"] == pytest.approx((0.5 + 1.0) / 2)
+    assert np.isnan(share["values"][2])
+
+
+def test_the_command_prints_every_seeds_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "one.parquet", tmp_path / "two.parquet"]
+    for file, gain in zip(files, (0.25, 0.75), strict=True):
+        write_scores(file, evaluation_of(gain, 0.125, 1.0), {})
+    seeds_main([str(file) for file in files])
+    printed = capsys.readouterr().out
+    assert "(0.250, 0.750)" in printed
+    assert "−0.125 ± 0.000" in printed
+
+
+def test_one_table_or_tables_without_a_common_blend_are_refused(tmp_path: Path) -> None:
+    one = evaluation_of(0.4, 0.1, None)
+    with pytest.raises(ValueError, match="at least two"):
+        across_training_seeds([one])
+    other = one.assign(blend=one["blend"] + " of another")
+    with pytest.raises(ValueError, match="no blend in common"):
+        across_training_seeds([one, other])
+    with pytest.raises(SystemExit):
+        seeds_main([str(tmp_path / "missing.parquet")])
