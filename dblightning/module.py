@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
 from typing import Any, Literal
 
@@ -22,10 +23,10 @@ from dblightning.noise import ImageNoise, image_seed
 from dblightning.policy_gradient import OBJECTIVES, PromptStatistics, clip_fraction, explained_variance
 from dblightning.replay import ReplayBuffer, Transitions
 from dblightning.rewards.base import RewardMetric
+from dblightning.rewards.worker import RewardWorker
 from dblightning.run_state import RunState
 from dblightning.sampling import Execution, Trajectory, denoise_loop, rollout
 from dblightning.schedule import DDIMSchedule, GaussianStep, gaussian_kl, gaussian_log_prob, to_epsilon
-from dblightning.scoring import RewardQueue
 from dblightning.solvers import DDIMSolver
 from dblightning.value import ValueFunction
 
@@ -210,13 +211,17 @@ class RewardRLModule(RunState):
         """One rollout and the updates that follow it."""
         profile = self.trainer.profiler.profile  # type: ignore[attr-defined]  # set by Lightning's connector
         start = time.perf_counter()
-        overlap = bool(self.hparams["overlap_reward"])
-        with self.ranks.together("a rollout or its reward"), RewardQueue(self.reward, overlap) as queue:
+        with self.ranks.together("a rollout or its reward"), ExitStack() as stack:
+            worker = stack.enter_context(RewardWorker(self.reward)) if self.hparams["overlap_reward"] else None
+            parts: list[Future] = []
             with profile("rollout"), self._no_ddp_sync(), torch.no_grad():
-                trajectory, images = self.roll_out(batch, queue.put)
+                trajectory, images = self.roll_out(
+                    batch, None if worker is None else lambda *part: parts.append(worker.submit(*part))
+                )
             sampled = time.perf_counter()
             with profile("reward"):
-                reward = queue.rewards()
+                waited = [part.result() for part in parts]
+                reward = torch.cat(waited) if parts else self.reward.score(images, batch["prompt"]).detach()
         scored = time.perf_counter()
         self.latest_images = (images, list(batch["prompt"]), reward)
         count = len(reward) * self.ranks.size

@@ -69,7 +69,7 @@ def test_work_that_differs_is_named() -> None:
     less = {"seconds": 2.0, "cpu_seconds": 2.0, "counts": {**round_["counts"], "unet_rows_without_grad": 4}}  # type: ignore[dict-item]
     found = training.comparison("a", "b", {"a": [round_], "b": [less]})
     assert not found["identical_work"]
-    assert found["differs_in"] == ["unet_rows_without_grad"]
+    assert found["differs_in"] == {"unet_rows_without_grad": 0.5}
     assert (found["speedup_cpu"]["median"], found["speedup_wall"]["median"]) == (2, 3)
     doubled = training.comparison("a", "b", {"a": [round_], "b": [less]}, processes=2)
     assert (doubled["speedup_cpu"]["median"], doubled["speedup_wall"]["median"]) == (2, 6)  # twice the images

@@ -385,9 +385,9 @@ def test_steps_left_out_of_training_are_never_trained_on(backbone: Any, tmp_path
     seen: list[int] = []
     loss = module.policy_loss
 
-    def spy(transitions: Any) -> Any:
+    def spy(transitions: Any, with_kl: bool) -> Any:
         seen.extend(transitions.step_index.tolist())
-        return loss(transitions)
+        return loss(transitions, with_kl)
 
     module.policy_loss = spy  # type: ignore[method-assign]
     trainer(tmp_path).fit(module, datamodule=prompts())
@@ -422,8 +422,8 @@ def test_bf16_autocast_trains_on_current_weights(sd15_folder: Path, tmp_path: Pa
         seen = ratios[precision] = []
         loss = module.policy_loss
 
-        def spy(transitions: Any, loss: Any = loss, seen: list[float] = seen) -> Any:
-            result = loss(transitions)
+        def spy(transitions: Any, with_kl: bool, loss: Any = loss, seen: list[float] = seen) -> Any:
+            result = loss(transitions, with_kl)
             seen.append(float((result[1]["train/ratio"].detach() - 1).abs()))
             return result
 
@@ -576,3 +576,50 @@ def test_settings_out_of_range_are_refused_before_any_work(backbone: Any, settin
 def test_a_rollout_larger_than_the_buffer_is_refused(backbone: Any, tmp_path: Path, prompts: Any) -> None:
     with pytest.raises(ValueError, match="set buffer_size to at least 16"):
         trainer(tmp_path).fit(build(backbone, buffer_size=8), datamodule=prompts())
+
+
+def test_scoring_in_the_background_trains_the_same_adapter(sd15_folder: Path, tmp_path: Path, prompts: Any) -> None:
+    from dblightning.backbone import DiffusersBackbone
+
+    def trained(**settings: Any) -> list[Any]:
+        module = build(DiffusersBackbone(str(sd15_folder)), rollout_batch_size=2, **settings)
+        trainer(tmp_path, max_epochs=1, limit_train_batches=2).fit(module, datamodule=prompts())
+        return [each.detach().clone() for each in module.backbone.adapters.parameters(module.adapter_name)]
+
+    for one, other in zip(trained(), trained(overlap_reward=True), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_a_reward_that_fails_in_the_background_stops_the_fit(backbone: Any, tmp_path: Path, prompts: Any) -> None:
+    class Broken(Redness):
+        def _score(self, images: Any, prompts: Any) -> Any:
+            raise OSError("the reward's file is gone")
+
+    module = build(backbone, Broken(), rollout_batch_size=4, overlap_reward=True)
+    with pytest.raises(OSError, match="file is gone"):
+        trainer(tmp_path, max_epochs=1, limit_train_batches=1).fit(module, datamodule=prompts())
+
+
+def test_a_part_is_scored_while_the_next_is_sampled(backbone: Any, tmp_path: Path, prompts: Any) -> None:
+    """The first part's score waits until the second is being decoded: without overlap it would wait in vain."""
+    import threading
+
+    second, calls, decode = threading.Event(), [], backbone.decode
+
+    class Waiting(Redness):
+        def _score(self, images: Any, prompts: Any) -> Any:
+            calls.append(len(images))
+            assert second.wait(timeout=60), "the second part was not sampled while the first was scored"
+            return super()._score(images, prompts)
+
+    def decoded(latents: Any) -> Any:
+        decoded.parts += 1  # type: ignore[attr-defined]
+        if decoded.parts == 2:  # type: ignore[attr-defined]
+            second.set()
+        return decode(latents)
+
+    decoded.parts = 0  # type: ignore[attr-defined]
+    backbone.decode = decoded
+    module = build(backbone, Waiting(), rollout_batch_size=2, overlap_reward=True)
+    trainer(tmp_path, max_epochs=1, limit_train_batches=1).fit(module, datamodule=prompts())
+    assert calls == [2, 2]

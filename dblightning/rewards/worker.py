@@ -21,8 +21,8 @@ class RewardWorker:
 
     PyTorch and Pillow release Python's lock while they compute, so sampling goes on meanwhile. An exception in the
     reward comes out of ``future.result()`` with its own traceback, and out of the next ``submit``; batches still
-    waiting are not scored, so training stops at the first failure. Scores carry no gradient. The images must not be
-    changed in place before their result is there.
+    waiting are not scored, so training stops at the first failure. Scores carry no gradient; autocast is what it is
+    where ``submit`` is called. The images must not be changed in place before their result is there.
 
     Args:
         reward: a ``RewardMetric``, or any function of images (B, 3, H, W) and prompts, such as ``reward.score_parts``.
@@ -56,7 +56,9 @@ class RewardWorker:
             if images.is_cuda:
                 # the worker's stream may not read the images before this one has written them
                 ready = torch.cuda.current_stream(images.device).record_event()
-            future = self._pool.submit(self._run, images, list(prompts), ready)
+            kind = images.device.type
+            autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)  # a thread begins without it
+            future = self._pool.submit(self._run, images, list(prompts), ready, autocast)
         except BaseException:
             self._room.release()
             raise
@@ -76,14 +78,18 @@ class RewardWorker:
         self.close(cancel=error is not None)
 
     @torch.no_grad()
-    def _run(self, images: Tensor, prompts: list[str], ready: torch.cuda.Event | None) -> Any:
+    def _run(
+        self, images: Tensor, prompts: list[str], ready: torch.cuda.Event | None, autocast: tuple[bool, torch.dtype]
+    ) -> Any:
         if self._failure is not None:
             raise RuntimeError("not scored: the reward worker stopped on an earlier batch") from self._failure
+        enabled, dtype = autocast
         try:
             if ready is None:
-                return self._score(images, prompts)
+                with torch.autocast(images.device.type, dtype, enabled):
+                    return self._score(images, prompts)
             stream = self._streams.setdefault(images.device, torch.cuda.Stream(images.device))
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), torch.autocast(images.device.type, dtype, enabled):
                 stream.wait_event(ready)
                 images.record_stream(stream)
                 scores = self._score(images, prompts)

@@ -151,3 +151,18 @@ def test_on_a_gpu_the_worker_waits_for_the_images_to_be_written() -> None:
                 value = value @ big / 4096
             images = (value * 0 + 0.25).view(1, 1, 4096, 4096).expand(1, 3, 4096, 4096).contiguous()
             assert worker.submit(images, ["a"]).result(PATIENCE).item() == pytest.approx(0.25)
+
+
+def test_autocast_is_what_it_is_at_submission() -> None:
+    seen = []
+
+    def score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return images.flatten(1).mean(1)
+
+    with RewardWorker(score) as worker:
+        with torch.autocast("cpu", torch.bfloat16):
+            worker.submit(torch.zeros(1, 3, 2, 2), ["a"])
+        worker.submit(torch.zeros(1, 3, 2, 2), ["a"]).result()
+    assert seen[0] == (True, torch.bfloat16)
+    assert not seen[1][0]
