@@ -1,13 +1,14 @@
-"""Peak memory of a policy update of Stable Diffusion 1.5's shape, with and without gradient checkpointing.
+"""Peak memory of a policy update of Stable Diffusion 1.5's or SDXL's shape, with and without gradient checkpointing.
 
     python benchmarks/memory.py --json benchmarks/results/memory.json
     python benchmarks/memory.py --resolution 256 --dtype float32 --micro-batch 2
+    python benchmarks/memory.py --model sdxl --resolution 1024 --checkpointed-only --micro-batch 1
 
-The UNet has Stable Diffusion 1.5's configuration and random weights (weights do not matter for memory). Every variant
-runs ``RewardRLModule.policy_loss`` and its backward pass once in a fresh process, on the CPU. The peak is its
-resident memory above what the libraries took before the model was built; the frozen weights count. "Saved for backward"
-are the bytes of activations that the loss's graph holds when the forward pass is over. The sizes of what is trained and
-kept are those of the paper's settings: rank 4, 512 × 512, 50 steps, a buffer of 1000 single steps.
+The UNet has Stable Diffusion 1.5's (SDXL base's) configuration and random weights, as weights do not matter for memory.
+Every variant runs ``RewardRLModule.policy_loss`` and its backward pass once in a fresh process, on the CPU. The peak is
+its resident memory above what the libraries took before the model was built; the frozen weights count. "Saved for
+backward" are the bytes of activations that the loss's graph holds when the forward pass is over. The sizes of what is
+trained and kept are those of the paper's settings: rank 4, 512 × 512, 50 steps, a buffer of 1000 single steps.
 """
 
 from __future__ import annotations
@@ -45,41 +46,67 @@ TINY = dict(
 )  # fmt: skip
 
 
-def sd_backbone(resolution: int, dtype: torch.dtype, tiny: bool = False) -> DiffusersBackbone:
-    """A Stable Diffusion 1.5 with random weights; VAE and text encoder are small, the update does not run them."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
+#: SDXL base
+SDXL = dict(
+    sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10),
+    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)  # fmt: skip
+
+
+def random_unet(config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A UNet of diffusers with random weights."""
+    from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**(TINY if tiny else SD15))
+        unet = UNet2DConditionModel(**config)
     unet = unet.to(dtype).to_empty(device="cpu")
     for weight in unet.parameters():  # uniform: the usual initialisation of 860 million weights takes minutes
         bound = (1 / weight[0].numel()) ** 0.5 if weight.ndim > 1 else 1.0
         nn.init.uniform_(weight, -bound, bound) if weight.ndim > 1 else nn.init.constant_(weight, bound)
-    tokenizer = pretrain.build_tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=768, intermediate_size=64, num_hidden_layers=1,
-            num_attention_heads=1, max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    return unet
+
+
+def text_encoder(tokenizer: Any, width: int, projected: bool) -> Any:
+    """One layer of CLIP's text transformer, of the true width."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=1, max_position_embeddings=tokenizer.model_max_length, projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def sd_backbone(resolution: int, dtype: torch.dtype, tiny: bool = False, model: str = "sd15") -> DiffusersBackbone:
+    """A Stable Diffusion with random weights; VAE and text encoders are small, the update does not run them."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    unet = random_unet({"sd15": TINY if tiny else SD15, "sdxl": SDXL}[model], dtype)
+    tokenizer = pretrain.build_tokenizer()
     vae = AutoencoderKL(
         block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4,
     )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae=vae.to(dtype),
-        text_encoder=text_encoder.to(dtype),
-        tokenizer=tokenizer,
-        unet=unet,
+    common = dict(
+        vae=vae.to(dtype), text_encoder=text_encoder(tokenizer, 768, False).to(dtype), tokenizer=tokenizer, unet=unet,
         scheduler=pretrain.build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    )  # fmt: skip
+    if model == "sdxl":
+        second = text_encoder(tokenizer, 1280, True).to(dtype)
+        pipeline = StableDiffusionXLPipeline(
+            **common, text_encoder_2=second, tokenizer_2=tokenizer, add_watermarker=False
+        )
+    else:
+        pipeline = StableDiffusionPipeline(
+            **common, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     return DiffusersBackbone.from_pipeline(pipeline, resolution)
 
 
@@ -133,7 +160,7 @@ def resident(kind: str) -> float:
 def one_update(options: argparse.Namespace, checkpointing: bool) -> dict[str, Any]:
     """Forward and backward of one micro-batch, measured."""
     libraries = resident("VmRSS")
-    backbone = sd_backbone(options.resolution, DTYPES[options.dtype], options.tiny)
+    backbone = sd_backbone(options.resolution, DTYPES[options.dtype], options.tiny, options.model)
     module = update_module(backbone, checkpointing)
     transitions = random_transitions(module, options.micro_batch)
     reset_peak()
@@ -199,7 +226,13 @@ def run_variant(options: argparse.Namespace, variant: str) -> dict[str, Any]:
 def in_fresh_process(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     """:func:`run_variant` alone in a process."""
     flags = ["--resolution", str(options.resolution), "--dtype", options.dtype]
-    flags += ["--micro-batch", str(options.micro_batch), *(["--tiny"] if options.tiny else [])]
+    flags += [
+        "--model",
+        options.model,
+        "--micro-batch",
+        str(options.micro_batch),
+        *(["--tiny"] if options.tiny else []),
+    ]
     # memory goes back to the system as soon as it is freed, so that the peak is that of what was in use
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
     command = [sys.executable, __file__, "--variant", variant, *flags]
@@ -210,6 +243,10 @@ def in_fresh_process(options: argparse.Namespace, variant: str) -> dict[str, Any
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run everything; returns the record that is written."""
     described = machine.describe()
+    settings = {key: getattr(options, key) for key in ("model", "resolution", "dtype", "micro_batch", "tiny")}
+    common = {"machine": described, "torch": torch.__version__, "settings": settings}
+    if options.checkpointed_only:
+        return {**common, "checkpointed": in_fresh_process(options, "checkpointed")}
     plain, checkpointed = (in_fresh_process(options, variant) for variant in ("plain", "checkpointed"))
     keys = ("peak_mb", "update_mb", "saved_for_backward_mb", "seconds")
     if plain["update_mb"] <= 0:
@@ -218,9 +255,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "measure in a fresh process, as the command does"
         )
     return {
-        "machine": described,
-        "torch": torch.__version__,
-        "settings": {key: getattr(options, key) for key in ("resolution", "dtype", "micro_batch", "tiny")},
+        **common,
         "plain": plain,
         "checkpointed": checkpointed,
         "ratio": {key: checkpointed[key] / plain[key] for key in keys},
@@ -231,20 +266,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def markdown(record: dict[str, Any]) -> str:
     """The record as two tables."""
     settings = record["settings"]
+    unet = f"{'A narrow' if settings['tiny'] else 'The true'} {NAMES[settings['model']]} UNet"
     lines = [
-        f"{'A narrow' if settings['tiny'] else 'The true'} SD 1.5 UNet, {settings['resolution']}², {settings['dtype']} "
-        f"weights, micro-batch {settings['micro_batch']} ({2 * settings['micro_batch']} rows), CPU, "
-        f"torch {record['torch']}. {machine.sentence(record['machine'])}.",
+        f"{unet}, {settings['resolution']}², {settings['dtype']} weights, micro-batch {settings['micro_batch']} "
+        f"({2 * settings['micro_batch']} rows), CPU, torch {record['torch']}. {machine.sentence(record['machine'])}.",
         "",
         "| policy update | peak MB | of it the update | saved for backward, MB | wall s |",
         "|---|---|---|---|---|",
     ]
-    for name in ("plain", "checkpointed"):
+    for name in [name for name in ("plain", "checkpointed") if name in record]:
         row = record[name]
         lines.append(
             f"| {name} | {row['peak_mb']:.0f} | {row['update_mb']:.0f} | {row['saved_for_backward_mb']:.0f} | "
             f"{row['seconds']:.0f} |"
         )
+    if "ratio" not in record:
+        return "\n".join(lines)
     ratio = record["ratio"]
     lines.append(
         f"| ratio | {ratio['peak_mb']:.2f} | {ratio['update_mb']:.2f} | {ratio['saved_for_backward_mb']:.2f} | "
@@ -257,6 +294,8 @@ def markdown(record: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=NAMES, default="sd15")
+    parser.add_argument("--checkpointed-only", action="store_true", help="one update, with gradient checkpointing")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--micro-batch", type=int, default=2, help="transitions; each is two rows, for guidance")

@@ -279,5 +279,5 @@ def test_memory_that_does_not_grow_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_memory_variants_are_those_that_a_fresh_process_understands() -> None:
-    options = argparse.Namespace(resolution=128, dtype="float32", micro_batch=1, tiny=True)
+    options = argparse.Namespace(model="sd15", resolution=128, dtype="float32", micro_batch=1, tiny=True)
     assert set(memory.run_variant(options, "sizes")) >= {"LoRA", "value function", "replay buffer"}
