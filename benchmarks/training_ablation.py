@@ -21,6 +21,7 @@ import pandas as pd
 
 ROOT = Path(__file__).parent.parent
 REPLAY = str(3 * 48 * 20)  # single steps: three rollouts of 48 images at 20 steps
+ALL_BUT_TWO = ["--model.skip_last_steps", "2"]  # not the first half alone: value functions and replay see every step
 #: name → options over configs/quickstart.yaml
 VARIANTS = {
     "prompt mean": ["--model.advantage", "prompt", "--model.buffer_size", "null"],
@@ -47,7 +48,7 @@ def train_and_score(name: str, options: list[str], seed: int, rollouts: int, pro
     with tempfile.TemporaryDirectory() as folder:
         export = {"class_path": "dblightning.callbacks.ExportAdapter", "init_args": {"folder": f"{folder}/adapter"}}
         seconds = run(
-            "fit", "--config", "configs/quickstart.yaml", *options, "--model.seed", str(seed),
+            "fit", "--config", "configs/quickstart.yaml", *ALL_BUT_TWO, *options, "--model.seed", str(seed),
             "--trainer.max_epochs", "1", "--data.rollouts_per_epoch", str(rollouts), "--trainer.logger", "false",
             "--trainer.enable_checkpointing", "false", "--trainer.limit_val_batches", "0",
             "--trainer.callbacks", json.dumps([export]), "--trainer.default_root_dir", folder,
