@@ -357,6 +357,8 @@ class RewardRLModule(RunState):
         model is not run and the KL term left out.
         """
         hparams = self.hparams
+        # before the adapter's forward, whose activations wait for the backward pass
+        reference_output = self._reference(transitions) if with_kl else None
         output = self._output(transitions)
         step = self.solver.gaussian(output, transitions.latents, transitions.step_index)
         log_prob = gaussian_log_prob(step, transitions.next_latents)
@@ -365,8 +367,8 @@ class RewardRLModule(RunState):
         surrogate = OBJECTIVES[hparams["objective"]](advantage, ratio, hparams["clip_range"])
         loss = -hparams["reward_weight"] * surrogate.mean()
         metrics = {}
-        if with_kl:
-            exact_kl, penalty = self._kl(step, output, transitions)
+        if reference_output is not None:
+            exact_kl, penalty = self._kl(step, output, reference_output, transitions)
             loss = loss + self._kl_weight_now * penalty.mean()
             # the sum over a path's trained steps, in nats: what eq. (4) multiplies by α
             metrics["train/kl"] = exact_kl.mean() * self.trained_steps
@@ -379,9 +381,10 @@ class RewardRLModule(RunState):
             "train/on_policy_ratio_error": torch.where(fresh, (ratio - 1).abs(), 0).max(),
         }
 
-    def _kl(self, step: GaussianStep, output: Tensor, transitions: Transitions) -> tuple[Tensor, Tensor]:
+    def _kl(
+        self, step: GaussianStep, output: Tensor, reference_output: Tensor, transitions: Transitions
+    ) -> tuple[Tensor, Tensor]:
         """Exact KL to the base model's step in nats, and the penalty that ``kl`` names, both per transition (B,)."""
-        reference_output = self._reference(transitions)
         reference = self.solver.gaussian(reference_output, transitions.latents, transitions.step_index)
         exact = gaussian_kl(step, reference)
         if self.hparams["kl"] == "exact":
