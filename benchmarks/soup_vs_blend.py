@@ -18,13 +18,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 from torch import Tensor
 
+from benchmarks.publish import publish
 from dblightning.backbone import DiffusersBackbone
 from dblightning.blending import DBMPA, DBMPALS, Base, RewardedSoup, RewardedSoupFactors
 from dblightning.miniature import adapters as shipped_adapters
@@ -121,16 +125,11 @@ def interval(values: Tensor) -> float:
     return float(1.96 * values.std() / len(values) ** 0.5)
 
 
-def named_folders(pairs: list[str]) -> dict[str, str]:
-    """["name=folder", …] as a mapping."""
-    return dict(each.split("=", 1) for each in pairs)
-
-
 def study(options: argparse.Namespace) -> dict[str, Any]:
     record: dict[str, Any] = {"settings": {key: str(value) for key, value in vars(options).items()}, "points": []}
-    series = [each.split("=", 1) for each in options.series] or [["", ",".join(options.adapters)]]
-    for label, pairs in series:
-        backbone, names = load(options, named_folders(pairs.split(",")) if pairs else {})
+    series = {label: pairs.split(",") for label, pairs in (each.split("=", 1) for each in options.series)}
+    for label, pairs in (series or {"": options.adapters}).items():
+        backbone, names = load(options, dict(pair.split("=", 1) for pair in pairs))
         # the base model's images depend neither on the adapters nor on their scale
         counts = range(2, len(names) + 1)
         bases = {m: scores(backbone, options, Base(), dict.fromkeys(names[:m], 1 / m)) for m in counts}
@@ -235,14 +234,12 @@ def main() -> None:
     parser.add_argument("--eta", type=float, default=1.0)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("docs/soup_vs_blend"), help="writes .json and .png")
+    parser.add_argument("--out", type=Path, default=Path("docs/soup_vs_blend"), help="writes .json, .md and .png")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     record = study(options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(markdown(record))
+    publish(record, markdown(record), options.out.with_suffix(".json"))
     if not options.series:
         figure(record).savefig(options.out.with_suffix(".png"), dpi=130)
 

@@ -243,12 +243,16 @@ class DiffusersBackbone(Backbone):
         """
         if what not in ("none", "blocks", "whole"):
             raise ValueError(f"compile must be none, blocks or whole, got {what!r}")
+        if what == "none":
+            return
         # blocks share their code, so torch counts their sizes and forwards together; its limit of 8 is soon reached
         torch._dynamo.config.recompile_limit = max(COMPILED_VARIANTS, torch._dynamo.config.recompile_limit)
-        whole = [self.unet] if what == "whole" else []
-        blocks = [module for module in self.unet.modules() if type(module).__name__ in REPEATED_BLOCKS]
-        for module in blocks if what == "blocks" else whole:
-            module.compile(**options)
+        if what == "whole":
+            self.unet.compile(**options)
+            return
+        for module in self.unet.modules():
+            if type(module).__name__ in REPEATED_BLOCKS:
+                module.compile(**options)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], negative_prompt: str | Sequence[str] | None = None) -> Conditioning:

@@ -24,7 +24,7 @@ from dblightning.policy_gradient import OBJECTIVES, PromptStatistics, clip_fract
 from dblightning.replay import ReplayBuffer, Transitions
 from dblightning.rewards.base import RewardMetric
 from dblightning.rewards.worker import RewardWorker
-from dblightning.run_state import RunState
+from dblightning.run_state import RunState, check
 from dblightning.sampling import Execution, Trajectory, denoise_loop, rollout
 from dblightning.schedule import DDIMSchedule, GaussianStep, gaussian_kl, gaussian_log_prob, to_epsilon
 from dblightning.solvers import DDIMSolver
@@ -147,20 +147,20 @@ class RewardRLModule(RunState):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone", "reward", "eval_rewards"])
-        _check(eta > 0, f"eta must be > 0: a step without noise has no density to train on, got {eta}")
-        _check(
+        check(eta > 0, f"eta must be > 0: a step without noise has no density to train on, got {eta}")
+        check(
             rollout_batch_size in (None, "auto") or (isinstance(rollout_batch_size, int) and rollout_batch_size >= 1),
             f'rollout_batch_size must be at least 1, "auto" or null, got {rollout_batch_size!r}',
         )
-        _check(clip_range > 0, f"clip_range must be > 0, got {clip_range}")
-        _check(kl_weight >= 0 and reward_weight > 0, "kl_weight must be >= 0 and reward_weight > 0")
-        _check(
+        check(clip_range > 0, f"clip_range must be > 0, got {clip_range}")
+        check(kl_weight >= 0 and reward_weight > 0, "kl_weight must be >= 0 and reward_weight > 0")
+        check(
             kl_target is None or (kl_target > 0 and kl_weight > 0),
             f"kl_target must be > 0 nats, and kl_weight > 0 to start from, got {kl_target} and {kl_weight}",
         )
         for name in ("policy_steps", "policy_batch_size", "gradient_accumulation", "value_batch_size"):
-            _check(self.hparams[name] >= 1, f"{name} must be at least 1, got {self.hparams[name]}")
-        _check(
+            check(self.hparams[name] >= 1, f"{name} must be at least 1, got {self.hparams[name]}")
+        check(
             0 <= skip_last_steps < num_inference_steps,
             f"skip_last_steps must leave a step to train on: got {skip_last_steps} of {num_inference_steps}",
         )
@@ -445,7 +445,7 @@ class RewardRLModule(RunState):
         if self.ranks.size == 1 or trainer.datamodule is None or trainer.limit_val_batches == 0:
             return
         batches = self.ranks.gather(len(trainer.datamodule.val_dataloader()))
-        _check(
+        check(
             min(batches) > 0 or max(batches) == 0,
             f"the validation has fewer images than there are processes: their numbers of batches are {batches}; raise "
             "limit_test_prompts or eval_seeds, or leave it out with --trainer.limit_val_batches 0",
@@ -477,7 +477,7 @@ class RewardRLModule(RunState):
         if self.hparams["learning_rate_schedule"] == "constant":
             return rate
         epochs, rollouts = self.trainer.max_epochs, self.trainer.num_training_batches
-        _check(epochs is not None and epochs > 0, "a linear learning rate needs --trainer.max_epochs to know its end")
+        check(epochs is not None and epochs > 0, "a linear learning rate needs --trainer.max_epochs to know its end")
         return rate * max(0.0, 1 - self.rollouts_done / (int(epochs or 1) * rollouts))
 
     @property
@@ -666,8 +666,3 @@ class RewardRLModule(RunState):
         buffers = [name for name, _ in self.named_buffers()]
         # every rank loads the same base model: nothing of it is broadcast
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen + buffers)
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -17,7 +17,7 @@ from dblightning.distributed import Ranks
 from dblightning.policy_gradient import PromptStatistics
 from dblightning.replay import ReplayBuffer
 from dblightning.rewards.base import RewardMetric
-from dblightning.sampling import DDIMSolver
+from dblightning.solvers import DDIMSolver
 from dblightning.value import ValueFunction
 
 #: settings a resumed run may not change: they give the adapter its shape or the stored log-probs their meaning
@@ -122,10 +122,10 @@ class RunState(L.LightningModule):
     def on_fit_start(self) -> None:
         state = getattr(self, "_resumed", None)
         rollouts = self.ranks.gather(self.rollouts_done)
-        _check(len(set(rollouts)) == 1, f"the ranks resumed from different checkpoints, after {rollouts} rollouts")
+        check(len(set(rollouts)) == 1, f"the ranks resumed from different checkpoints, after {rollouts} rollouts")
         if state is None:
             return
-        _check(
+        check(
             len(state["ranks"]) == self.trainer.world_size,
             f"the checkpoint was saved by {len(state['ranks'])} processes and this run has {self.trainer.world_size}: "
             "a replay buffer belongs to its process, so resume with as many",
@@ -216,6 +216,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple | set) else value
 
 
-def _check(condition: bool, message: str) -> None:
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)

@@ -23,9 +23,9 @@ from dblightning.evaluation.intervals import (
 )
 from dblightning.evaluation.table import (
     REWARD,
-    WEIGHT,
     blend_table,
     held_out_rewards,
+    preferences,
     reward_names,
     weight_names,
     weights_of,
@@ -219,8 +219,7 @@ def oracle_shares(estimates: Estimates) -> pd.DataFrame:
         One row per blend: ``blend``, ``share_of_oracle``, ``share_of_oracle_lo``, ``share_of_oracle_hi``.
     """
     blends, column = estimates.blends, estimates.quantities.index("weighted_gain")
-    weights = blends[[name for name in blends if name.startswith(WEIGHT)]].to_numpy()
-    keys = [(tuple(row), scale) for row, scale in zip(weights, blends["kl_scale"], strict=True)]
+    keys = preferences(blends)
     oracles: dict[object, int] = {}
     for row, (key, method) in enumerate(zip(keys, blends["method"], strict=True)):
         if method == "morl" and estimates.low[row, column] > 0:

@@ -176,6 +176,12 @@ def weights_of(blends: pd.DataFrame, rewards: Sequence[str]) -> np.ndarray:
     return np.array(columns, dtype=float).reshape(len(rewards), len(blends)).T
 
 
+def preferences(blends: pd.DataFrame) -> list[tuple[tuple[float, ...], float]]:
+    """What each blend was asked for: its weights on all weighed rewards, and its strength λ."""
+    weights = weights_of(blends, weight_names(blends))
+    return [(tuple(row), float(scale)) for row, scale in zip(weights, blends["kl_scale"], strict=True)]
+
+
 def within(blends: pd.DataFrame, rewards: Sequence[str]) -> np.ndarray:
     """Which blends weigh nothing but ``rewards``, bool (blends,); the base, which weighs nothing, is one."""
     others = [name for name in weight_names(blends) if name not in rewards]

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dblightning.evaluation.analysis import estimate, oracle_shares
-from dblightning.evaluation.table import WEIGHT, read_scores
+from dblightning.evaluation.analysis import summary
+from dblightning.evaluation.table import preferences, read_scores
 
 #: quantity → heading
 QUANTITIES = {
@@ -30,20 +30,13 @@ def of_one_seed(frame: pd.DataFrame) -> pd.DataFrame:
     Args:
         frame: one row per image.
     """
-    estimates = estimate(frame, samples=200)
-    blends = estimates.blends
-    gains = estimates.values[:, estimates.quantities.index("weighted_gain")]
-    weights = blends[[name for name in blends if name.startswith(WEIGHT)]].fillna(0.0)
-    preferences = list(zip(map(tuple, weights.to_numpy()), blends["kl_scale"], strict=True))
-    references = {
-        preference: gain
-        for preference, gain, method in zip(preferences, gains, blends["method"], strict=True)
-        if method == "db-mpa"
+    table = summary(frame)
+    asked, gains = preferences(table), table["weighted_gain"]
+    of_db_mpa = {
+        each: gain for each, gain, method in zip(asked, gains, table["method"], strict=True) if method == "db-mpa"
     }
-    rest = [gain - references.get(preference, np.nan) for preference, gain in zip(preferences, gains, strict=True)]
-    shares = oracle_shares(estimates)["share_of_oracle"]
-    columns = {"weighted_gain": gains, "minus_db_mpa": rest, "share_of_oracle": shares.to_numpy()}
-    return pd.DataFrame(columns, index=pd.Index(blends["blend"], name="blend"))
+    table["minus_db_mpa"] = [gain - of_db_mpa.get(each, np.nan) for each, gain in zip(asked, gains, strict=True)]
+    return table.set_index("blend")[list(QUANTITIES)]
 
 
 def across_training_seeds(frames: Sequence[pd.DataFrame], level: float = 0.95) -> pd.DataFrame:
