@@ -15,18 +15,22 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import platform
 import statistics
+import sys
 import threading
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 from torch import Tensor
 
+from benchmarks import machine
+from benchmarks.publish import publish
 from dblightning.backbone import Conditioning, DiffusersBackbone
 from dblightning.blending import DBKLA, DBMPA, DBMPALS, Base, RewardedSoup, RewardedSoupFactors
 from dblightning.noise import ImageNoise
@@ -160,6 +164,7 @@ class PeakMemory:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run everything; returns the record that is written."""
+    described = machine.describe()
     plain, adapted = backbones(options)
     cuda = options.device.startswith("cuda")
     chosen = {name: each for name, each in methods(options).items() if any(part in name for part in options.methods)}
@@ -241,7 +246,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             }
         )
     return {
-        "settings": {key: value for key, value in vars(options).items() if key not in ("out", "methods")},
+        "machine": described,
+        "settings": {key: value for key, value in vars(options).items() if key not in ("json", "methods")},
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "unet_parameters": sum(weight.numel() for weight in plain.unet.parameters()),
@@ -263,7 +269,7 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         f"{settings['model']} at {resolution}, batch {settings['batch']}, {settings['steps']} steps, guidance "
         f"{settings['guidance_scale']:g}, {settings['dtype']}, {record['device']}, torch {record['torch']}, "
-        f"{settings['repeats']} interleaved repeats.",
+        f"{settings['repeats']} interleaved repeats. {machine.sentence(record['machine'])}.",
         "",
         "| method | s per image | × base | UNet rows per image | peak MB |",
         "|---|---|---|---|---|",
@@ -300,16 +306,12 @@ def main() -> None:
     parser.add_argument("--compile", default="none", choices=["none", "blocks", "whole"])
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--no-warm-up", action="store_true", help="skip the unmeasured first round")
-    parser.add_argument("--out", type=Path, help="JSON to write; the Markdown table goes beside it")
+    parser.add_argument("--json", type=Path, help="file to write; the Markdown table goes beside it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     record = measure(options)
-    print(markdown(record))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        options.out.with_suffix(".md").write_text(markdown(record) + "\n", encoding="utf-8")
+    publish(record, markdown(record), options.json)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,20 @@ published weights instead. JPEG is measured at 512×512, threads against a seria
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import machine
+from benchmarks.publish import publish
 from dblightning.rewards import JPEGCompressibility, RewardMetric, build_reward
 from dblightning.rewards.score import read_options
 from tests.rewards import tiny
@@ -91,6 +92,21 @@ def measure_jpeg(batch: int, rounds: int) -> dict[str, float]:
     return {"one_by_one": one, "batched": all_, "speedup": all_ / one}
 
 
+def markdown(record: dict[str, Any]) -> str:
+    """The record as a table."""
+    settings = record["settings"]
+    lines = [
+        f"{record['where']}, {settings['threads']} threads, float32, batch {settings['batch_size']}, images of "
+        f"{settings['size']}×{settings['size']} (JPEG: 512×512). {machine.sentence(record['machine'])}.",
+        "",
+        "| reward | images per s, one by one | batched | × |",
+        "|---|---|---|---|",
+    ]
+    for name, rates in record["results"].items():
+        lines.append(f"| {name} | {rates['one_by_one']:.1f} | {rates['batched']:.1f} | {rates['speedup']:.1f} |")
+    return "\n".join(lines)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -101,8 +117,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file to write; the Markdown table goes beside it")
     arguments = parser.parse_args()
+    described = machine.describe()
     torch.set_num_threads(arguments.threads)
     names = arguments.rewards.split(",")
     results = {}
@@ -112,14 +129,14 @@ def main() -> None:
             reward = build_reward(name, **(given or options[name]))
             results[name] = measure(reward, arguments.batch_size, arguments.size, arguments.device, arguments.rounds)
     results["jpeg"] = measure_jpeg(arguments.batch_size, arguments.rounds)
-    where = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "cpu"
-    size = f"{arguments.size}×{arguments.size}"
-    print(f"{where}, {arguments.threads} threads, float32, batch {arguments.batch_size}, images of {size}")
-    print(f"{'reward':14}{'one by one':>12}{'batched':>12}  images/s")
-    for name, rates in results.items():
-        print(f"{name:14}{rates['one_by_one']:12.1f}{rates['batched']:12.1f}  {rates['speedup']:.1f}×")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"where": where, **vars(arguments), "results": results}, default=str))
+    record = {
+        "machine": described,
+        "where": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "CPU",
+        "torch": torch.__version__,
+        "settings": {key: value for key, value in vars(arguments).items() if key != "json"},
+        "results": results,
+    }
+    publish(record, markdown(record), arguments.json)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas as pd
+
+from benchmarks import machine
+from benchmarks.publish import publish
 
 ROOT = Path(__file__).parent.parent
 REPLAY = str(3 * 48 * 20)  # single steps: three rollouts of 48 images at 20 steps
@@ -68,24 +74,38 @@ def train_and_score(name: str, options: list[str], seed: int, rollouts: int, pro
     return facts
 
 
+def markdown(record: dict[str, Any]) -> str:
+    """The record as a table."""
+    settings = record["settings"]
+    lines = [
+        f"{settings['rollouts']} rollouts, {settings['prompts']} held-out prompts. "
+        f"{machine.sentence(record['machine'])}.",
+        "",
+        "| variant | seed | aesthetic gain | alignment gain | training, s |",
+        "|---|---|---|---|---|",
+    ]
+    for each in record["runs"]:
+        gains = (f"{each[f'{name}_gain']:+.2f} ± {each[f'{name}_gain_ci']:.2f}" for name in ("aesthetic", "alignment"))
+        lines.append(f"| {each['variant']} | {each['seed']} | {' | '.join(gains)} | {each['train_seconds']} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rollouts", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=128, help="held-out prompts to score on")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    parser.add_argument("--json", type=Path, help="file to write; the Markdown table goes beside it")
     options = parser.parse_args()
-    rows = []
+    settings = {key: value for key, value in vars(options).items() if key != "json"}
+    record: dict[str, Any] = {"machine": machine.describe(), "settings": settings, "runs": []}
     for seed in options.seeds:
         for name in options.variants:
-            rows.append(train_and_score(name, VARIANTS[name], seed, options.rollouts, options.prompts))
-            print(rows[-1], flush=True)
-            if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    table = pd.DataFrame(rows)
-    print(table.groupby("variant", sort=False).mean(numeric_only=True).drop(columns="seed").round(3).to_string())
+            record["runs"].append(train_and_score(name, VARIANTS[name], seed, options.rollouts, options.prompts))
+            publish(record, markdown(record), options.json)  # after each: a run takes minutes
+    means = pd.DataFrame(record["runs"]).groupby("variant", sort=False).mean(numeric_only=True).drop(columns="seed")
+    print(means.round(3).to_string())
 
 
 if __name__ == "__main__":
