@@ -24,12 +24,17 @@ from dblightning.policy_gradient import OBJECTIVES, PromptStatistics, clip_fract
 from dblightning.replay import ReplayBuffer, Transitions
 from dblightning.rewards.base import RewardMetric
 from dblightning.rewards.worker import RewardWorker
-from dblightning.run_state import RunState, check
+from dblightning.run_state import RunState
 from dblightning.sampling import Execution, Trajectory, denoise_loop, rollout
 from dblightning.schedule import DDIMSchedule, GaussianStep, gaussian_kl, gaussian_log_prob, to_epsilon
+from dblightning.settings import RULES, Number, check, check_settings
 from dblightning.solvers import DDIMSolver
 from dblightning.value import ValueFunction
 
+#: rules of the settings below; ``eta`` 0 is a sampler's, not a policy's
+TRAINING_RULES = RULES | {
+    "eta": Number(above=0, most=1, remedy="a step without noise has no density to train on; the paper's is 1")
+}
 #: metrics of which the largest value is logged, not the mean
 WORST = ("train/on_policy_ratio_error",)
 
@@ -147,21 +152,10 @@ class RewardRLModule(RunState):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone", "reward", "eval_rewards"])
-        check(eta > 0, f"eta must be > 0: a step without noise has no density to train on, got {eta}")
+        check_settings(self.hparams, TRAINING_RULES)
+        check(kl_target is None or kl_weight > 0, f"kl_target {kl_target} needs a kl_weight > 0 to start from, got 0")
         check(
-            rollout_batch_size in (None, "auto") or (isinstance(rollout_batch_size, int) and rollout_batch_size >= 1),
-            f'rollout_batch_size must be at least 1, "auto" or null, got {rollout_batch_size!r}',
-        )
-        check(clip_range > 0, f"clip_range must be > 0, got {clip_range}")
-        check(kl_weight >= 0 and reward_weight > 0, "kl_weight must be >= 0 and reward_weight > 0")
-        check(
-            kl_target is None or (kl_target > 0 and kl_weight > 0),
-            f"kl_target must be > 0 nats, and kl_weight > 0 to start from, got {kl_target} and {kl_weight}",
-        )
-        for name in ("policy_steps", "policy_batch_size", "gradient_accumulation", "value_batch_size"):
-            check(self.hparams[name] >= 1, f"{name} must be at least 1, got {self.hparams[name]}")
-        check(
-            0 <= skip_last_steps < num_inference_steps,
+            skip_last_steps < num_inference_steps,
             f"skip_last_steps must leave a step to train on: got {skip_last_steps} of {num_inference_steps}",
         )
         if buffer_size is not None and buffer_size < num_inference_steps:

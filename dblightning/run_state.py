@@ -17,6 +17,7 @@ from dblightning.distributed import Ranks
 from dblightning.policy_gradient import PromptStatistics
 from dblightning.replay import ReplayBuffer
 from dblightning.rewards.base import RewardMetric
+from dblightning.settings import check
 from dblightning.solvers import DDIMSolver
 from dblightning.value import ValueFunction
 
@@ -214,9 +215,3 @@ def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -
 def _plain(value: Any) -> Any:
     """Lists for any other sequence: what a checkpoint stores, and what a YAML file gives."""
     return list(value) if isinstance(value, list | tuple | set) else value
-
-
-def check(condition: bool, message: str) -> None:
-    """Raise ValueError with the message unless the condition holds."""
-    if not condition:
-        raise ValueError(message)

@@ -1,0 +1,117 @@
+"""Finite, sane settings: one rule per setting, checked at the door of whatever takes it. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Number:
+    """The numbers a setting may be; never NaN, infinite, or true and false.
+
+    Args:
+        above: it must be greater; None is no such bound.
+        least, most: smallest and largest value allowed.
+        whole: integers only.
+        words: values allowed beside numbers, such as None or "auto".
+        remedy: what to do about a value that is refused; it ends the message.
+    """
+
+    above: float | None = None
+    least: float | None = None
+    most: float | None = None
+    whole: bool = False
+    words: tuple[Any, ...] = ()
+    remedy: str = ""
+
+    def allows(self, value: Any) -> bool:
+        """Whether the value keeps the rule."""
+        if isinstance(value, str | None) and value in self.words:
+            return True
+        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
+            return False
+        number: Any = value
+        return (
+            (self.whole or math.isfinite(number))  # isfinite overflows on large integers
+            and (self.above is None or number > self.above)
+            and (self.least is None or number >= self.least)
+            and (self.most is None or number <= self.most)
+        )
+
+    def __str__(self) -> str:
+        limits = (("> ", self.above), (">= ", self.least), ("<= ", self.most))
+        bounds = [f"{sign}{limit:g}" for sign, limit in limits if limit is not None]
+        kind = "a whole number" if self.whole else "" if self.above is not None or self.least is not None else "finite"
+        end = [] if self.whole or self.most is not None or kind else ["finite"]
+        text = " ".join(filter(None, [kind, " and ".join([*bounds, *end])]))
+        words = ["null" if word is None else f'"{word}"' for word in self.words]
+        return " or ".join([text, *words])
+
+
+def count(least: int = 1, **options: Any) -> Number:
+    """The rule of a whole number, ``least`` or more."""
+    return Number(least=least, whole=True, **options)
+
+
+#: numeric settings of every class and command of this package that keep their rule wherever they appear
+RULES: dict[str, Number] = {
+    # the adapter
+    "rank": count(remedy="the paper's is 4"),
+    "lora_alpha": Number(above=0, most=1e6, words=(None,), remedy="null takes the rank, a scale of 1"),
+    # the images
+    "seed": Number(whole=True, least=-(2**63), most=2**63 - 1),
+    "num_inference_steps": count(most=1000, remedy="the paper's is 50"),
+    "guidance_scale": Number(least=0, most=100, remedy="1 turns guidance off, the paper's is 7.5"),
+    # training; `eta` may be 0 elsewhere
+    "clip_range": Number(above=0, remedy="the paper's is 1e-4"),
+    "kl_weight": Number(least=0, most=1e6, remedy="the paper's is 0.1"),
+    "reward_weight": Number(above=0, most=1e6),
+    "kl_target": Number(above=0, words=(None,), remedy="it counts nats; null keeps the weight"),
+    "kl_warmup": count(0),
+    "learning_rate": Number(least=0, most=1, remedy="the paper's is 1e-5"),
+    "weight_decay": Number(least=0, most=1, remedy="the paper's is 0"),
+    "policy_steps": count(),
+    "policy_batch_size": count(),
+    "gradient_accumulation": count(),
+    "clip_grad_norm": Number(above=0, remedy="a large number such as 1e6 leaves gradients as they are"),
+    "skip_last_steps": count(0),
+    "value_learning_rate": Number(least=0, most=1, remedy="the paper's is 1e-4"),
+    "value_steps": count(remedy="advantage: prompt trains without a value function"),
+    "value_batch_size": count(),
+    "value_width": count(most=2**20),
+    "rollout_batch_size": count(words=(None, "auto"), remedy="null takes the whole batch"),
+    "buffer_size": count(words=(None,), remedy="it counts single steps; null keeps the latest rollout only"),
+    "statistics_window": count(),
+}
+
+
+def problems(settings: Mapping[str, Any], rules: Mapping[str, Number] = RULES) -> Iterator[str]:
+    """A sentence for each setting that breaks its rule; names without a rule are let pass."""
+    for name, value in settings.items():
+        rule = rules.get(name)
+        if rule is not None and not rule.allows(value):
+            yield f"{name} must be {rule}, got {value!r}" + (f"; {rule.remedy}" if rule.remedy else "")
+
+
+def check_settings(settings: Mapping[str, Any], rules: Mapping[str, Number] = RULES) -> None:
+    """Refuse settings that are not finite or make no sense.
+
+    Args:
+        settings: name → value; names without a rule are let pass.
+        rules: name → rule; a class with settings of its own passes ``RULES | {…}``.
+
+    Raises:
+        ValueError: naming the first such setting, its value, the rule and what to do.
+    """
+    for problem in problems(settings, rules):
+        raise ValueError(problem)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
