@@ -1,10 +1,5 @@
-"""LoRA adapters of one frozen denoiser, and the *gated* layer that lets every row of a batch use its own mixture.
+"""The adapters of one frozen denoiser. PEFT creates and stores them; the forward is :mod:`gated`'s.
 
-PEFT creates and stores the adapters; the forward is ours:
-
-    y = W x + Σ_i g_i · s_i · B_i A_i x        g: the row's gate, a vector over adapters; s_i: LoRA scale
-
-Gates are set once per denoiser call and shared by all layers, so rows with different adapters share a batch.
 PEFT's ``set_adapter`` walks all modules (milliseconds) and is never called while sampling.
 """
 
@@ -16,127 +11,29 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from dblightning.adapters.files import (
+    METADATA_KEY,
+    WEIGHTS_NAME,
+    _jsonable,
+    _with_peft_names,
+    base_name,
+    fingerprint,
+    read_metadata,
+)
+from dblightning.adapters.gated import GatedLinear, GateState
+
 #: the paper's targets: query, key, value and output projections of every attention
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-METADATA_KEY = "dblightning"
-
-
-@dataclass
-class GateState:
-    """What the next forward of every gated layer does; one object shared by all layers of a denoiser.
-
-    Everything that does not differ between layers is worked out once per denoiser call, by :class:`AdapterBank`: the
-    layers only read tensors, so that ``torch.compile`` traces them in one piece.
-    """
-
-    names: list[str] = field(default_factory=list)  # adapters in gate order
-    gates: Tensor | None = None  # (rows, m); None: the base model
-    factors: bool = False  # gate A and B apart: (Σ g B)(Σ g A), the paper code's Rewarded Soup
-    merged: tuple[Any, ...] | None = None  # key of the merged weights to use instead of W
-    scales: list[Tensor] = field(default_factory=list)  # per layout of adapters, what scales each rank (rows, R)
-
-
-class GatedLinear(LoraLinear):
-    """PEFT's LoRA linear layer with a gate per batch row; without a :class:`GateState` it is PEFT's own forward."""
-
-    gate_state: GateState | None
-    layout: int  # index into the state's scales
-    stack: tuple[Tensor, Tensor] | None
-    merged_weights: dict[tuple[Any, ...], Tensor]
-    merged_weight: Tensor | None  # of merged_weights, the one in force
-    _names: list[str]
-    _ranks: list[int]
-
-    def install(self, state: GateState) -> None:
-        """Join the layer to the denoiser's shared state, and index its adapters in the state's order."""
-        self.gate_state = state
-        self.merged_weights = {}
-        self.merged_weight = None
-        self.index()
-
-    def index(self) -> None:
-        """Index the adapters the state names, in its order."""
-        state = self.gate_state
-        assert state is not None
-        self.stack = None
-        self._names = [name for name in state.names if name in self.lora_A]
-        self._ranks = [self.r[name] for name in self._names]
-
-    def arrangement(self) -> tuple[tuple[int, float], ...]:
-        """For each rank of each adapter here, its column of the gates and its LoRA scale."""
-        assert self.gate_state is not None
-        names = self.gate_state.names
-        return tuple(
-            (names.index(name), float(self.scaling[name])) for name in self._names for _ in range(self.r[name])
-        )
-
-    def stacked(self) -> tuple[Tensor, Tensor]:
-        """All A stacked (R, in) and all B side by side (out, R), R the sum of ranks."""
-        downs = [self.lora_A[name].weight for name in self._names]
-        ups = [self.lora_B[name].weight for name in self._names]
-        return (downs[0], ups[0]) if len(downs) == 1 else (torch.cat(downs), torch.cat(ups, dim=1))
-
-    def _sum_factors(self, hidden: Tensor, root: Tensor) -> Tensor:
-        """Rank-space activations (rows, …, R) as averaged factors make them: each adapter's B sees the sum over A."""
-        hidden, root = hidden.unflatten(-1, (len(self._names), -1)), root.unflatten(-1, (len(self._names), -1))
-        return ((hidden * root).sum(-2, keepdim=True) * root).flatten(-2)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state: GateState | None = getattr(self, "gate_state", None)
-        if state is None:
-            return super().forward(x, *args, **kwargs)
-        if self.merged_weight is not None:
-            return F.linear(x, self.merged_weight, self.base_layer.bias)
-        y = self.base_layer(x, *args, **kwargs)
-        gates = state.gates
-        if gates is None or not self._names:
-            return y
-        if x.shape[0] != gates.shape[0]:
-            raise ValueError(f"gates are set for {gates.shape[0]} rows, but the layer was called with {x.shape[0]}")
-        down, up = self.stacked() if self.stack is None else self.stack
-        hidden = F.linear(x, down.to(x.dtype))
-        scale = state.scales[self.layout].to(hidden.dtype).view(len(x), *[1] * (x.ndim - 2), -1)
-        hidden = self._sum_factors(hidden, scale) if state.factors else hidden * scale
-        return y + F.linear(hidden, up.to(x.dtype)).to(y.dtype)
-
-    def check_one_rank(self) -> None:
-        """Raises ValueError if this layer's adapters are of several ranks."""
-        if len(set(self._ranks)) > 1:
-            raise ValueError(
-                f"averaging LoRA factors needs adapters of one rank, got ranks {self._ranks} of {self._names}; "
-                "use the exact soup (rewarded-soup)"
-            )
-
-    def delta_weight(self, gate: Sequence[float], factors: bool) -> Tensor | None:
-        """ΔW of one gate vector in float32, (out, in); None when no adapter of this layer is gated on."""
-        assert self.gate_state is not None
-        used = [(name, gate[self.gate_state.names.index(name)]) for name in self._names]
-        used = [(name, value) for name, value in used if value != 0]
-        if not used:
-            return None
-        if factors:
-            self.check_one_rank()
-            down = sum(value * self.scaling[name] ** 0.5 * self.lora_A[name].weight.float() for name, value in used)
-            up = sum(value * self.scaling[name] ** 0.5 * self.lora_B[name].weight.float() for name, value in used)
-            return up @ down
-        products = (
-            value * self.scaling[name] * (self.lora_B[name].weight.float() @ self.lora_A[name].weight.float())
-            for name, value in used
-        )
-        return torch.stack(list(products)).sum(0)
 
 
 class AdapterBank:
@@ -540,51 +437,9 @@ class AdapterBank:
                 )
 
 
-def _with_peft_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A LoRA's keys with PEFT's endings; TRL and older diffusers write ``lora.up`` and ``to_q_lora.up``."""
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
-    old = {key for key in state if "lora.up." in key or "lora.down." in key}
-    renamed = convert_unet_state_dict_to_peft({key: state[key] for key in old})
-    return {key: tensor for key, tensor in state.items() if key not in old} | renamed
-
-
 @contextmanager
 def _several_adapters() -> Iterator[None]:
     """Silence PEFT's warning that a model has more than one adapter: here that is the point."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         yield
-
-
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The facts :meth:`AdapterBank.export` put into an adapter's file (or folder); {} for a foreign file."""
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    file = path / WEIGHTS_NAME if path.is_dir() else path
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no readable safetensors file ({error}); export the adapter again") from error
-    return json.loads(header.get(METADATA_KEY, "{}"))
-
-
-def base_name(pipeline: Any) -> str:
-    """A short name of the pipeline's origin: the hub id, or the last part of the folder."""
-    origin = str(pipeline.config.get("_name_or_path") or "")
-    return Path(origin).name if Path(origin).is_dir() else origin
-
-
-def fingerprint(unet: nn.Module, count: int = 16) -> list[float]:
-    """Mean |w| of evenly spaced weights of a denoiser: tells base models apart, whatever the precision they are in."""
-    weights = [parameter for name, parameter in unet.named_parameters() if parameter.ndim > 1 and ".lora_" not in name]
-    chosen = weights[:: max(1, len(weights) // count)][:count]
-    return [round(weight.detach().float().abs().mean().item(), 8) for weight in chosen]
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, set):
-        return sorted(value)
-    return value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
