@@ -64,6 +64,7 @@ def train_and_score(name: str, options: list[str], seed: int, rollouts: int, pro
             "test", "--config", "configs/eval/quickstart.yaml", "--model.blends", json.dumps(blends),
             "--model.adapters", json.dumps({"aesthetic": f"{folder}/adapter"}), "--model.out", f"{folder}/scores",
             "--data.limit_test_prompts", str(prompts),
+            "--data.prompt_order", "file",  # the prompts of the published results
         )  # fmt: skip
         row = pd.read_csv(f"{folder}/scores/summary.csv").iloc[1]
     facts: dict[str, object] = {"variant": name, "seed": seed, "train_seconds": round(seconds, 1)}

@@ -442,7 +442,7 @@ class RewardRLModule(RunState):
         check(
             min(batches) > 0 or max(batches) == 0,
             f"the validation has fewer images than there are processes: their numbers of batches are {batches}; raise "
-            "limit_test_prompts or eval_seeds, or leave it out with --trainer.limit_val_batches 0",
+            "limit_val_prompts or eval_seeds, or leave it out with --trainer.limit_val_batches 0",
         )
 
     def _log_evaluation(self) -> None:

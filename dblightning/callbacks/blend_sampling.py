@@ -47,7 +47,7 @@ class BlendSamplingCallback(L.Callback):
             morl_0_2). A blend waits while an adapter of it is missing.
         rewards: name → reward to score with, beside the module's own and its ``eval_rewards``.
         data: prompts, those of its val loader's split; None takes the run's DataModule.
-        num_prompts: how many of them, from the first.
+        num_prompts: how many of them, taken as the DataModule's limits take them.
         seeds: images per prompt.
         batch_size: images per rank and batch.
         every_n_rollouts, every_n_epochs: how often; one of them.
@@ -168,6 +168,7 @@ class BlendSamplingCallback(L.Callback):
         specs = self._ready(module)
         prompts = self._prompts(trainer)
         loader = EvalLoader(prompts, self.batch_size, self.seeds, trainer.global_rank, trainer.world_size)
+        shown = set(prompts.prompt_ids[: self.grid_prompts])
         rows: list[dict[str, Any]] = []
         grids: dict[tuple[str, int], Tensor] = {}
         with self._guests(module, specs), self._on_device(module.device):
@@ -177,7 +178,7 @@ class BlendSamplingCallback(L.Callback):
                     scored = sampler.score(batch, spec)
                     rows += [{"order": order, **row} for row in scored.rows]
                     for row, image in zip(scored.rows, scored.images, strict=True):
-                        if row["prompt_id"] < self.grid_prompts and row["seed"] == 0:
+                        if row["prompt_id"] in shown and row["seed"] == 0:
                             grids[row["blend"], row["prompt_id"]] = image.float().cpu()
         parts = module.ranks.gather((rows, grids))
         rows = [row for part, _ in parts for row in part]
@@ -209,8 +210,7 @@ class BlendSamplingCallback(L.Callback):
         data = self.data if self.data is not None else trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, PromptDataModule):
             raise ValueError("blend sampling needs prompts: set data to a prompt DataModule")
-        prompts = data.test_set if data.eval_split == "test" else data.train_set
-        return prompts.select(range(min(self.num_prompts, len(prompts))))
+        return data.limited(data.validation_set, self.num_prompts)
 
     def _sampler(self, module: RewardRLModule) -> BlendSampler:
         own = {module.reward.name: module.reward, **dict(module.eval_rewards.items())}

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, Trainer
 
-from dblightning.data.stream import Cursor, EvalLoader, PromptSampler, PromptSet, TrainLoader, check_positive
+from dblightning.data.stream import (
+    Cursor,
+    EvalLoader,
+    PromptSampler,
+    PromptSet,
+    TrainLoader,
+    check_positive,
+    sample_order,
+)
+
+Split = Literal["train", "val", "test"]
+Order = Literal["sample", "file"]
+#: what a module samples its prompts by: a prompt set → one value per prompt
+Strata = Callable[[PromptSet], Sequence[Hashable]]
 
 
 def rank_and_world_size(trainer: Trainer | None = None) -> tuple[int, int]:
@@ -24,7 +38,11 @@ class PromptDataModule(LightningDataModule):
     """Prompts for rollouts and for evaluation.
 
     Every batch is {"prompt_id": int64 (B,), "seed": int64 (B,), "prompt": B strings, and B values per metadata column}.
-    ``prompt_id`` is the prompt's index in its list and ``seed`` counts its images, so the pair names an image.
+    ``prompt_id`` is the prompt's index in its whole list and ``seed`` counts its images, so the pair names an image. A
+    limit leaves the ids as they are: it takes a random sample of the list, with the list's mix of strata (such as
+    prompts of one and of two things), and a larger limit holds the smaller one's prompts.
+
+    Three lists: prompts to train on, to validate on while training goes on, and to test on once at the end.
 
     Training draws an endless stream that walks through all prompts, shuffled anew each time round; ranks take disjoint
     parts of it and no (prompt, seed) pair comes twice. Evaluation visits every (prompt, seed) pair of its prompts once,
@@ -39,14 +57,23 @@ class PromptDataModule(LightningDataModule):
     Args:
         train: prompts to learn on.
         test: prompts to evaluate on.
+        val: prompts to validate on, none of them a test prompt; None takes the training prompts.
+        strata: what a sample of test or validation prompts is stratified by; None is nothing.
         batch_size: images per rank and rollout, a multiple of ``samples_per_prompt``.
         samples_per_prompt: images of one prompt side by side in a training batch.
         rollouts_per_epoch: training batches per Lightning epoch.
         eval_batch_size: images per rank and evaluation batch.
         eval_seeds: images per prompt in an evaluation.
-        eval_split: which prompts the val, test and predict loaders give: "test" or "train".
-        limit_test_prompts: keep the first so many test prompts; None keeps all.
-        seed: of the shuffling.
+        eval_split: which prompts the test and predict loaders give: "test", "val" or "train".
+        val_split: which prompts the val loader gives: "val", "test" or "train"; None is "val", or "train" where
+            ``eval_split`` is.
+        limit_test_prompts: keep a random sample of so many test prompts; None keeps all.
+        limit_val_prompts: keep a random sample of so many validation prompts; None takes ``limit_test_prompts``.
+        prompt_order: "sample" limits by a random sample; "file" keeps the first prompts of the list instead, which are
+            no sample where the list is sorted in any way.
+        limit_seed: of that random sample, apart from ``seed``, so that training runs of several seeds are evaluated on
+            the same prompts.
+        seed: of the shuffling of the training prompts.
 
     Raises:
         ValueError: a number out of its range, or an unknown split.
@@ -57,13 +84,19 @@ class PromptDataModule(LightningDataModule):
         train: PromptSet,
         test: PromptSet,
         *,
+        val: PromptSet | None = None,
+        strata: Strata | None = None,
         batch_size: int = 6,
         samples_per_prompt: int = 1,
         rollouts_per_epoch: int = 10,
         eval_batch_size: int = 16,
         eval_seeds: int = 1,
-        eval_split: Literal["test", "train"] = "test",
+        eval_split: Split = "test",
+        val_split: Split | None = None,
         limit_test_prompts: int | None = None,
+        limit_val_prompts: int | None = None,
+        prompt_order: Order = "sample",
+        limit_seed: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -73,21 +106,36 @@ class PromptDataModule(LightningDataModule):
             "eval_seeds": eval_seeds,
         }.items():
             check_positive(name, value)
-        if limit_test_prompts is not None:
-            check_positive("limit_test_prompts", limit_test_prompts)
-            test = test.select(range(min(limit_test_prompts, len(test))))
-        if eval_split not in ("test", "train"):
-            raise ValueError(f"eval_split must be 'test' or 'train', got {eval_split!r}")
+        for name, limit in {"limit_test_prompts": limit_test_prompts, "limit_val_prompts": limit_val_prompts}.items():
+            if limit is not None:
+                check_positive(name, limit)
+        for name, choice, choices in (
+            ("eval_split", eval_split, get_args(Split)),
+            ("val_split", "val" if val_split is None else val_split, get_args(Split)),
+            ("prompt_order", prompt_order, get_args(Order)),
+        ):
+            if choice not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {choice!r}")
+        if isinstance(limit_seed, bool) or not isinstance(limit_seed, int) or limit_seed < 0:
+            raise ValueError(f"limit_seed must be an integer >= 0, got {limit_seed!r}")
         # built here for its checks alone: a wrong batch_size should not wait for the first epoch
         PromptSampler(len(train), batch_size, samples_per_prompt, seed)
         self.train_set = train
-        self.test_set = test
+        self.prompt_order = prompt_order
+        self.limit_seed = limit_seed
+        self._strata = strata
+        self.test_set = self.limited(test, limit_test_prompts)
+        val_limit = limit_test_prompts if limit_val_prompts is None else limit_val_prompts
+        self.val_set = self.limited(train if val is None else val, val_limit)
+        # validation on the test or the training prompts has the validation's limit
+        self._validated = {"val": self.val_set, "test": self.limited(test, val_limit), "train": train}
         self.batch_size = batch_size
         self.samples_per_prompt = samples_per_prompt
         self.rollouts_per_epoch = rollouts_per_epoch
         self.eval_batch_size = eval_batch_size
         self.eval_seeds = eval_seeds
-        self.eval_split = eval_split
+        self.eval_split: Split = eval_split
+        self.val_split: Split = val_split or ("train" if eval_split == "train" else "val")
         self.seed = seed
         # a small evaluation on many ranks may leave some without a prompt
         self.allow_zero_length_dataloader_with_multiple_devices = True
@@ -102,8 +150,32 @@ class PromptDataModule(LightningDataModule):
 
     @property
     def test_prompts(self) -> list[str]:
-        """The evaluation prompts, after ``limit_test_prompts``."""
+        """The test prompts, after ``limit_test_prompts``."""
         return self.test_set.prompts
+
+    @property
+    def val_prompts(self) -> list[str]:
+        """The validation prompts, after ``limit_val_prompts``."""
+        return self.val_set.prompts
+
+    @property
+    def validation_set(self) -> PromptSet:
+        """The prompts of the val loader, as ``val_split`` says."""
+        return self._validated[self.val_split]
+
+    @property
+    def evaluation_set(self) -> PromptSet:
+        """The prompts of the test and predict loaders, as ``eval_split`` says."""
+        return {"test": self.test_set, "val": self.val_set, "train": self.train_set}[self.eval_split]
+
+    def limited(self, prompts: PromptSet, limit: int | None) -> PromptSet:
+        """At most ``limit`` prompts with the ids they have, in their order: a stratified sample, or the first ones."""
+        if limit is None or limit >= len(prompts):
+            return prompts
+        if self.prompt_order == "file":
+            return prompts.subset(range(limit))
+        strata = [None] * len(prompts) if self._strata is None else self._strata(prompts)
+        return prompts.subset(sorted(sample_order(strata, self.limit_seed)[:limit]))
 
     def train_dataloader(self) -> TrainLoader:
         """``rollouts_per_epoch`` batches of the endless stream; each pass goes on where the last one stopped.
@@ -122,17 +194,19 @@ class PromptDataModule(LightningDataModule):
         return self._train_loader
 
     def val_dataloader(self) -> EvalLoader:
-        """This rank's share of the evaluation prompts, ``eval_seeds`` images each."""
-        prompts = self.test_set if self.eval_split == "test" else self.train_set
-        return EvalLoader(prompts, self.eval_batch_size, self.eval_seeds, *rank_and_world_size(self.trainer))
+        """This rank's share of the validation prompts, ``eval_seeds`` images each."""
+        return self._loader(self.validation_set)
 
     def test_dataloader(self) -> EvalLoader:
-        """The same pass as ``val_dataloader``."""
-        return self.val_dataloader()
+        """This rank's share of the test prompts, ``eval_seeds`` images each."""
+        return self._loader(self.evaluation_set)
 
     def predict_dataloader(self) -> EvalLoader:
-        """The same pass as ``val_dataloader``."""
-        return self.val_dataloader()
+        """The same pass as ``test_dataloader``."""
+        return self._loader(self.evaluation_set)
+
+    def _loader(self, prompts: PromptSet) -> EvalLoader:
+        return EvalLoader(prompts, self.eval_batch_size, self.eval_seeds, *rank_and_world_size(self.trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """The training stream's position and what it is a position in."""

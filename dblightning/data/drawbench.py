@@ -1,4 +1,4 @@
-"""DrawBench's colour prompts (Saharia et al. 2022), and a thousand unseen prompts of the same two forms."""
+"""DrawBench's colour prompts (Saharia et al. 2022), and unseen ones of their forms: 80 to validate, 1000 to test."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import numpy as np
 from dblightning.data.base import PromptDataModule
 from dblightning.data.prompt_file import read_prompts
 from dblightning.data.stream import PromptSet
+
+#: what a prompt asks for: one or two (colour, object)
+Scene = list[tuple[str, str]]
 
 #: object → colours, in DrawBench's order: "A red colored car."
 SINGLES: tuple[tuple[str, tuple[str, str, str]], ...] = (
@@ -77,28 +80,57 @@ def held_out_prompts(count: int = 1000, seed: int = 25) -> list[str]:
     """
     if count > 39_425:
         raise ValueError(f"only 39425 unseen colour prompts exist, got count={count}")
+    return [_prompt(scene) for scene in _unseen_scenes(count, seed)]
+
+
+def validation_prompts() -> list[str]:
+    """80 prompts that are neither among the 25 nor among the 1000: 21 of one object, 59 of two, shuffled.
+
+    The 1000 leave 21 prompts of one object; with 59 of two, these have the 1000's mix. No scene is one of the 1025 with
+    its objects named the other way round.
+    """
+    test = _unseen_scenes(1000, 25)
+    known = {frozenset(scene) for scene in [*test, *_train_scenes()]}
+    every = [[(color, thing)] for color in COLORS for thing in OBJECTS]
+    singles = [scene for scene in every if frozenset(scene) not in known]
+    drawn = _unseen_scenes(2000, 25)[1000:]  # what the same draws give next
+    pairs = [scene for scene in drawn if len(scene) == 2][: 80 - len(singles)]
+    scenes = singles + pairs
+    return [_prompt(scenes[i]) for i in np.random.default_rng(80).permutation(len(scenes))]
+
+
+def _prompt(scene: Scene) -> str:
+    return single(*scene[0]) if len(scene) == 1 else pair(scene[0], scene[1])
+
+
+def _train_scenes() -> list[Scene]:
+    return [[(color, thing)] for thing, colors in SINGLES for color in colors] + [list(two) for two in PAIRS]
+
+
+def _unseen_scenes(count: int, seed: int) -> list[Scene]:
     rng = np.random.default_rng(seed)
-    seen = {frozenset([(color, thing)]) for thing, colors in SINGLES for color in colors}
-    seen |= {frozenset(two) for two in PAIRS}
-    prompts: list[str] = []
-    while len(prompts) < count:
+    seen = {frozenset(scene) for scene in _train_scenes()}
+    scenes: list[Scene] = []
+    while len(scenes) < count:
         things = 1 + int(rng.integers(2))
         colors = [COLORS[i] for i in rng.choice(len(COLORS), size=things, replace=False)]
         objects = [OBJECTS[i] for i in rng.choice(len(OBJECTS), size=things, replace=False)]
         scene = list(zip(colors, objects, strict=True))
-        if frozenset(scene) in seen:
-            continue
-        seen.add(frozenset(scene))
-        prompts.append(single(*scene[0]) if things == 1 else pair(scene[0], scene[1]))
-    return prompts
+        if frozenset(scene) not in seen:
+            seen.add(frozenset(scene))
+            scenes.append(scene)
+    return scenes
 
 
 class DrawBenchDataModule(PromptDataModule):
-    """Short-DrawBench: trains on the 25 colour prompts, evaluates on 1000 unseen ones of the same forms.
+    """Short-DrawBench: trains on the 25 colour prompts, validates on 80 and tests on 1000 unseen ones of their forms.
+
+    A limit keeps the share of prompts of one object and of two.
 
     Args:
         csv: a DrawBench file of your own, with columns "Prompts" (or "prompt") and "Category"; its prompts of
-            ``category`` are then the training prompts, and the test prompts are those of the 1000 not among them.
+            ``category`` are then the training prompts, and the validation and test prompts are those of the 80 and the
+            1000 that are not among them, the latter numbered anew.
         category: the file's category to train on, in any case; None takes every prompt of the file.
         settings: see ``PromptDataModule``.
 
@@ -109,8 +141,16 @@ class DrawBenchDataModule(PromptDataModule):
 
     def __init__(self, csv: str | Path | None = None, category: str | None = "Colors", **settings: Any) -> None:
         train = PromptSet(train_prompts()) if csv is None else read_category(csv, category)
-        known = set(train.prompts)
-        super().__init__(train=train, test=PromptSet([p for p in held_out_prompts() if p not in known]), **settings)
+        test, val = (
+            unseen.select(unseen.without(train.prompts))
+            for unseen in (PromptSet(held_out_prompts()), PromptSet(validation_prompts()))
+        )
+        super().__init__(train=train, test=test, val=val, strata=number_of_things, **settings)
+
+
+def number_of_things(prompts: PromptSet) -> list[int]:
+    """One or two: how many things each prompt of the colour grammar names."""
+    return [1 + (" and " in prompt) for prompt in prompts.prompts]
 
 
 def read_category(csv: str | Path, category: str | None) -> PromptSet:

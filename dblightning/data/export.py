@@ -15,10 +15,13 @@ def files() -> dict[str, str]:
     """File name → contents, one JSON object per line."""
     return {
         "drawbench_colors.jsonl": _jsonl(_rows(drawbench.train_prompts())),
+        "drawbench_val.jsonl": _jsonl(_rows(drawbench.validation_prompts())),
         "drawbench_test.jsonl": _jsonl(_rows(drawbench.held_out_prompts())),
         "geneval.jsonl": _jsonl(geneval.train_samples()),
+        "geneval_val.jsonl": _jsonl(geneval.validation_samples()),
         "geneval_test.jsonl": _jsonl(geneval.held_out_samples()),
         "miniature_train.jsonl": _jsonl(_rows(world.train_prompts())),
+        "miniature_val.jsonl": _jsonl(_rows(world.validation_prompts())),
         "miniature_test.jsonl": _jsonl(_rows(world.test_prompts())),
     }
 

@@ -1,4 +1,4 @@
-"""GenEval's prompts with their metadata, drawn by its published rules: 553 for training, 700 held out.
+"""GenEval's prompts with their metadata, drawn by its published rules: 553 to train, 100 to validate, 700 to test.
 
 Rules: Ghosh et al. 2023, "GenEval: An object-focused framework for evaluating text-to-image alignment". Six tasks over
 COCO's 80 classes; the order of the random draws is part of the definition, because it decides which prompts come out.
@@ -127,8 +127,20 @@ def held_out_samples(seed: int = 44, per_task: int = 140) -> list[Sample]:
     # counting has the fewest: 80 classes · 3 numbers, 80 of them among the 553
     if per_task > 160:
         raise ValueError(f"only 160 unseen counting prompts exist, got per_task={per_task}")
+    return _unseen_samples(train_samples(), seed, per_task)
+
+
+def validation_samples() -> list[Sample]:
+    """100 prompts by the same rules, 20 of each drawn task, no scene of which is among the 553 or the 700.
+
+    Twenty is as many as the 700 leave of counting.
+    """
+    return _unseen_samples(train_samples() + held_out_samples(), seed=45, per_task=20)
+
+
+def _unseen_samples(known: list[Sample], seed: int, per_task: int) -> list[Sample]:
     rng = np.random.default_rng(seed)
-    seen = {_scene(sample) for sample in train_samples()}
+    seen = {_scene(sample) for sample in known}
     by_task: list[list[Sample]] = []
     for task in TASKS:
         fresh: list[Sample] = []
@@ -154,11 +166,14 @@ def prompt_set(samples: list[Sample]) -> PromptSet:
 
 
 class GenEvalDataModule(PromptDataModule):
-    """GenEval: trains on its 553 prompts, evaluates on 700 held-out ones; batches carry "tag", "include", "exclude".
+    """GenEval: trains on its 553 prompts, validates on 100 and tests on 700 unseen ones of its drawn tasks.
+
+    Batches carry "tag", "include" and "exclude". A limit keeps the tasks balanced.
 
     Args:
         settings: see ``PromptDataModule``.
     """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(train=prompt_set(train_samples()), test=prompt_set(held_out_samples()), **settings)
+        train, val, test = map(prompt_set, (train_samples(), validation_samples(), held_out_samples()))
+        super().__init__(train=train, test=test, val=val, strata=lambda prompts: prompts.metadata["tag"], **settings)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dblightning.data.base import PromptDataModule
-from dblightning.data.stream import PromptSet
+from dblightning.data.stream import PromptSet, check_positive, sample_order
 
 
 class Row(NamedTuple):
@@ -139,14 +139,21 @@ _READERS = {".txt": _read_txt, ".csv": _read_csv, ".json": _read_json, ".jsonl":
 class PromptFileDataModule(PromptDataModule):
     """Prompts from your own files.
 
+    Validation prompts come from ``val_file``, or are ``hold_out`` prompts of the training file that are then not
+    trained on; without either, validation takes the training prompts. A validation prompt that is a test prompt too is
+    left out. A limit keeps the mix of the "category" column, where there is one.
+
     Args:
         train_file: see ``read_prompts`` for the kinds of file.
-        test_file: prompts to evaluate on; without it, evaluation takes the training prompts.
+        test_file: prompts to test on; without it, a test takes the file's training prompts.
+        val_file: prompts to validate on.
+        hold_out: how many prompts of ``train_file`` to validate on instead, a random sample by ``limit_seed``.
         prompt_column: the prompt's column in csv, json and jsonl files, in any case.
         settings: see ``PromptDataModule``.
 
     Raises:
-        FileNotFoundError, ValueError: see ``read_prompts``.
+        FileNotFoundError, ValueError: see ``read_prompts``; ``val_file`` together with ``hold_out``; no prompt left to
+            train on, or to validate on.
     """
 
     def __init__(
@@ -154,8 +161,38 @@ class PromptFileDataModule(PromptDataModule):
         train_file: str | Path,
         test_file: str | Path | None = None,
         prompt_column: str = "prompt",
+        val_file: str | Path | None = None,
+        hold_out: int | None = None,
+        limit_seed: int = 0,
         **settings: Any,
     ) -> None:
         train = read_prompts(train_file, prompt_column)
-        test = train if test_file is None else read_prompts(test_file, prompt_column)
-        super().__init__(train=train, test=test, **settings)
+        test = None if test_file is None else read_prompts(test_file, prompt_column)
+        val = None
+        if val_file is not None:
+            if hold_out is not None:
+                raise ValueError(f"give val_file or hold_out, not both, got {val_file} and {hold_out}")
+            val = read_prompts(val_file, prompt_column)
+        elif hold_out is not None:
+            train, val = _hold_out(train, hold_out, limit_seed, train_file)
+        if val is not None and test is not None:
+            unseen = val.without(test.prompts)
+            if not unseen:
+                raise ValueError(f"every validation prompt of {val_file or train_file} is a test prompt of {test_file}")
+            val = val.select(unseen)
+        test = train if test is None else test
+        super().__init__(train=train, test=test, val=val, strata=_category, limit_seed=limit_seed, **settings)
+
+
+def _hold_out(prompts: PromptSet, count: int, seed: int, file: str | Path) -> tuple[PromptSet, PromptSet]:
+    """Prompts split into those to train on and ``count`` to validate on; equal prompts go to one side together."""
+    check_positive("hold_out", count)
+    chosen = {prompts.prompts[index] for index in sample_order(_category(prompts), seed)[:count]}
+    kept = prompts.without(chosen)
+    if not kept:
+        raise ValueError(f"hold_out must leave prompts to train on, got {count} of the {len(prompts)} of {file}")
+    return prompts.select(kept), prompts.select([i for i, prompt in enumerate(prompts.prompts) if prompt in chosen])
+
+
+def _category(prompts: PromptSet) -> list[str]:
+    return [str(value) for value in prompts.metadata.get("category", [None] * len(prompts))]

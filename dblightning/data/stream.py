@@ -6,9 +6,10 @@ ranks together have drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ class PromptSet:
     """Prompts and what is known about each.
 
     Args:
-        prompts: n strings; an index into them is a prompt's id.
+        prompts: n strings.
         metadata: column name → n values, one per prompt.
+        ids: each prompt's id, its place in the list it was taken from; None numbers them from 0.
 
     Raises:
         ValueError: no prompt, a column of another length, or one named like a batch's own entries.
@@ -36,6 +38,7 @@ class PromptSet:
 
     prompts: list[str]
     metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -47,6 +50,17 @@ class PromptSet:
                 )
             if len(column) != len(self.prompts):
                 raise ValueError(f"metadata column {name!r} has {len(column)} values for {len(self.prompts)} prompts")
+        if self.ids is not None and len(set(self.ids)) != len(self.prompts):
+            raise ValueError(f"{len(self.prompts)} prompts need as many different ids, got {len(set(self.ids))}")
+
+    @cached_property
+    def prompt_ids(self) -> list[int]:
+        """The prompts' ids, in their order."""
+        return list(range(len(self.prompts)) if self.ids is None else self.ids)
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {prompt_id: place for place, prompt_id in enumerate(self.prompt_ids)}
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -56,19 +70,49 @@ class PromptSet:
         columns = {name: [column[i] for i in indices] for name, column in self.metadata.items()}
         return PromptSet([self.prompts[i] for i in indices], columns)
 
+    def subset(self, indices: Sequence[int]) -> PromptSet:
+        """The prompts at these indices, with the ids they have."""
+        return replace(self.select(indices), ids=[self.prompt_ids[i] for i in indices])
+
+    def without(self, texts: Collection[str]) -> list[int]:
+        """Indices of the prompts that are none of ``texts``."""
+        known = set(texts)
+        return [index for index, prompt in enumerate(self.prompts) if prompt not in known]
+
     def batch(self, keys: Sequence[Key]) -> Batch:
         """The batch of B (prompt, seed) pairs.
 
         Returns:
             {"prompt_id": int64 (B,), "seed": int64 (B,), "prompt": B strings, and B values per metadata column}.
         """
-        ids = [prompt_id for prompt_id, _ in keys]
+        places = [self._places[prompt_id] for prompt_id, _ in keys]
         return {
-            "prompt_id": torch.tensor(ids, dtype=torch.long),
+            "prompt_id": torch.tensor([prompt_id for prompt_id, _ in keys], dtype=torch.long),
             "seed": torch.tensor([seed for _, seed in keys], dtype=torch.long),
-            "prompt": [self.prompts[i] for i in ids],
-            **{name: [column[i] for i in ids] for name, column in self.metadata.items()},
+            "prompt": [self.prompts[i] for i in places],
+            **{name: [column[i] for i in places] for name, column in self.metadata.items()},
         }
+
+
+def sample_order(strata: Sequence[Hashable], seed: int) -> list[int]:
+    """All n indices in a random order whose every beginning is a stratified sample.
+
+    Among the first k, a stratum of share p has p · k members, give or take one per stratum: its shuffled members are
+    laid out evenly over the order. So a longer beginning holds the shorter one, and any of them has the set's mix.
+
+    Args:
+        strata: what each item is grouped by, n values; all equal give a plain shuffle.
+        seed: of the order, ≥ 0.
+    """
+    rng = np.random.default_rng(seed)
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for index, stratum in enumerate(strata):
+        members[stratum].append(index)
+    places = np.empty(len(strata))
+    for group in members.values():
+        # one shift per stratum, so that strata of one size take turns in random order
+        places[rng.permutation(group)] = (np.arange(len(group)) + rng.random()) / len(group)
+    return [int(index) for index in np.argsort(places, kind="stable")]
 
 
 @lru_cache(maxsize=8)
@@ -226,7 +270,8 @@ class EvalLoader:
         check_positive("eval_batch_size", batch_size)
         self.prompts = prompts
         self.batch_size = batch_size
-        self.keys = evaluation_keys(len(prompts), seeds, rank, world_size)
+        ids = prompts.prompt_ids
+        self.keys = [(ids[index], each) for index, each in evaluation_keys(len(prompts), seeds, rank, world_size)]
 
     def __len__(self) -> int:
         return -(-len(self.keys) // self.batch_size)

@@ -113,6 +113,20 @@ def wide_prompts() -> list[str]:
     return train_prompts() + _chosen_prompts()[2][:200]
 
 
+def validation_prompts() -> list[str]:
+    """128 prompts of two things: no two things of them are asked for together in a training or test prompt.
+
+    There are none of one thing: training and test use up all 48.
+    """
+    known = {frozenset(parse(prompt)) for prompt in wide_prompts() + test_prompts()}
+    chosen: list[str] = []
+    for prompt in _chosen_prompts()[2][200:]:
+        if (scene := frozenset(parse(prompt))) not in known:
+            known.add(scene)
+            chosen.append(prompt)
+    return chosen[:128]
+
+
 def test_prompts() -> list[str]:
     """300 prompts none of which is a training prompt, in a fixed order.
 

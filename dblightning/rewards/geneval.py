@@ -33,7 +33,7 @@ from dblightning.rewards.preprocess import quantise
 class GenEvalAccuracy(CLIPReward):
     """1 where an image is correct by GenEval's rules, else 0; no gradient.
 
-    A prompt's metadata is looked up by its text: the benchmark's 553 prompts and this package's 700 held-out ones are
+    A prompt's metadata is looked up by its text: the benchmark's 553 prompts and this package's 800 unseen ones are
     known, others come with ``metadata``. ``compute`` is the share of correct images; ``accuracy_by_tag`` gives each
     task's, and their mean, which is the number GenEval's tables call overall.
 

@@ -139,7 +139,7 @@ def crop(image: Tensor, found: Detection, background: float | None = BACKGROUND)
 
 
 def known_samples(metadata: str | Path | list[dict[str, Any]] | None = None) -> dict[str, Sample]:
-    """Metadata by prompt: the benchmark's 553, this package's 700 held-out prompts, and ``metadata`` above them.
+    """Metadata by prompt: the benchmark's 553, this package's 800 unseen prompts, and ``metadata`` above them.
 
     Args:
         metadata: see ``GenEvalAccuracy``.
@@ -148,9 +148,10 @@ def known_samples(metadata: str | Path | list[dict[str, Any]] | None = None) -> 
         FileNotFoundError: no such file. ValueError: a sample that is not in GenEval's format.
     """
     # not at the top: the data room imports Lightning, which the rewards otherwise do without
-    from dblightning.data.geneval import held_out_samples, train_samples
+    from dblightning.data.geneval import held_out_samples, train_samples, validation_samples
 
-    samples: dict[str, Sample] = {each["prompt"]: each for each in train_samples() + held_out_samples()}
+    every = train_samples() + validation_samples() + held_out_samples()
+    samples: dict[str, Sample] = {each["prompt"]: each for each in every}
     if metadata is None:
         return samples
     source = "metadata" if isinstance(metadata, list) else str(metadata)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +173,81 @@ def test_a_position_survives_another_batch_size() -> None:
     assert {(i, seed) for i in range(7) for seed in range(4)} <= set(keys)
 
 
-def test_evaluation_takes_the_split_and_the_limit_it_is_told() -> None:
-    limited = data(limit_test_prompts=3, eval_batch_size=8)
-    assert limited.test_prompts == ["prompt 0", "prompt 1", "prompt 2"]
-    assert [batch["prompt"] for batch in limited.val_dataloader()] == [limited.test_prompts]
+SPLITS: dict[type[PromptDataModule], dict[str, Any]] = {
+    DrawBenchDataModule: {},
+    GenEvalDataModule: {},
+    MiniatureDataModule: {"train_on": "wide"},
+}
+
+
+def prompts_of(loader: Any) -> list[str]:
+    return [prompt for batch in loader for prompt in batch["prompt"]]
+
+
+@pytest.mark.parametrize("kind", SPLITS, ids=lambda kind: kind.__name__)
+def test_validation_prompts_are_neither_test_nor_training_prompts(kind: type[PromptDataModule]) -> None:
+    module = kind(**SPLITS[kind])
+    validated, tested = prompts_of(module.val_dataloader()), prompts_of(module.test_dataloader())
+    assert len(set(validated)) == len(validated) >= 80
+    assert not set(validated) & {*tested, *module.train_prompts}
+
+    # "a and b" for "b and a" is no new prompt either
+    def scene(prompt: str) -> frozenset[str]:
+        return frozenset(prompt.lower().removeprefix("a photo of ").rstrip(".").split(" and "))
+
+    assert not {scene(each) for each in validated} & {scene(each) for each in [*tested, *module.train_prompts]}
+    assert tested == module.test_prompts and validated == module.val_prompts
+
+
+def one_thing(prompts: list[str]) -> float:
+    return sum(" and " not in prompt for prompt in prompts) / len(prompts)
+
+
+@pytest.mark.parametrize("kind", [DrawBenchDataModule, MiniatureDataModule], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("limit", [16, 64, 128])
+def test_a_limit_keeps_the_share_of_prompts_of_one_thing(kind: type[PromptDataModule], limit: int) -> None:
+    """Among the miniature's first 16 that share is 62 %, among all 300 it is 11 %."""
+    whole, limited = kind().test_prompts, kind(limit_test_prompts=limit).test_prompts
+    assert len(set(limited)) == limit
+    assert abs(one_thing(limited) - one_thing(whole)) <= 1 / limit  # a prompt more or less
+
+
+def test_a_larger_limit_holds_the_smaller_and_ids_stay_those_of_the_whole_list() -> None:
+    every = GenEvalDataModule()
+    sets = [GenEvalDataModule(limit_test_prompts=limit).test_set.prompt_ids for limit in (10, 50, 51, 699, 1000)]
+    for smaller, larger in itertools.pairwise(sets):
+        assert set(smaller) < set(larger)
+    assert sets[-1] == list(range(700))
+    limited = GenEvalDataModule(limit_test_prompts=50, eval_batch_size=7, eval_seeds=2)
+    batches = list(limited.test_dataloader())
+    ids = [int(each) for batch in batches for each in batch["prompt_id"]]
+    assert ids == [each for each in sets[1] for _ in range(2)] == sorted(ids)
+    assert prompts_of(batches) == [every.test_prompts[each] for each in ids]
+    assert [tag for batch in batches for tag in batch["tag"]] == [every.test_set.metadata["tag"][each] for each in ids]
+    assert set(Counter(limited.test_set.metadata["tag"]).values()) == {10}
+    assert GenEvalDataModule(limit_test_prompts=50, seed=3).test_set.prompt_ids == sets[1]  # training's seed is its own
+    assert GenEvalDataModule(limit_test_prompts=50, limit_seed=3).test_set.prompt_ids != sets[1]
+
+
+def test_file_order_and_val_split_give_the_prefixes_of_earlier_results() -> None:
+    settings: dict[str, Any] = {"limit_test_prompts": 128, "prompt_order": "file", "val_split": "test"}
+    module = MiniatureDataModule(**settings)
+    first = MiniatureDataModule().test_prompts[:128]
+    assert module.test_prompts == prompts_of(module.test_dataloader()) == prompts_of(module.val_dataloader()) == first
+    assert module.test_set.prompt_ids == list(range(128))
+
+
+def test_each_loader_takes_the_split_and_the_limit_it_is_told() -> None:
+    module = MiniatureDataModule(limit_test_prompts=3, eval_split="val")
+    assert len(module.test_prompts) == len(module.val_prompts) == 3
+    assert prompts_of(module.test_dataloader()) == prompts_of(module.predict_dataloader()) == module.val_prompts
+    module = MiniatureDataModule(limit_test_prompts=3, limit_val_prompts=5, val_split="test")
+    assert len(prompts_of(module.test_dataloader())) == 3
+    assert len(prompts_of(module.val_dataloader())) == 5 and len(module.val_prompts) == 5
+    assert set(prompts_of(module.val_dataloader())) > set(module.test_prompts)
     module = MiniatureDataModule(eval_split="train", eval_batch_size=25)
-    assert next(iter(module.test_dataloader()))["prompt"] == module.train_prompts
+    for loader in (module.val_dataloader(), module.test_dataloader(), module.predict_dataloader()):
+        assert next(iter(loader))["prompt"] == module.train_prompts
 
 
 @pytest.mark.parametrize(
@@ -186,7 +257,11 @@ def test_evaluation_takes_the_split_and_the_limit_it_is_told() -> None:
         ({"eval_batch_size": 0}, "eval_batch_size must be an integer >= 1, got 0"),
         ({"eval_seeds": -1}, "eval_seeds must be an integer >= 1, got -1"),
         ({"limit_test_prompts": 0}, "limit_test_prompts must be an integer >= 1, got 0"),
-        ({"eval_split": "val"}, "eval_split must be 'test' or 'train', got 'val'"),
+        ({"limit_val_prompts": -3}, "limit_val_prompts must be an integer >= 1, got -3"),
+        ({"eval_split": "dev"}, "eval_split must be one of 'train', 'val', 'test', got 'dev'"),
+        ({"val_split": "dev"}, "val_split must be one of 'train', 'val', 'test', got 'dev'"),
+        ({"prompt_order": "random"}, "prompt_order must be one of 'sample', 'file', got 'random'"),
+        ({"limit_seed": -1}, "limit_seed must be an integer >= 0, got -1"),
         ({"batch_size": 5}, "multiple of samples_per_prompt"),
     ],
 )
@@ -210,7 +285,11 @@ def test_a_config_can_give_every_setting_of_every_module(module: type[PromptData
         "eval_batch_size": 3,
         "eval_seeds": 5,
         "eval_split": "train",
+        "val_split": "test",
         "limit_test_prompts": 6,
+        "limit_val_prompts": 5,
+        "prompt_order": "file",
+        "limit_seed": 2,
         "seed": 7,
     }
     own = {"train_file": "prompts.txt"} if module is PromptFileDataModule else {}

@@ -67,6 +67,17 @@ def test_no_pair_is_another_one_or_a_training_pair_the_other_way_round() -> None
     assert len({scene(prompt) for prompt in module.train_prompts + module.test_prompts}) == 1025
 
 
+def test_the_validation_prompts_have_the_two_forms_in_the_test_prompts_mix() -> None:
+    prompts = DrawBenchDataModule().val_prompts
+    singles = [prompt for prompt in prompts if SINGLE.fullmatch(prompt)]
+    pairs = [match for prompt in prompts if (match := PAIR.fullmatch(prompt))]
+    assert (len(singles), len(pairs), len(prompts)) == (21, 59, 80)
+    assert all(match[1] != match[3] and match[2] != match[4] for match in pairs)
+    tested = DrawBenchDataModule().test_prompts
+    share = sum(bool(SINGLE.fullmatch(prompt)) for prompt in tested) / len(tested)
+    assert abs(len(singles) / len(prompts) - share) < 1 / len(prompts)
+
+
 def test_more_prompts_than_exist_are_refused() -> None:
     with pytest.raises(ValueError, match="only 39425 unseen colour prompts exist, got count=39426"):
         held_out_prompts(count=39_426)
@@ -88,19 +99,22 @@ def test_the_test_prompts_never_change() -> None:
 
 @pytest.fixture
 def csv(tmp_path: Path) -> Path:
-    """A DrawBench file in miniature; one of its prompts is among the thousand."""
-    shared = DrawBenchDataModule().test_prompts[1]
+    """A DrawBench file in miniature; one of its prompts is among the thousand, one among the eighty."""
+    shared, validated = DrawBenchDataModule().test_prompts[1], DrawBenchDataModule().val_prompts[1]
     path = tmp_path / "drawbench.csv"
-    path.write_text(f'Prompts,Category\n{shared},Colors\n"A cat, asleep.",Colors\nThree dogs.,Counting\n')
+    path.write_text(
+        f'Prompts,Category\n{shared},Colors\n{validated},Colors\n"A cat, asleep.",Colors\nThree dogs.,Counting\n'
+    )
     return path
 
 
 def test_a_drawbench_file_gives_the_category_asked_for(csv: Path) -> None:
     module = DrawBenchDataModule(csv=csv)
-    assert module.train_prompts[1:] == ["A cat, asleep."]
-    assert len(module.test_prompts) == 999 and not set(module.train_prompts) & set(module.test_prompts)
+    assert module.train_prompts[2:] == ["A cat, asleep."]
+    assert (len(module.test_prompts), len(module.val_prompts)) == (999, 79)
+    assert not set(module.train_prompts) & {*module.test_prompts, *module.val_prompts}
     assert DrawBenchDataModule(csv=csv, category="counting").train_prompts == ["Three dogs."]
-    assert len(DrawBenchDataModule(csv=csv, category=None).train_prompts) == 3
+    assert len(DrawBenchDataModule(csv=csv, category=None).train_prompts) == 4
 
 
 def test_an_unknown_category_names_those_there_are(csv: Path, tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ from dblightning.data.prompt_file import read_prompts
 DATA = Path(__file__).parents[2] / "data"
 COUNTS = {
     "drawbench_colors.jsonl": 25,
+    "drawbench_val.jsonl": 80,
     "drawbench_test.jsonl": 1000,
     "geneval.jsonl": 553,
+    "geneval_val.jsonl": 100,
     "geneval_test.jsonl": 700,
     "miniature_train.jsonl": 25,
+    "miniature_val.jsonl": 128,
     "miniature_test.jsonl": 300,
 }
 

@@ -10,8 +10,9 @@ import pytest
 
 from dblightning.data import GenEvalDataModule, geneval
 from dblightning.data.geneval import CLASSES, COLORS, Sample
+from dblightning.rewards.geneval_rules import known_samples
 
-TRAIN, HELD_OUT = geneval.train_samples(), geneval.held_out_samples()
+TRAIN, HELD_OUT, VALIDATION = geneval.train_samples(), geneval.held_out_samples(), geneval.validation_samples()
 
 
 def digest(lines: list[str]) -> str:
@@ -46,6 +47,17 @@ def test_700_prompts_are_held_out_140_per_task_and_none_is_a_training_scene() ->
     # naming the two objects the other way round does not make a scene new
     swapped = {re.sub(r"^a photo of (.*) and (.*)$", r"a photo of \2 and \1", sample["prompt"]) for sample in TRAIN}
     assert not set(prompts) & swapped
+
+
+def test_the_validation_prompts_are_20_per_task_and_unseen_whatever_the_order_of_their_things() -> None:
+    def scene(sample: Sample) -> tuple[str, frozenset[str]]:
+        return sample["tag"], frozenset(str(sorted(thing.items(), key=str)) for thing in sample["include"])
+
+    assert set(Counter(sample["tag"] for sample in VALIDATION).values()) == {20}
+    assert len({scene(sample) for sample in VALIDATION}) == 100
+    assert not {scene(sample) for sample in VALIDATION} & {scene(sample) for sample in TRAIN + HELD_OUT}
+    known = known_samples()  # what the GenEval reward looks prompts up in
+    assert [known[sample["prompt"]] for sample in VALIDATION] == VALIDATION
 
 
 def test_more_prompts_than_exist_are_refused_and_all_that_exist_are_found() -> None:
@@ -87,13 +99,13 @@ def _read(sample: Sample) -> tuple[list[dict[str, object]], list[dict[str, objec
     return [_thing(part) for part in words.split(" and ")], []
 
 
-@pytest.mark.parametrize("samples", [TRAIN, HELD_OUT], ids=["train", "held out"])
+@pytest.mark.parametrize("samples", [TRAIN, HELD_OUT, VALIDATION], ids=["train", "held out", "validation"])
 def test_the_metadata_says_what_the_prompt_says(samples: list[Sample]) -> None:
     for sample in samples:
         assert (sample["include"], sample.get("exclude", [])) == _read(sample), sample["prompt"]
 
 
-@pytest.mark.parametrize("samples", [TRAIN, HELD_OUT], ids=["train", "held out"])
+@pytest.mark.parametrize("samples", [TRAIN, HELD_OUT, VALIDATION], ids=["train", "held out", "validation"])
 def test_nobody_is_painted_and_pairs_differ_in_class_and_colour(samples: list[Sample]) -> None:
     for sample in samples:
         things = sample["include"]
@@ -105,7 +117,7 @@ def test_nobody_is_painted_and_pairs_differ_in_class_and_colour(samples: list[Sa
 
 def test_batches_carry_the_metadata() -> None:
     module = GenEvalDataModule(eval_batch_size=5)
-    batch = next(iter(module.val_dataloader()))
+    batch = next(iter(module.test_dataloader()))
     assert batch["tag"] == ["two_object", "counting", "colors", "position", "color_attr"]
     assert [len(things) for things in batch["include"]] == [2, 1, 1, 2, 2]
     assert [len(things) for things in batch["exclude"]] == [0, 1, 0, 0, 0]

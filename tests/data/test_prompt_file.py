@@ -72,6 +72,37 @@ def test_evaluation_takes_the_test_file_or_else_the_training_prompts(tmp_path: P
     assert PromptFileDataModule(str(train)).test_prompts == ["a", "b", "b"]
 
 
+def test_validation_takes_its_file_less_the_test_prompts_or_prompts_held_out_of_training(tmp_path: Path) -> None:
+    train, val, test = (tmp_path / f"{name}.txt" for name in ("train", "val", "test"))
+    train.write_text("".join(f"prompt {i}\n" for i in range(40)) + "prompt 3\n")
+    val.write_text("a\nb\nc\n")
+    test.write_text("b\nd\n")
+    assert PromptFileDataModule(train, test, val_file=val).val_prompts == ["a", "c"]
+    module = PromptFileDataModule(train, test)
+    assert module.val_prompts == module.train_prompts  # never the test prompts
+    module = PromptFileDataModule(train, test, hold_out=10)
+    assert 10 <= len(module.val_prompts) <= 11  # "prompt 3" stands twice, and goes to one side
+    assert not set(module.val_prompts) & set(module.train_prompts)
+    assert len(module.val_prompts) + len(module.train_prompts) == 41
+    assert module.val_prompts == PromptFileDataModule(train, hold_out=10, seed=5).val_prompts
+    assert module.val_prompts != PromptFileDataModule(train, hold_out=10, limit_seed=5).val_prompts
+    for settings, message in (
+        ({"hold_out": 41}, "hold_out must leave prompts to train on, got 41 of the 41"),
+        ({"hold_out": 0}, "hold_out must be an integer >= 1, got 0"),
+        ({"hold_out": 1, "val_file": val}, "give val_file or hold_out, not both"),
+        ({"val_file": test}, "every validation prompt of .*test.txt is a test prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PromptFileDataModule(train, test, **settings)
+
+
+def test_a_limit_keeps_a_files_mix_of_categories(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"many": [f"m{i}" for i in range(90)], "few": [f"f{i}" for i in range(10)]}))
+    limited = PromptFileDataModule(path, limit_test_prompts=20).test_set
+    assert sorted(limited.metadata["category"]) == ["few"] * 2 + ["many"] * 18
+
+
 def test_a_missing_file_is_named_with_its_full_path(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"no prompt file at {tmp_path}/none.txt"):
         PromptFileDataModule(tmp_path / "none.txt")

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from dblightning.data.stream import EvalLoader, PromptSampler, PromptSet, TrainLoader, evaluation_keys
+from dblightning.data.stream import EvalLoader, PromptSampler, PromptSet, TrainLoader, evaluation_keys, sample_order
 
 
 def walk(sampler: PromptSampler, steps: int, start: int = 0) -> list[list[tuple[int, int]]]:
@@ -138,3 +138,33 @@ def test_metadata_of_another_length_or_with_a_reserved_name_is_refused() -> None
         PromptSet(["a"], {"seed": [1]})
     with pytest.raises(ValueError, match="at least one prompt"):
         PromptSet([])
+
+
+def test_any_beginning_of_a_sample_order_has_the_mix_of_the_whole() -> None:
+    strata = ["a"] * 30 + ["b"] * 90 + ["c"] * 3
+    order = sample_order(strata, seed=1)
+    assert sorted(order) == list(range(123))
+    for count in range(1, 124):
+        found = Counter(strata[index] for index in order[:count])
+        for stratum, share in {"a": 30 / 123, "b": 90 / 123, "c": 3 / 123}.items():
+            assert abs(found[stratum] - share * count) <= 2
+    assert order != sample_order(strata, seed=2)
+    firsts = [sample_order([None] * 10, seed)[0] for seed in range(2000)]
+    # 2000 draws of one in ten: a standard deviation of 13.4, five of them
+    assert all(abs(firsts.count(index) - 200) < 67 for index in range(10))
+
+
+def test_a_subset_keeps_its_ids_and_a_selection_is_numbered_anew() -> None:
+    prompts = PromptSet(list("abcde"), {"tag": [0, 1, 2, 3, 4]})
+    subset = prompts.subset([1, 3, 4])
+    assert subset.batch([(3, 7)]) == {
+        "prompt_id": torch.tensor([3]),
+        "seed": torch.tensor([7]),
+        "prompt": ["d"],
+        "tag": [3],
+    }
+    assert subset.subset([2]).prompt_ids == [4]
+    assert subset.select([2]).prompt_ids == [0]
+    assert [key for key in EvalLoader(subset, 2, seeds=2).keys] == [(i, s) for i in (1, 3, 4) for s in range(2)]
+    with pytest.raises(ValueError, match="2 prompts need as many different ids, got 1"):
+        PromptSet(["a", "b"], ids=[1, 1])

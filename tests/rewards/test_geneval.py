@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dblightning.data.geneval import CLASSES, COLORS, held_out_samples, train_samples
+from dblightning.data.geneval import CLASSES, COLORS, held_out_samples, train_samples, validation_samples
 from dblightning.rewards import GenEvalAccuracy, build_reward
 from dblightning.rewards.detection import Detection, TransformersDetector, instances, mask_boxes
 from dblightning.rewards.geneval_rules import COLOR_TEMPLATES, crop, faults, group_objects, known_samples, relations
@@ -246,8 +246,8 @@ def test_an_unknown_prompt_stops_before_anything_is_detected(color_clip: Path) -
 
 def test_all_known_prompts_have_their_own_metadata() -> None:
     samples = known_samples()
-    assert len(samples) == 553 + 700
-    for each in train_samples() + held_out_samples():
+    assert len(samples) == 553 + 100 + 700
+    for each in train_samples() + validation_samples() + held_out_samples():
         assert samples[each["prompt"]] == each
 
 
