@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -21,6 +22,7 @@ from dblightning.distributed import Ranks
 from dblightning.fitting import CudaMeter, largest_batch
 from dblightning.noise import ImageNoise, image_seed
 from dblightning.policy_gradient import OBJECTIVES, PromptStatistics, clip_fraction, explained_variance
+from dblightning.precision import computes_in_float32, float32_arithmetic
 from dblightning.replay import ReplayBuffer, Transitions
 from dblightning.rewards.base import RewardMetric
 from dblightning.rewards.worker import RewardWorker
@@ -81,6 +83,10 @@ class RewardRLModule(RunState):
         clip_range: c of the ratio clip [1−c, 1+c] (paper: 1e-4).
         kl: "exact" Gaussian KL, or "eps_mse", DPOK's unweighted ‖ε_θ − ε_pre‖²
             (``schedule.mean_sensitivity(...)**2 / 2`` converts).
+        kl_precision: arithmetic of the KL's predictions: "float32", also where the model's is coarser, whose rounding
+            would be most of the KL (docs/training.md), or the "model"'s own, which costs one row less.
+        kl_share: share of the transitions of which the KL is computed, in (0, 1]: an unbiased estimate of the KL and of
+            its gradient at that share of the cost.
         kl_weight, reward_weight: weights of KL and reward in the loss (paper: α = 0.1). With ``kl_weight`` 0 the base
             model is not run but for the first micro-batch of a rollout, whose KL is logged.
         kl_target: path KL in nats, as logged in ``train/kl``; ``kl_weight`` starts at its value and is steered there by
@@ -129,6 +135,8 @@ class RewardRLModule(RunState):
         objective: Literal["dpok", "ppo"] = "dpok",
         clip_range: float = 1e-4,
         kl: Literal["exact", "eps_mse"] = "exact",
+        kl_precision: Literal["float32", "model"] = "float32",
+        kl_share: float = 1.0,
         kl_weight: float = 0.1,
         reward_weight: float = 1.0,
         kl_target: float | None = None,
@@ -325,16 +333,18 @@ class RewardRLModule(RunState):
             group["lr"] = self.learning_rate
         batches = self._batches(hparams["policy_batch_size"], "policy")
         logged: dict[str, list[Tensor]] = {}
+        accumulated = int(hparams["gradient_accumulation"])
         for policy_step in range(hparams["policy_steps"]):
             with self.ranks.together("the policy update"):
-                for index, transitions in enumerate(islice(batches, hparams["gradient_accumulation"])):
+                for index, transitions in enumerate(islice(batches, accumulated)):
                     # autocast keeps casts of weights for the whole step: those made without gradients, or before an
                     # optimiser step, must not be used again
                     torch.clear_autocast_cache()
                     # without a weight the KL is watched, not paid for
                     measured = policy_step == index == 0 or self._kl_weight_now > 0
-                    loss, metrics = self.policy_loss(transitions, measured)
-                    self.manual_backward(loss / hparams["gradient_accumulation"])
+                    rows = self._kl_rows(len(transitions.reward), policy_step * accumulated + index)
+                    loss, metrics = self.policy_loss(transitions, measured, rows)
+                    self.manual_backward(loss / accumulated)
                     if policy_step > 0:
                         metrics.pop("train/on_policy_ratio_error")
                     for name, value in metrics.items():
@@ -344,15 +354,24 @@ class RewardRLModule(RunState):
         worst = {name: torch.stack(logged.pop(name)).max() for name in WORST if name in logged}
         return {name: torch.stack(values).mean() for name, values in logged.items()} | worst
 
-    def policy_loss(self, transitions: Transitions, with_kl: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    def policy_loss(
+        self, transitions: Transitions, with_kl: bool = True, kl_rows: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of some transitions, and what to log about them.
 
-        −reward_weight · A · clipped ratio + kl_weight · KL, averaged over the transitions. Without ``with_kl`` the base
-        model is not run and the KL term left out.
+        −reward_weight · A · clipped ratio + kl_weight · KL, averaged over the transitions.
+
+        Args:
+            transitions: (B, …).
+            with_kl: False leaves the KL term out and does not run the base model.
+            kl_rows: the transitions of which the KL is computed, int64 (n,) on the CPU: ``kl_share`` of them on average
+                over the calls. None: all.
         """
         hparams = self.hparams
+        with_kl = with_kl and (kl_rows is None or len(kl_rows) > 0)
+        watched = transitions if kl_rows is None else transitions.at(kl_rows)
         # before the adapter's forward, whose activations wait for the backward pass
-        reference_output = self._reference(transitions) if with_kl else None
+        own_output, reference_output = self._kl_outputs(watched) if with_kl else (None, None)
         output = self._output(transitions)
         step = self.solver.gaussian(output, transitions.latents, transitions.step_index)
         log_prob = gaussian_log_prob(step, transitions.next_latents)
@@ -362,8 +381,16 @@ class RewardRLModule(RunState):
         loss = -hparams["reward_weight"] * surrogate.mean()
         metrics = {}
         if reference_output is not None:
-            exact_kl, penalty = self._kl(step, output, reference_output, transitions)
-            loss = loss + self._kl_weight_now * penalty.mean()
+            if kl_rows is not None or own_output is not None:
+                output = output if kl_rows is None else output[kl_rows.to(output.device)]
+                if own_output is not None:
+                    # the float32 value with the gradient of the forward at hand: what rounding spoils is the difference
+                    # of two predictions, to which the KL's gradient is proportional, not a prediction's own derivative
+                    output = own_output + (output - output.detach())
+                step = self.solver.gaussian(output, watched.latents, watched.step_index)
+            exact_kl, penalty = self._kl(step, output, reference_output, watched)
+            share = 1.0 if kl_rows is None else len(kl_rows) / (hparams["kl_share"] * len(transitions.reward))
+            loss = loss + self._kl_weight_now * share * penalty.mean()
             # the sum over a path's trained steps, in nats: what eq. (4) multiplies by α
             metrics["train/kl"] = exact_kl.mean() * self.trained_steps
         fresh = transitions.age == 0
@@ -374,6 +401,26 @@ class RewardRLModule(RunState):
             "train/advantage_std": advantage.std(correction=0),
             "train/on_policy_ratio_error": torch.where(fresh, (ratio - 1).abs(), 0).max(),
         }
+
+    def _kl_rows(self, count: int, visit: int) -> Tensor | None:
+        """Which of a micro-batch's ``count`` transitions the KL is computed of, int64 (n,); None: all.
+
+        n is ``kl_share`` of them, carried over from micro-batch to micro-batch where that is not a whole number.
+        """
+        wanted = float(self.hparams["kl_share"]) * count
+        if wanted >= count:
+            return None
+        # 1e-9: 0.1 · 30 is a little more than 3
+        before, after = (math.ceil(visits * wanted - 1e-9) for visits in (visit, visit + 1))
+        seed = image_seed(self.hparams["seed"], self.rollouts_done, visit, f"kl rows {self.ranks.rank}")
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: after - before]
+
+    @torch.no_grad()
+    def _kl_outputs(self, transitions: Transitions) -> tuple[Tensor | None, Tensor]:
+        """What the KL compares: the adapter's output, None where the gradient's own will do, and the base model's."""
+        if self.hparams["kl_precision"] == "model" or computes_in_float32(self.backbone, self.device):
+            return None, self._reference(transitions)
+        return self._output(transitions, float32=True), self._reference(transitions, float32=True)
 
     def _kl(
         self, step: GaussianStep, output: Tensor, reference_output: Tensor, transitions: Transitions
@@ -573,17 +620,26 @@ class RewardRLModule(RunState):
         for slots, steps in self.replay.batches(count, seed, self.trained_steps, self.ranks.rank):
             yield self.replay.transitions(slots, steps, self.device)
 
-    def _output(self, transitions: Transitions) -> Tensor:
-        """The model's output with the adapter, with gradients."""
+    def _output(self, transitions: Transitions, float32: bool = False) -> Tensor:
+        """The model's output with the adapter, with gradients; ``float32`` as in :meth:`_denoise`."""
         names = self.backbone.adapters.names
         gates = torch.zeros(len(transitions.latents), len(names), device=self.device)
         gates[:, names.index(self.adapter_name)] = 1
-        return self.backbone.denoise(*self._arguments(transitions), gates=gates)
+        return self._denoise(transitions, gates, float32)
 
     @torch.no_grad()
-    def _reference(self, transitions: Transitions) -> Tensor:
+    def _reference(self, transitions: Transitions, float32: bool = False) -> Tensor:
         """The base model's output: the same network with its gates at zero."""
-        return self.backbone.denoise(*self._arguments(transitions))
+        return self._denoise(transitions, None, float32)
+
+    def _denoise(self, transitions: Transitions, gates: Tensor | None, float32: bool) -> Tensor:
+        """The model's output under these gates; ``float32``: whatever the weights' precision, in float32 arithmetic."""
+        latents, timesteps, conditioning, guidance_scale = self._arguments(transitions)
+        if not float32:
+            return self.backbone.denoise(latents, timesteps, conditioning, guidance_scale, gates=gates)
+        conditioning = Conditioning(*(part.float() for part in conditioning))
+        with float32_arithmetic(self.device):
+            return self.backbone.denoise(latents, timesteps, conditioning, guidance_scale, gates=gates)
 
     def _arguments(self, transitions: Transitions) -> tuple[Tensor, Tensor, Conditioning, float]:
         prompts = [self.prompts[prompt_id] for prompt_id in transitions.prompt_id.tolist()]

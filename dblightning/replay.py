@@ -29,6 +29,10 @@ class Transitions(NamedTuple):
     prompt_id: Tensor  # (N,) int64
     age: Tensor  # (N,) int64, rollouts since it was sampled (0: the latest)
 
+    def at(self, rows: Tensor) -> Transitions:
+        """Some of them: ``rows`` is int64 (n,)."""
+        return Transitions(*(part[rows.to(part.device)] for part in self))
+
 
 class ReplayBuffer:
     """Ring of the latest trajectories.

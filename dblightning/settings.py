@@ -72,6 +72,7 @@ RULES: dict[str, Number] = {
     "reward_weight": Number(above=0, most=1e6),
     "kl_target": Number(above=0, words=(None,), remedy="it counts nats; null keeps the weight"),
     "kl_warmup": count(0),
+    "kl_share": Number(above=0, most=1, remedy="1 computes the KL of every transition"),
     "learning_rate": Number(least=0, most=1, remedy="the paper's is 1e-5"),
     "weight_decay": Number(least=0, most=1, remedy="the paper's is 0"),
     "policy_steps": count(),

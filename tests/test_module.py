@@ -281,7 +281,99 @@ def test_the_kl_penalty_is_the_formula(backbone: Any, tmp_path: Path, prompts: A
     assert metrics["train/kl"].item() == pytest.approx(exact.mean().item() * dims * 4, rel=1e-4)
 
 
-@pytest.mark.parametrize(("settings", "base_rows"), [({"kl_weight": 0.0}, 4), ({"kl_warmup": 1}, 4), ({}, 16)])
+def in_float32(module: RewardRLModule, folder: Path) -> RewardRLModule:
+    """The same module with the same weights, widened; the adapter's too."""
+    from dblightning.backbone import DiffusersBackbone
+
+    settings = {key: module.hparams[key] for key in (*FAST, "kl_weight", "reward_weight")}
+    wide = build(DiffusersBackbone(str(folder)), **settings)
+    weights = {key: each.float() for key, each in module.backbone.unet.state_dict().items()}  # type: ignore[union-attr]
+    wide.backbone.unet.load_state_dict(weights)  # type: ignore[union-attr]
+    encode = module.backbone.encode
+    wide.backbone.encode = lambda *texts: type(got := encode(*texts))(*(each.float() for each in got))  # type: ignore[method-assign]
+    wide.prompts = module.prompts
+    return wide
+
+
+@pytest.mark.parametrize("guidance_scale", [2.0, 7.5])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "autocast"])
+def test_the_kl_and_its_gradient_in_half_precision_are_those_of_float32(
+    sd15_folder: Path, tmp_path: Path, prompts: Any, precision: str, guidance_scale: float
+) -> None:
+    """Against a float32 model with the half-precision weights' values; the reward is weighted away."""
+    from dblightning.backbone import DiffusersBackbone
+
+    dtype = "float32" if precision == "autocast" else precision
+    module = build(
+        DiffusersBackbone(str(sd15_folder), dtype=dtype),  # type: ignore[arg-type]
+        kl_weight=1.0, reward_weight=1e-12, guidance_scale=guidance_scale,
+    )  # fmt: skip
+    give_effect(module, 0.02)
+    rolled_out(module, tmp_path, prompts())
+    wide = in_float32(module, sd15_folder)
+    transitions = every_transition(module)
+
+    def kl(of: RewardRLModule, enabled: bool = False) -> tuple[float, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            loss, metrics = of.policy_loss(transitions)
+        # 2^10: float16's gradients vanish otherwise
+        gradients = torch.autograd.grad(loss * 1024, of.backbone.adapters.parameters(of.adapter_name))
+        return float(metrics["train/kl"].detach()), torch.cat([each.flatten() for each in gradients])
+
+    (expected, straight), (value, gradient) = kl(wide), kl(module, precision == "autocast")
+    assert expected > 0
+    # 1e-3: the same arithmetic in another order; a prediction's own derivative may be as coarse as half precision is
+    assert value == pytest.approx(expected, rel=1e-3)
+    assert torch.nn.functional.cosine_similarity(gradient.double(), straight.double(), dim=0) > 0.99
+    assert gradient.norm() == pytest.approx(straight.norm().item(), rel=0.05)
+    module.hparams["kl_precision"] = "model"
+    assert abs(kl(module, precision == "autocast")[0] / expected - 1) > 1e-3  # so that the test tests something
+
+
+def test_float32_arithmetic_leaves_weights_and_switches_as_they_were(sd15_folder: Path) -> None:
+    from dblightning.backbone import DiffusersBackbone
+    from dblightning.precision import computes_in_float32, float32_arithmetic
+
+    unet = DiffusersBackbone(str(sd15_folder), dtype="bfloat16").unet
+    device, inputs = torch.device("cpu"), (torch.zeros(1, 4, 8, 8), torch.tensor([500]), torch.zeros(1, 77, 16))
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), float32_arithmetic(device):
+            assert unet(*inputs).sample.dtype == torch.float32
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert {each.dtype for each in unet.parameters()} == {torch.bfloat16}
+    assert not computes_in_float32(unet, device)
+    assert computes_in_float32(unet.float(), device)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not computes_in_float32(unet, device)
+
+
+def test_the_kl_of_a_share_of_the_transitions_is_an_unbiased_estimate(
+    backbone: Any, tmp_path: Path, prompts: Any
+) -> None:
+    module = build(backbone, kl_share=0.25, kl_weight=1.0, reward_weight=1e-12)
+    give_effect(module)
+    rolled_out(module, tmp_path, prompts())
+    transitions = every_transition(module)
+    whole = module.policy_loss(transitions)[0].item()
+    parts = [module.policy_loss(transitions, True, torch.arange(start, 16, 4))[0].item() for start in range(4)]
+    assert len({round(part, 9) for part in parts}) == 4
+    assert sum(parts) / 4 == pytest.approx(whole, rel=1e-5)  # a sum in another order
+    # over many micro-batches of 6 each transition is taken as often: 1.5 a time, never none or all
+    taken = [module._kl_rows(6, visit) for visit in range(400)]
+    assert {len(each) for each in taken if each is not None} == {1, 2}
+    times = torch.bincount(torch.cat([each for each in taken if each is not None]), minlength=6)
+    assert times.sum() == 600
+    assert times.min() > 70  # 100 ± 9
+    assert [len(module._kl_rows(1, visit)) for visit in range(8)] == [1, 0, 0, 0] * 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "base_rows"), [({"kl_weight": 0.0}, 4), ({"kl_warmup": 1}, 4), ({}, 16), ({"kl_share": 0.5}, 8)]
+)
 def test_without_a_kl_weight_the_base_model_runs_on_the_first_micro_batch_alone(
     backbone: Any, tmp_path: Path, prompts: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any],
     base_rows: int,
@@ -385,11 +477,11 @@ def test_steps_left_out_of_training_are_never_trained_on(backbone: Any, tmp_path
     seen: list[int] = []
     loss = module.policy_loss
 
-    def spy(transitions: Any, with_kl: bool) -> Any:
+    def spy(transitions: Any, *arguments: Any) -> Any:
         seen.extend(transitions.step_index.tolist())
-        return loss(transitions, with_kl)
+        return loss(transitions, *arguments)
 
-    module.policy_loss = spy  # type: ignore[method-assign]
+    module.policy_loss = spy  # type: ignore[method-assign, assignment]
     trainer(tmp_path).fit(module, datamodule=prompts())
     assert set(seen) == {0}
 
@@ -422,12 +514,12 @@ def test_bf16_autocast_trains_on_current_weights(sd15_folder: Path, tmp_path: Pa
         seen = ratios[precision] = []
         loss = module.policy_loss
 
-        def spy(transitions: Any, with_kl: bool, loss: Any = loss, seen: list[float] = seen) -> Any:
-            result = loss(transitions, with_kl)
+        def spy(*arguments: Any, loss: Any = loss, seen: list[float] = seen) -> Any:
+            result = loss(*arguments)
             seen.append(float((result[1]["train/ratio"].detach() - 1).abs()))
             return result
 
-        module.policy_loss = spy  # type: ignore[method-assign]
+        module.policy_loss = spy  # type: ignore[method-assign, assignment]
         trainer(tmp_path, precision=precision, limit_train_batches=1).fit(module, datamodule=prompts())
         after = module.backbone.adapters.state_dict(module.adapter_name)
         assert all(each.dtype == torch.float32 for each in after.values())

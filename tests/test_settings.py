@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import inspect
 import math
 import subprocess
 import sys
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -39,13 +38,9 @@ def test_the_message_is_one_sentence_of_value_rule_and_remedy() -> None:
 def test_every_numeric_setting_of_the_training_module_has_a_rule() -> None:
     from dblightning.module import TRAINING_RULES, RewardRLModule
 
-    hints = get_type_hints(RewardRLModule.__init__)
     numeric = [
-        name
-        for name, parameter in inspect.signature(RewardRLModule.__init__).parameters.items()
-        if name in hints and any(kind in str(hints[name]).replace("'", "") for kind in ("int", "float"))
-        and parameter.default is not inspect.Parameter.empty
-    ]  # fmt: skip
+        name for name, hint in get_type_hints(RewardRLModule.__init__).items() if {int, float} & {hint, *get_args(hint)}
+    ]
     assert len(numeric) > 20
     assert not [name for name in numeric if name not in TRAINING_RULES]
 

@@ -1,0 +1,71 @@
+"""Float32 arithmetic on weights of any precision, for the few quantities that rounding would drown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class _Widened(TorchFunctionMode):
+    """Operations of float32 and half-precision tensors together run in float32, one widened copy at a time.
+
+    Torch itself does so for sums and products; here also for linear layers, convolutions and norms, whose weights are
+    the half-precision operands. What touches half-precision tensors alone, such as moving a weight, stays as it is.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [*args, *kwargs.values()]
+        dtypes = {each.dtype for each in given if isinstance(each, Tensor)}
+        if torch.float32 in dtypes and not dtypes.isdisjoint(HALF):
+            args = [_widen(each) for each in args]
+            kwargs = {key: _widen(each) for key, each in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _widen(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+
+
+@contextmanager
+def float32_arithmetic(device: torch.device) -> Iterator[None]:
+    """Forwards inside compute in float32, whatever precision their weights are stored in.
+
+    The weights keep their values: only the arithmetic changes, without autocast and TF32. Each weight is widened when
+    its layer runs and freed after it, so memory grows by one layer's. The inputs must be float32. Compiled modules run
+    uncompiled.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_without_tf32())
+        stack.enter_context(_Widened())
+        yield
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def computes_in_float32(module: nn.Module, device: torch.device) -> bool:
+    """Whether a module's forward runs in full float32 here: float32 weights, no autocast, no TF32."""
+    if torch.is_autocast_enabled(device.type) or next(module.parameters()).dtype != torch.float32:
+        return False
+    if device.type != "cuda":
+        return True
+    return torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
