@@ -1,0 +1,419 @@
+"""A first check of a command line, before anything heavy is imported: what is wrong is said within a second.
+
+Knows the settings from their classes' source (``signatures``) and their ranges from ``settings``. It refuses only what
+is certainly wrong; everything else is left to the parser, which has the last word.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dblightning.signatures import NotFound, Parameter, alias, class_path, exports, signature
+
+#: the classes behind ``model``, by command
+MODELS = {
+    "fit": "dblightning.module.RewardRLModule",
+    "validate": "dblightning.module.RewardRLModule",
+    "test": "dblightning.evaluation.module.BlendEvaluationModule",
+    "predict": "dblightning.evaluation.module.BlendEvaluationModule",
+}
+TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+#: settings beside ``model``, ``data`` and ``trainer``
+TOP = ("config", "seed_everything", "trainer", "model", "data", "ckpt_path", "overwrite")
+#: modules whose classes may be named without their module, as the parser allows
+SHORT_NAMES = ("dblightning.rewards", "dblightning.miniature.rewards", "dblightning.data", "dblightning.callbacks")
+#: settings that name something on disk, if it looks like a path
+PATHS = ("train_file", "test_file", "val_file", "init_adapter", "pretrained")
+
+
+class Refused(ValueError):
+    """A command line that cannot run; the message is one sentence."""
+
+
+class Unclear(Exception):
+    """The command line has something only the real parser understands."""
+
+
+def check_command(command: str, arguments: Sequence[str]) -> None:
+    """Refuse a command line that is certainly wrong.
+
+    Args:
+        command: a key of ``MODELS``.
+        arguments: what follows it.
+
+    Raises:
+        Refused: with one sentence: value, rule and remedy.
+    """
+    try:
+        tree = parse(command, arguments)
+    except Unclear:
+        return
+    complete = "--print_config" not in " ".join(arguments)
+    check_class("model", MODELS[command], tree.get("model") or {}, complete)
+    check_class("trainer", TRAINER, tree.get("trainer") or {}, complete)
+    data = tree.get("data")
+    if data is None and complete:
+        raise Refused(
+            f"{command} needs prompts: set data.class_path, for example --data dblightning.data.MiniatureDataModule"
+        )
+    if data is not None:
+        check_object("data", data, complete, modules=("dblightning.data",))
+    _check_checkpoint(tree.get("ckpt_path"))
+
+
+# ── parsing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings of a command line as one tree: config files in order, then the options.
+
+    Raises:
+        Refused: a file that is not there or not YAML, or an option that no setting has.
+        Unclear: a form that is left to the parser.
+    """
+    tree: dict[str, Any] = {}
+    for name, value in _options(arguments):
+        if name in ("config", "c"):
+            _merge(tree, read_config(value))
+        elif name == "print_config" or name.startswith("print_config"):
+            continue
+        elif name == "help" or name.endswith((".help", "+")):
+            raise Unclear(name)
+        else:
+            top = name.split(".")[0]
+            if top not in TOP:
+                raise Refused(f"unknown option --{name}{_hint(top, TOP)}; {command} --help lists the settings")
+            _set(tree, name.split("."), _value(value))
+    unknown = [str(key) for key in tree if key not in TOP]
+    if unknown:
+        raise Refused(f"unknown setting {unknown[0]!r} at the top of the config{_hint(unknown[0], TOP)}")
+    return tree
+
+
+def _options(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
+    pending = list(arguments)
+    while pending:
+        word = pending.pop(0)
+        if word in ("-h", "-c"):
+            word = {"-h": "--help", "-c": "--config"}[word]
+        if not word.startswith("--") or word == "--":
+            raise Refused(f"unexpected argument {word!r}: settings are given as --name value or in --config FILE")
+        name, equals, value = word[2:].partition("=")
+        if name.startswith("print_config") or name in ("help", "overwrite"):
+            yield name, value or "true"
+        elif equals:
+            yield name, value
+        elif not pending or (pending[0].startswith("--") and not re.match(r"--?\d", pending[0])):
+            raise Refused(f"option --{name} needs a value")
+        else:
+            yield name, pending.pop(0)
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """The settings of one YAML file.
+
+    Raises:
+        Refused: naming the file and what is wrong with it.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise Refused(f"config file {file} {what}; the configs that come with the project are in configs/")
+    try:
+        content = _yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"config file {file} cannot be read: {error}") from error
+    except ValueError as error:
+        raise Refused(f"config file {file} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise Refused(f"config file {file} must hold settings such as 'model: …', got {_shown(content)}")
+    unknown = [str(key) for key in content if key not in TOP]
+    if unknown:
+        raise Refused(f"config file {file} has an unknown setting {unknown[0]!r}{_hint(unknown[0], TOP)}")
+    return content
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    # YAML 1.1 takes 1e-3 for a text
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+        list("-+0123456789."),
+    )
+    Loader.yaml_implicit_resolvers = {
+        # integers first: the pattern above takes them too
+        key: sorted(each, key=lambda pair: pair[0].endswith("float"))
+        for key, each in Loader.yaml_implicit_resolvers.items()
+    }
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" in line {mark.line + 1}" if mark is not None else ""
+        raise ValueError(f"{getattr(error, 'problem', None) or 'unreadable'}{place}") from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return _yaml(text)
+    except ValueError:
+        return text
+
+
+def _merge(tree: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        old = tree.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            other = "class_path" in value and old.get("class_path") not in (None, value["class_path"])
+            if other:
+                old.pop("init_args", None)
+            _merge(old, value)
+        else:
+            tree[key.removesuffix("+") if isinstance(key, str) else key] = value
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        below = tree.get(key)
+        if isinstance(below, str) and key != "init_args":
+            below = {"class_path": below}
+        if not isinstance(below, dict):
+            below = {}
+        tree[key] = below
+        tree = below
+    last = keys[-1]
+    if isinstance(tree.get(last), dict) and isinstance(value, dict):
+        _merge(tree[last], value)
+    elif isinstance(tree.get(last), dict) and isinstance(value, str) and "class_path" in tree[last]:
+        _merge(tree[last], {"class_path": value})
+    else:
+        tree[last] = value
+
+
+# ── checking ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_object(place: str, value: Any, complete: bool, modules: Sequence[str] = SHORT_NAMES) -> None:
+    """Refuse a class path that names nothing, or arguments that its class does not take.
+
+    Args:
+        place: the setting's name, for the message.
+        value: a class path, or {"class_path": …, "init_args": {…}}.
+        complete: whether required arguments must be there.
+        modules: where to look for a class named without its module.
+    """
+    if isinstance(value, str):
+        value = {"class_path": value}
+    if not isinstance(value, dict):
+        raise Refused(f"{place} must name a class (class_path and init_args), got {_shown(value)}")
+    path = value.get("class_path")
+    if path is None:
+        return  # settings of the default class
+    if not isinstance(path, str):
+        raise Refused(f"{place}.class_path must be a dotted path, got {_shown(path)}")
+    if "." not in path:
+        known = {name: each for module in modules for name, each in exports(module).items()}
+        if path not in known:
+            hint = _hint(path, known)
+            if hint:
+                raise Refused(f"{place} names the class {path!r}, which is not known{hint}")
+            return
+        path = known[path]
+    rest = {key: each for key, each in value.items() if key not in ("class_path", "init_args", "dict_kwargs")}
+    arguments = value.get("init_args") or {}
+    if not isinstance(arguments, dict):
+        raise Refused(f"{place}.init_args must be settings by name, got {_shown(arguments)}")
+    check_class(place, path, rest | arguments, complete)
+
+
+def check_class(place: str, path: str, settings: Any, complete: bool) -> None:
+    """Refuse settings that a class does not take, of a wrong type or out of their range; one sentence each."""
+    if not isinstance(settings, dict):
+        raise Refused(f"{place} must hold settings by name, got {_shown(settings)}")
+    try:
+        known = signature(path)
+    except NotFound as error:
+        raise Refused(f"{place} names the class {path}, but {error}{_near(path)}") from error
+    except LookupError:
+        return
+    for name, value in settings.items():
+        parameter = known.parameters.get(str(name))
+        if parameter is None:
+            if known.open:
+                continue
+            raise Refused(
+                f"{path.rpartition('.')[2]} has no setting {str(name)!r} ({place}.{name})"
+                f"{_hint(str(name), known.parameters)}"
+            )
+        check_value(f"{place}.{name}", parameter, value, complete)
+    missing = [
+        name for name, each in known.parameters.items() if each.default is None and name not in settings
+    ]
+    if complete and missing and not known.open:
+        raise Refused(f"{place}.{missing[0]} is not set, and {path.rpartition('.')[2]} needs it")
+    check_ranges(place, known.path, settings)
+
+
+def check_value(place: str, parameter: Parameter, value: Any, complete: bool) -> None:
+    """Refuse a value that its setting's annotation certainly does not allow."""
+    if parameter.annotation is None:
+        return
+    wanted = _kinds(parameter.annotation, parameter.module)
+    if not any(_fits(each, value, parameter.module) for each in wanted):
+        raise Refused(f"{place} must be {_described(parameter.annotation, parameter.module)}, got {_shown(value)}")
+    texts = {"str", "Path", "PathLike", "_PATH", "Any"}
+    if not (isinstance(value, str) and any(_name(each) in texts for each in wanted)):
+        for each in wanted:
+            _descend(place, each, value, parameter.module, complete)
+    if parameter.name in PATHS and isinstance(value, str) and value.startswith((".", "/", "~")):
+        if not Path(value).expanduser().exists():
+            raise Refused(f"{place}: there is no {value}; give an existing path")
+    if parameter.name == "adapters" and isinstance(value, dict):
+        for name, folder in value.items():
+            if isinstance(folder, str) and folder.startswith(("/", "~")) and not Path(folder).expanduser().exists():
+                raise Refused(f"{place}.{name}: there is no {folder}; train and export the adapter first")
+
+
+def check_ranges(place: str, path: str, settings: dict[str, Any]) -> None:
+    """Refuse numbers out of the range that their setting has; see ``dblightning.settings``."""
+
+
+def _check_checkpoint(path: Any) -> None:
+    if isinstance(path, str) and path not in ("auto", "last", "best", "hpc", "registry"):
+        if not Path(path).expanduser().exists() and "://" not in path:
+            raise Refused(f"--ckpt_path {path} does not exist; name a checkpoint, or auto for the run's latest")
+
+
+#: annotation text of one kind → what to call it
+_WORDS = {"int": "an integer", "float": "a number", "str": "a text", "bool": "true or false", "None": "null"}
+_MAPPINGS, _LISTS = ("dict", "Mapping"), ("list", "List", "Sequence", "tuple", "Tuple", "Iterable", "Set", "set")
+
+
+def _kinds(annotation: ast.expr, module: str) -> list[ast.expr]:
+    """The members of a union, aliases resolved."""
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        try:
+            return _kinds(ast.parse(annotation.value, mode="eval").body, module)
+        except SyntaxError:
+            return [annotation]
+    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
+        return _kinds(annotation.left, module) + _kinds(annotation.right, module)
+    if isinstance(annotation, ast.Subscript):
+        name = _name(annotation.value)
+        if name == "Optional":
+            return [*_kinds(annotation.slice, module), ast.Constant(None)]
+        if name == "Union":
+            members = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+            return [each for member in members for each in _kinds(member, module)]
+    if isinstance(annotation, ast.Name) and annotation.id not in _WORDS:
+        target = alias(module, annotation.id)
+        if target is not None:
+            return _kinds(target, module)
+    return [annotation]
+
+
+def _name(node: ast.expr) -> str:
+    return ast.unparse(node).rpartition(".")[2]
+
+
+def _fits(kind: ast.expr, value: Any, module: str) -> bool:
+    """Whether a value may be of a kind; True in doubt."""
+    if isinstance(kind, ast.Constant):
+        return value is kind.value or kind.value is not None
+    if isinstance(kind, ast.Subscript):
+        name = _name(kind.value)
+        if name == "Literal":
+            return value in _literals(kind)
+        if name in _LISTS:
+            return isinstance(value, list | tuple) or (isinstance(value, dict) and name not in ("list", "List"))
+        if name in _MAPPINGS:
+            return isinstance(value, dict)
+        return True
+    word = _name(kind)
+    if word == "int":
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    if word == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if word == "bool":
+        return isinstance(value, bool)
+    if word == "str":
+        return not isinstance(value, dict | list) and value is not None
+    if word in _LISTS:
+        return isinstance(value, list)
+    if word in _MAPPINGS:
+        return isinstance(value, dict)
+    if word in ("Any", "object"):
+        return True
+    # a class: by path or as a mapping
+    return value is not None and not isinstance(value, bool | int | float)
+
+
+def _descend(place: str, kind: ast.expr, value: Any, module: str, complete: bool) -> None:
+    """Check what is inside: classes by path, lists and mappings of them, dataclasses."""
+    if isinstance(kind, ast.Subscript):
+        name = _name(kind.value)
+        parts = kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
+        if name in _LISTS and isinstance(value, list):
+            for index, each in enumerate(value):
+                _element(f"{place}[{index}]", parts[0], each, module, complete)
+        elif name in _MAPPINGS and isinstance(value, dict) and len(parts) == 2:
+            for key, each in value.items():
+                _element(f"{place}.{key}", parts[1], each, module, complete)
+        return
+    if isinstance(kind, ast.Name) and kind.id not in _WORDS and isinstance(value, dict | str):
+        path = class_path(module, kind.id)
+        if isinstance(value, dict) and "class_path" not in value:
+            if path is not None and path.startswith("dblightning."):
+                check_class(place, path, value, complete)
+        elif isinstance(value, dict) or "." in value or re.fullmatch(r"[A-Z]\w+", value):
+            check_object(place, value, complete)
+
+
+def _element(place: str, annotation: ast.expr, value: Any, module: str, complete: bool) -> None:
+    check_value(place, Parameter(place, annotation, None, "", module), value, complete)
+
+
+def _literals(kind: ast.Subscript) -> list[Any]:
+    parts = kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
+    return [each.value for each in parts if isinstance(each, ast.Constant)]
+
+
+def _described(annotation: ast.expr, module: str) -> str:
+    words: list[str] = []
+    for kind in _kinds(annotation, module):
+        if isinstance(kind, ast.Subscript) and _name(kind.value) == "Literal":
+            words += [repr(each) for each in _literals(kind)]
+        elif isinstance(kind, ast.Subscript) or _name(kind) in (*_LISTS, *_MAPPINGS):
+            name = _name(kind.value if isinstance(kind, ast.Subscript) else kind)
+            words.append("settings by name" if name in _MAPPINGS else "a list")
+        else:
+            words.append(_WORDS.get(ast.unparse(kind), f"a {_name(kind)} by its class_path"))
+    return " or ".join(dict.fromkeys(words))
+
+
+def _near(path: str) -> str:
+    module, _, name = path.rpartition(".")
+    try:
+        return _hint(name, exports(module))
+    except LookupError:
+        return ""
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
