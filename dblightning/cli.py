@@ -11,10 +11,14 @@ seeds), ``score``, ``pretrain-miniature``, ``convert-vila``.
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dblightning.preflight import Refused, check_command
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -30,24 +34,80 @@ OTHERS = {
     "convert-vila": ("dblightning.rewards.vila_convert", "convert_vila_main"),
 }
 
+#: what a wrong setting, file or machine raises; other errors are the program's
+USERS_ERRORS = (ValueError, TypeError, OSError, ImportError, LookupError, MemoryError, NotImplementedError)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; ``argv`` None takes the process's arguments."""
+    """Run one command.
+
+    Args:
+        argv: its name and arguments. None takes the process's own, and errors of the user's making are then one
+            sentence on stderr and exit code 1 (2 for the command line itself); ``--debug`` shows the whole trace.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [each for each in arguments if each != "--debug"]
+    try:
+        _run(arguments, debug)
+    except Exception as error:
+        # what breaks in the middle of a run is not a refusal: its trace is wanted
+        if argv is not None or debug or getattr(error, "during_run", False) or not isinstance(error, USERS_ERRORS):
+            raise
+        sys.exit(f"error: {one_sentence(error)}")
+
+
+def _run(arguments: list[str], debug: bool) -> None:
     command = arguments[0] if arguments else "--help"
     if command in OTHERS:
         module, function = OTHERS[command]
         run: Callable[[list[str]], None] = getattr(importlib.import_module(module), function)
         run(arguments[1:])
     elif command in TRAINING + EVALUATION:
-        _lightning(command, arguments[1:])
+        if any(each in ("-h", "--help") for each in arguments) and arguments[-1] != "all":
+            _help(command, arguments[1:])
+            return
+        try:
+            check_command(command, arguments[1:])
+        except Refused as refusal:
+            if debug:
+                raise
+            _refuse(str(refusal))
+        _lightning(command, arguments[1:], debug)
     else:
         print(__doc__)
         if command not in ("-h", "--help", "help"):
-            sys.exit(f"error: unknown command {command!r}; one of {', '.join((*TRAINING, *EVALUATION, *OTHERS))}")
+            known = (*TRAINING, *EVALUATION, *OTHERS)
+            close = difflib.get_close_matches(command, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            sys.exit(f"error: unknown command {command!r}; one of {', '.join(known)}{hint}")
 
 
-def _lightning(command: str, arguments: list[str]) -> None:
+def _help(command: str, arguments: list[str]) -> None:
+    from dblightning.help_pages import TOPICS, command_help, topic_help
+
+    topics = [each for each in arguments if not each.startswith("-")]
+    page = topic_help(topics[-1]) if topics and arguments[-1] == topics[-1] else command_help(command)
+    if page is None:
+        _refuse(f"no help on {topics[-1]!r}; topics are {', '.join(TOPICS)}, all, or the name of a class")
+    print(page)
+
+
+def _refuse(message: str) -> NoReturn:
+    """Say what is wrong with the command line and exit with 2, as command lines do."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def one_sentence(error: BaseException | str) -> str:
+    """An error's message without what parsers and loaders print around it."""
+    text = str(error) or type(error).__name__
+    text = re.split(r"\n\s*\n|Given value", text)[0]
+    words = " ".join(text.split())
+    return words if len(words) <= 600 else f"{words[:597]}…"
+
+
+def _lightning(command: str, arguments: list[str], debug: bool = False) -> None:
     import warnings
 
     import torch
@@ -61,7 +121,15 @@ def _lightning(command: str, arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # `main` is given the process's own
     torch.set_float32_matmul_precision("high")
 
+    class Parser(LightningArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            if debug:
+                raise ValueError(message) from ex
+            _refuse(one_sentence(message))
+
     class CLI(LightningCLI):
+        parser_class = Parser
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_argument(
                 "--ckpt_path",
@@ -96,7 +164,17 @@ def _lightning(command: str, arguments: list[str]) -> None:
     if training:
         options = {"ckpt_path": _checkpoint(cli.config["ckpt_path"], cli.trainer), "weights_only": True}
     run = getattr(cli.trainer, command)
-    run(cli.model, datamodule=cli.datamodule, **options)
+    try:
+        run(cli.model, datamodule=cli.datamodule, **options)
+    except Exception as error:
+        error.during_run = _started(cli.trainer)  # type: ignore[attr-defined]
+        raise
+
+
+def _started(trainer: Trainer) -> bool:
+    """Whether a batch was begun: what is refused after that has cost time."""
+    loops = (trainer.fit_loop.epoch_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+    return any(loop.batch_progress.total.started for loop in loops)
 
 
 def _checkpoint(path: str | None, trainer: Trainer) -> str | None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dblightning.settings import problems
 from dblightning.signatures import NotFound, Parameter, alias, class_path, exports, signature
 
 #: the classes behind ``model``, by command
@@ -284,8 +285,11 @@ def check_value(place: str, parameter: Parameter, value: Any, complete: bool) ->
                 raise Refused(f"{place}.{name}: there is no {folder}; train and export the adapter first")
 
 
-def check_ranges(place: str, path: str, settings: dict[str, Any]) -> None:
+def check_ranges(place: str, path: str, settings: Mapping[str, Any]) -> None:
     """Refuse numbers out of the range that their setting has; see ``dblightning.settings``."""
+    if path.startswith("dblightning."):
+        for problem in problems(settings):
+            raise Refused(f"{place}.{problem}")
 
 
 def _check_checkpoint(path: Any) -> None:
