@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _run(arguments, debug)
     except Exception as error:
         # what breaks in the middle of a run is not a refusal: its trace is wanted
-        if argv is not None or debug or getattr(error, "during_run", False) or not isinstance(error, USERS_ERRORS):
+        users = isinstance(error, USERS_ERRORS) or type(error).__name__ == "MisconfigurationException"
+        if argv is not None or debug or getattr(error, "during_run", False) or not users:
             raise
         sys.exit(f"error: {one_sentence(error)}")
 
@@ -128,8 +129,6 @@ def _lightning(command: str, arguments: list[str], debug: bool = False) -> None:
             _refuse(one_sentence(message))
 
     class CLI(LightningCLI):
-        parser_class = Parser
-
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_argument(
                 "--ckpt_path",
@@ -156,6 +155,7 @@ def _lightning(command: str, arguments: list[str], debug: bool = False) -> None:
         save_config_callback=SaveConfigCallback if training else None,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
+        parser_class=Parser,
         seed_everything_default=0,
         run=False,
         args=arguments,

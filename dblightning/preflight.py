@@ -11,9 +11,9 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dblightning.settings import problems
+from dblightning.settings import RULES, Number, count, problems
 from dblightning.signatures import NotFound, Parameter, alias, class_path, exports, signature
 
 #: the classes behind ``model``, by command
@@ -24,6 +24,14 @@ MODELS = {
     "predict": "dblightning.evaluation.module.BlendEvaluationModule",
 }
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+TRAINER_RULES = {
+    "max_epochs": Number(least=-1, whole=True, words=(None,), remedy="-1 trains until it is stopped"),
+    "max_steps": Number(least=-1, whole=True, remedy="-1 is no limit"),
+    "num_nodes": count(),
+    "check_val_every_n_epoch": count(words=(None,)),
+    "log_every_n_steps": count(0, words=(None,)),
+    "num_sanity_val_steps": Number(least=-1, whole=True, words=(None,)),
+}
 #: settings beside ``model``, ``data`` and ``trainer``
 TOP = ("config", "seed_everything", "trainer", "model", "data", "ckpt_path", "overwrite")
 #: modules whose classes may be named without their module, as the parser allows
@@ -186,6 +194,11 @@ def _merge(tree: dict[str, Any], new: dict[str, Any]) -> None:
 def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         below = tree.get(key)
+        if isinstance(below, list) and below:  # the parser's rule: what follows belongs to the last one
+            if not isinstance(below[-1], dict):
+                below[-1] = {"class_path": below[-1]}
+            tree = below[-1]
+            continue
         if isinstance(below, str) and key != "init_args":
             below = {"class_path": below}
         if not isinstance(below, dict):
@@ -270,12 +283,12 @@ def check_value(place: str, parameter: Parameter, value: Any, complete: bool) ->
     if parameter.annotation is None:
         return
     wanted = _kinds(parameter.annotation, parameter.module)
-    if not any(_fits(each, value, parameter.module) for each in wanted):
+    if not any(_fits(each.node, value) for each in wanted):
         raise Refused(f"{place} must be {_described(parameter.annotation, parameter.module)}, got {_shown(value)}")
     texts = {"str", "Path", "PathLike", "_PATH", "Any"}
-    if not (isinstance(value, str) and any(_name(each) in texts for each in wanted)):
+    if not (isinstance(value, str) and any(_name(each.node) in texts for each in wanted)):
         for each in wanted:
-            _descend(place, each, value, parameter.module, complete)
+            _descend(place, each.node, value, each.module, complete)
     if parameter.name in PATHS and isinstance(value, str) and value.startswith((".", "/", "~")):
         if not Path(value).expanduser().exists():
             raise Refused(f"{place}: there is no {value}; give an existing path")
@@ -287,9 +300,9 @@ def check_value(place: str, parameter: Parameter, value: Any, complete: bool) ->
 
 def check_ranges(place: str, path: str, settings: Mapping[str, Any]) -> None:
     """Refuse numbers out of the range that their setting has; see ``dblightning.settings``."""
-    if path.startswith("dblightning."):
-        for problem in problems(settings):
-            raise Refused(f"{place}.{problem}")
+    rules = TRAINER_RULES if path == TRAINER else RULES if path.startswith("dblightning.") else {}
+    for problem in problems(settings, rules):
+        raise Refused(f"{place}.{problem}")
 
 
 def _check_checkpoint(path: Any) -> None:
@@ -303,34 +316,41 @@ _WORDS = {"int": "an integer", "float": "a number", "str": "a text", "bool": "tr
 _MAPPINGS, _LISTS = ("dict", "Mapping"), ("list", "List", "Sequence", "tuple", "Tuple", "Iterable", "Set", "set")
 
 
-def _kinds(annotation: ast.expr, module: str) -> list[ast.expr]:
+class Kind(NamedTuple):
+    """One member of an annotation's union, and the module whose names it uses."""
+
+    node: ast.expr
+    module: str
+
+
+def _kinds(annotation: ast.expr, module: str) -> list[Kind]:
     """The members of a union, aliases resolved."""
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
         try:
             return _kinds(ast.parse(annotation.value, mode="eval").body, module)
         except SyntaxError:
-            return [annotation]
+            return [Kind(annotation, module)]
     if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
         return _kinds(annotation.left, module) + _kinds(annotation.right, module)
     if isinstance(annotation, ast.Subscript):
         name = _name(annotation.value)
         if name == "Optional":
-            return [*_kinds(annotation.slice, module), ast.Constant(None)]
+            return [*_kinds(annotation.slice, module), Kind(ast.Constant(None), module)]
         if name == "Union":
             members = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
             return [each for member in members for each in _kinds(member, module)]
     if isinstance(annotation, ast.Name) and annotation.id not in _WORDS:
         target = alias(module, annotation.id)
         if target is not None:
-            return _kinds(target, module)
-    return [annotation]
+            return _kinds(*target)
+    return [Kind(annotation, module)]
 
 
 def _name(node: ast.expr) -> str:
     return ast.unparse(node).rpartition(".")[2]
 
 
-def _fits(kind: ast.expr, value: Any, module: str) -> bool:
+def _fits(kind: ast.expr, value: Any) -> bool:
     """Whether a value may be of a kind; True in doubt."""
     if isinstance(kind, ast.Constant):
         return value is kind.value or kind.value is not None
@@ -394,7 +414,7 @@ def _literals(kind: ast.Subscript) -> list[Any]:
 
 def _described(annotation: ast.expr, module: str) -> str:
     words: list[str] = []
-    for kind in _kinds(annotation, module):
+    for kind, _ in _kinds(annotation, module):
         if isinstance(kind, ast.Subscript) and _name(kind.value) == "Literal":
             words += [repr(each) for each in _literals(kind)]
         elif isinstance(kind, ast.Subscript) or _name(kind) in (*_LISTS, *_MAPPINGS):

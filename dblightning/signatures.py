@@ -72,10 +72,10 @@ def signature(path: str) -> Signature:
     return _signature(module, name, MAX_DEPTH)
 
 
-def alias(module: str, name: str) -> ast.expr | None:
-    """The right-hand side of ``name = …`` at the top of a module (a type alias, say); None where there is none.
+def alias(module: str, name: str) -> tuple[ast.expr, str] | None:
+    """The right-hand side of ``name = …`` at the top of a module (a type alias, say), and the module it stands in.
 
-    Imported names are followed.
+    Imported names are followed; None where there is no such line.
     """
     for _ in range(MAX_DEPTH):
         try:
@@ -84,7 +84,7 @@ def alias(module: str, name: str) -> ast.expr | None:
             return None
         for node in _statements(tree):
             if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-                return node.value
+                return node.value, module
         found = _imported(module, tree, name)
         if found is None:
             return None
