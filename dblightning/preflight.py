@@ -247,7 +247,7 @@ def check_object(place: str, value: Any, complete: bool, modules: Sequence[str] 
     arguments = value.get("init_args") or {}
     if not isinstance(arguments, dict):
         raise Refused(f"{place}.init_args must be settings by name, got {_shown(arguments)}")
-    check_class(place, path, rest | arguments, complete)
+    check_class(place, path, arguments | rest, complete)
 
 
 def check_class(place: str, path: str, settings: Any, complete: bool) -> None:
