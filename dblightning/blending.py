@@ -9,7 +9,6 @@ on t alone. Weights and λ are per image, so one batch can serve many users' pre
 
 from __future__ import annotations
 
-import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Weights = Mapping[str, float]
-#: one preference for all images, or one per image
-BatchWeights = Weights | Sequence[Weights]
-#: weights that change along the trajectory: (step_index, num_steps) → weights
-WeightSchedule = Callable[[int, int], BatchWeights]
+from dblightning.weights import BatchWeights, WeightSchedule, check_kl_scale, check_weights
 
 
 class BlendStep(NamedTuple):
@@ -35,44 +30,6 @@ class BlendStep(NamedTuple):
 
 #: what a blend returns for a run: step_index → BlendStep
 BlendPlan = Callable[[int], BlendStep]
-
-
-def check_weights(
-    weights: Weights, names: Sequence[str], normalize: bool = False, kind: str = "loaded adapters"
-) -> dict[str, float]:
-    """Weights as floats, each ≥ 0, sum 1, naming only what there is.
-
-    Args:
-        weights: name → weight.
-        names: the names there are.
-        normalize: divide the weights by their sum.
-        kind: what the names are, for the message.
-
-    Raises:
-        TypeError: something else than a mapping of names to numbers.
-        ValueError: weights that are empty, negative, not finite, do not sum to 1 (tolerance 1e-6), or name an unknown
-            adapter.
-    """
-    if not isinstance(weights, Mapping) or not all(isinstance(value, numbers.Real) for value in weights.values()):
-        raise TypeError(f"weights must map names to numbers, such as {{'aesthetic': 1.0}}, got {weights!r}")
-    unknown = [name for name in weights if name not in names]
-    if unknown:
-        raise ValueError(f"weights name {unknown[0]!r}, but the {kind} are {list(names)}")
-    values = {name: float(value) for name, value in weights.items()}
-    if not values:
-        raise ValueError(f"weights are empty; give a weight to at least one of {list(names)}")
-    if any(not math.isfinite(value) or value < 0 for value in values.values()):
-        raise ValueError(f"blend weights must be finite and >= 0, got {values}")
-    total = sum(values.values())
-    if normalize and total > 0:
-        return {name: value / total for name, value in values.items()}
-    # isclose, not ==: 0.7 + 0.2 + 0.1 is 0.9999999999999999
-    if not math.isclose(total, 1.0, abs_tol=1e-6):
-        raise ValueError(
-            f"blend weights must be >= 0 and sum to 1, got {values} (sum {total:g}); divide by their sum or pass "
-            "normalize=True"
-        )
-    return values
 
 
 def weights_tensor(
@@ -103,9 +60,8 @@ def kl_scales(kl_scale: float | Sequence[float], batch: int) -> Tensor:
     values = [float(kl_scale)] * batch if _is_scalar(kl_scale) else [float(each) for each in kl_scale]  # type: ignore[arg-type, union-attr]
     if len(values) != batch:
         raise ValueError(f"got kl_scale for {len(values)} images, but the batch has {batch}; give one per image")
-    wrong = [value for value in values if not math.isfinite(value) or value < 0]
-    if wrong:
-        raise ValueError(f"kl_scale (λ) must be finite and >= 0, got {wrong[0]}; 0 is the base model, 1 the adapters")
+    for value in values:
+        check_kl_scale(value)
     return torch.tensor(values, dtype=torch.float64)
 
 

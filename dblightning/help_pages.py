@@ -1,4 +1,4 @@
-"""``python -m dblightning <command> --help``: the settings, read from their classes' source, so without importing torch."""
+"""The pages of ``python -m dblightning <command> --help``, from the classes' source: torch is not imported."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def command_help(command: str) -> str:
         lines += _entry("--overwrite", "replace what another run left in the same folders")
     lines += [
         *_entry("--debug", "show the whole trace of an error"),
-        *_entry(f"--help TOPIC|CLASS", f"more on one of {', '.join(TOPICS)}, or on a class such as SampleGrid"),
+        *_entry("--help TOPIC|CLASS", f"more on one of {', '.join(TOPICS)}, or on a class such as SampleGrid"),
         *_entry("--help all", "every setting as the parser lists them (slow)"),
         "",
         *_settings("model", signature(MODELS[command])),
@@ -110,7 +110,11 @@ def _place(topic: str) -> str:
 
 
 def _classes(topic: str) -> dict[str, str]:
-    found = {name: path for module in LISTED[topic] for name, path in exports(module).items() if name not in UNLISTED}
+    found: dict[str, str] = {}
+    for module in LISTED[topic]:
+        for name, path in exports(module).items():
+            if name not in UNLISTED:
+                found.setdefault(name, path)
     return found | {path.rpartition(".")[2]: path for path in FURTHER[topic]}
 
 
@@ -135,6 +139,7 @@ def _settings(place: str, found: Signature) -> list[str]:
 
 def _described(parameter: Parameter) -> str:
     default = "required" if parameter.default is None else parameter.default.strip("'\"") or "empty"
+    default = "null" if default == "None" else default
     kind = "" if parameter.annotation is None else ast.unparse(parameter.annotation).replace("'", "")
     return f"{parameter.doc} ({kind}) [{default}]".strip() if kind else f"{parameter.doc} [{default}]".strip()
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from dblightning.settings import RULES, Number, count, problems
 from dblightning.signatures import NotFound, Parameter, alias, class_path, exports, signature
+from dblightning.weights import check_kl_scale, check_weights
 
 #: the classes behind ``model``, by command
 MODELS = {
@@ -23,6 +24,7 @@ MODELS = {
     "test": "dblightning.evaluation.module.BlendEvaluationModule",
     "predict": "dblightning.evaluation.module.BlendEvaluationModule",
 }
+BLEND = "dblightning.evaluation.specs.BlendSpec"
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 TRAINER_RULES = {
     "max_epochs": Number(least=-1, whole=True, words=(None,), remedy="-1 trains until it is stopped"),
@@ -270,12 +272,12 @@ def check_class(place: str, path: str, settings: Any, complete: bool) -> None:
                 f"{_hint(str(name), known.parameters)}"
             )
         check_value(f"{place}.{name}", parameter, value, complete)
-    missing = [
-        name for name, each in known.parameters.items() if each.default is None and name not in settings
-    ]
+    missing = [name for name, each in known.parameters.items() if each.default is None and name not in settings]
     if complete and missing and not known.open:
         raise Refused(f"{place}.{missing[0]} is not set, and {path.rpartition('.')[2]} needs it")
     check_ranges(place, known.path, settings)
+    if known.path == BLEND:
+        _check_preference(place, settings)
 
 
 def check_value(place: str, parameter: Parameter, value: Any, complete: bool) -> None:
@@ -289,13 +291,28 @@ def check_value(place: str, parameter: Parameter, value: Any, complete: bool) ->
     if not (isinstance(value, str) and any(_name(each.node) in texts for each in wanted)):
         for each in wanted:
             _descend(place, each.node, value, each.module, complete)
-    if parameter.name in PATHS and isinstance(value, str) and value.startswith((".", "/", "~")):
-        if not Path(value).expanduser().exists():
-            raise Refused(f"{place}: there is no {value}; give an existing path")
+    if parameter.name in PATHS and _missing(value, (".", "/", "~")):
+        raise Refused(f"{place}: there is no {value}; give an existing path")
     if parameter.name == "adapters" and isinstance(value, dict):
         for name, folder in value.items():
-            if isinstance(folder, str) and folder.startswith(("/", "~")) and not Path(folder).expanduser().exists():
+            if _missing(folder, ("/", "~")):
                 raise Refused(f"{place}.{name}: there is no {folder}; train and export the adapter first")
+
+
+def _missing(value: Any, starts: tuple[str, ...]) -> bool:
+    """Whether a value is a path by its first character, and nothing is there."""
+    return isinstance(value, str) and value.startswith(starts) and not Path(value).expanduser().exists()
+
+
+def _check_preference(place: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a blend's weights and strength that no method takes."""
+    weights = settings.get("weights") or {}
+    try:
+        if weights:
+            check_weights(weights, list(weights))
+        check_kl_scale(settings.get("kl_scale", 1.0))
+    except (TypeError, ValueError) as error:
+        raise Refused(f"{place}: {error}") from error
 
 
 def check_ranges(place: str, path: str, settings: Mapping[str, Any]) -> None:
@@ -306,9 +323,10 @@ def check_ranges(place: str, path: str, settings: Mapping[str, Any]) -> None:
 
 
 def _check_checkpoint(path: Any) -> None:
-    if isinstance(path, str) and path not in ("auto", "last", "best", "hpc", "registry"):
-        if not Path(path).expanduser().exists() and "://" not in path:
-            raise Refused(f"--ckpt_path {path} does not exist; name a checkpoint, or auto for the run's latest")
+    if not isinstance(path, str) or path in ("auto", "last", "best", "hpc", "registry") or "://" in path:
+        return
+    if not Path(path).expanduser().exists():
+        raise Refused(f"--ckpt_path {path} does not exist; name a checkpoint, or auto for the run's latest")
 
 
 #: annotation text of one kind → what to call it

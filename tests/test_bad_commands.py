@@ -141,9 +141,7 @@ CASES = [
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Any:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
     """Run a command line as a process would, from an empty folder; returns (exit code, what was printed)."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:

@@ -74,7 +74,9 @@ def ast_text(node: object) -> str:
 
 
 def test_the_args_section_is_read_entry_by_entry() -> None:
-    text = "Title.\n\nArgs:\n    first: one\n        line more.\n    second, third: both.\n\nRaises:\n    ValueError: no."
+    text = (
+        "Title.\n\nArgs:\n    first: one\n        line more.\n    second, third: both.\n\nRaises:\n    ValueError: no."
+    )
     assert argument_docs(text) == {"first": "one line more.", "second": "both.", "third": "both."}
     assert argument_docs("Title.") == {}
 
