@@ -54,6 +54,12 @@ def adapted_kl_weight(kl_weight: float, kl: float, target: float) -> float:
     return kl_weight * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
+def _set(optimizer: Any, **options: float) -> None:
+    """Give every parameter group these options: a checkpoint's optimizer brings those of the run it is of."""
+    for group in optimizer.param_groups:
+        group.update(options)
+
+
 class RewardRLModule(RunState):
     """DPOK on a LoRA adapter of a frozen diffusion model: rollout → score → replay → value updates → policy updates.
 
@@ -308,6 +314,7 @@ class RewardRLModule(RunState):
     def update_value(self) -> dict[str, Tensor]:
         """Fit the value function to the rewards in the buffer: ``value_steps`` optimiser steps on the squared error."""
         optimizer = self._optimizers()[1]
+        _set(optimizer, lr=self.hparams["value_learning_rate"])
         batches = self._batches(self.hparams["value_batch_size"], "value")
         losses, explained = [], []
         for _ in range(self.hparams["value_steps"]):
@@ -329,8 +336,7 @@ class RewardRLModule(RunState):
         """``policy_steps`` optimiser steps on the clipped surrogate minus the KL penalty."""
         optimizer = self._optimizers()[0]
         hparams = self.hparams
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate
+        _set(optimizer, lr=self.learning_rate, weight_decay=hparams["weight_decay"])
         batches = self._batches(hparams["policy_batch_size"], "policy")
         logged: dict[str, list[Tensor]] = {}
         accumulated = int(hparams["gradient_accumulation"])

@@ -160,23 +160,35 @@ class ReplayBuffer:
                 picked = (starts + column) // parts
                 yield slots[picked // steps], picked % steps
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, for the checkpoint; only the trajectories held are stored."""
-        held = {name: getattr(self, name)[: self.size].cpu().clone() for name in TENSORS}
-        return {**held, "size": self.size, "cursor": self.cursor, "rollouts": self.rollouts}
+    def state_dict(self, contents: bool = True) -> dict[str, Any]:
+        """Everything, for the checkpoint; only the trajectories held are stored.
+
+        Args:
+            contents: False stores none, for a buffer that is cleared before it is used again.
+        """
+        size, cursor = (self.size, self.cursor) if contents else (0, 0)
+        held = {name: getattr(self, name)[:size].cpu().clone() for name in TENSORS}
+        return {**held, "size": size, "cursor": cursor, "rollouts": self.rollouts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a :meth:`state_dict` of a buffer of the same shape.
+        """Restore a :meth:`state_dict`; of a buffer of another capacity the latest trajectories that have room here.
 
         Raises:
-            ValueError: a buffer of another shape or capacity.
+            ValueError: trajectories of another shape.
         """
-        if state["latents"].shape[1:] != self.latents.shape[1:] or state["size"] > self.capacity:
+        if state["latents"].shape[1:] != self.latents.shape[1:]:
             raise ValueError(
-                f"the checkpoint's replay buffer holds {state['size']} trajectories of shape "
-                f"{tuple(state['latents'].shape[1:])}, this run's is {self.capacity} of "
-                f"{tuple(self.latents.shape[1:])}; resume with the same buffer_size, steps and resolution"
+                f"the checkpoint's replay buffer holds trajectories of shape {tuple(state['latents'].shape[1:])}, this "
+                f"run's are {tuple(self.latents.shape[1:])}; resume with the same steps and resolution"
             )
+        size = state["size"]
+        if size == self.capacity:
+            slots, cursor = torch.arange(size), state["cursor"] % self.capacity
+        else:
+            # from the oldest on: a full ring's cursor stands on it, another's behind the newest
+            slots = (state["cursor"] + torch.arange(size))[-self.capacity :] % max(size, 1)
+            cursor = len(slots) % self.capacity
         for name in TENSORS:
-            getattr(self, name)[: state["size"]] = state[name].to(getattr(self, name).device)
-        self.size, self.cursor, self.rollouts = state["size"], state["cursor"], state["rollouts"]
+            own = getattr(self, name)
+            own[: len(slots)] = state[name][slots].to(own.device)
+        self.size, self.cursor, self.rollouts = len(slots), cursor, state["rollouts"]

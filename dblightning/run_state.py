@@ -90,7 +90,8 @@ class RunState(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = {
-            "replay": self.replay.state_dict() if self.replay is not None else None,
+            # without a buffer_size the next rollout clears it: nothing of it would be read
+            "replay": None if self.replay is None else self.replay.state_dict(self.hparams["buffer_size"] is not None),
             "capacity": self.replay.capacity if self.replay is not None else None,
             "random": random_state(self.device),
         }
@@ -135,9 +136,9 @@ class RunState(L.LightningModule):
             own = read_shard(state.get("folder", "."), state["ranks"][self.ranks.rank])
             restore_random_state(own["random"], self.device)
             if own["replay"] is not None:
-                self.replay = ReplayBuffer(
-                    own["capacity"], len(self.solver.timesteps), self.backbone.latent_shape, self.device
-                )
+                steps, size = len(self.solver.timesteps), self.hparams["buffer_size"]
+                capacity = own["capacity"] if size is None else size // steps
+                self.replay = ReplayBuffer(capacity, steps, self.backbone.latent_shape, self.device)
                 self.replay.load_state_dict(own["replay"])
         del self._resumed
 

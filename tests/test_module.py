@@ -618,6 +618,71 @@ def test_a_checkpoint_of_another_run_is_refused_and_other_changes_are_named(
         resume(learning_rate=0.02)
 
 
+@pytest.fixture
+def toy_run(tmp_path: Path, prompts: Any) -> Any:
+    """Fits in the Gaussian world: (module, trainer) after so many rollouts of 12 images, resumed or not."""
+
+    def run(rollouts: int, ckpt_path: Path | None = None, **settings: Any) -> tuple[RewardRLModule, L.Trainer]:
+        defaults: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 1.0, "clip_range": 0.5}
+        module = RewardRLModule(GaussianBackbone(), LinearReward(), **(defaults | settings))
+        fit = trainer(tmp_path, max_epochs=rollouts)
+        path = str(ckpt_path) if ckpt_path else None
+        fit.fit(module, datamodule=prompts(rollouts_per_epoch=1, batch_size=12), ckpt_path=path)
+        return module, fit
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "held"), [(48, 4 * 18, 18), (4 * 24, 48, 12), (None, 96, 12), (96, None, 12)]
+)
+def test_a_resumed_run_takes_the_buffer_size_it_is_given(
+    toy_run: Any, tmp_path: Path, before: int | None, after: int | None, held: int
+) -> None:
+    _, fit = toy_run(2, buffer_size=before)
+    fit.save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.warns(UserWarning, match=f"buffer_size was {before} and is {after}"):
+        module, _ = toy_run(3, tmp_path / "run.ckpt", buffer_size=after)
+    assert module.replay.capacity == (12 if after is None else after // 4)
+    assert module.replay.size == held
+    ages = module.replay.rollouts - module.replay.born[: module.replay.size]
+    assert (ages == 0).sum() == 12  # the whole latest rollout
+
+
+def test_a_resumed_run_takes_the_learning_rates_and_the_weight_decay_it_is_given(toy_run: Any, tmp_path: Path) -> None:
+    _, fit = toy_run(1, value_learning_rate=1e-3, weight_decay=0.0)
+    fit.save_checkpoint(tmp_path / "run.ckpt")
+    given = {"value_learning_rate": 0.0, "weight_decay": 0.5, "learning_rate": 0.1}
+    with pytest.warns(UserWarning, match=r"value_learning_rate was 0.001 and is 0.0"):
+        module, fit = toy_run(2, tmp_path / "run.ckpt", **given)
+    before = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]
+    policy, value = fit.optimizers
+    assert (policy.param_groups[0]["lr"], policy.param_groups[0]["weight_decay"]) == (0.1, 0.5)
+    assert value.param_groups[0]["lr"] == 0.0
+    for key, tensor in module.value_function.state_dict().items():
+        assert torch.equal(tensor, before[f"value_function.{key}"]), key
+
+
+def test_a_checkpoint_holds_no_replay_that_nothing_will_read(toy_run: Any, tmp_path: Path) -> None:
+    def replay(**settings: Any) -> dict[str, Any]:
+        toy_run(1, **settings)[1].save_checkpoint(tmp_path / "run.ckpt")
+        return torch.load(tmp_path / "run.ckpt", weights_only=True)["dblightning"]["ranks"][0]["replay"]
+
+    assert replay(buffer_size=None)["latents"].numel() == 0
+    assert replay(buffer_size=1000)["latents"].shape == (12, 5, 1, 1, 1)
+
+
+def test_a_resumed_run_without_replay_is_bit_identical_to_one_that_never_stopped(toy_run: Any, tmp_path: Path) -> None:
+    whole, _ = toy_run(4, buffer_size=None, learning_rate=0.05)
+    _, fit = toy_run(2, buffer_size=None, learning_rate=0.05)
+    fit.save_checkpoint(tmp_path / "run.ckpt")
+    resumed, _ = toy_run(4, tmp_path / "run.ckpt", buffer_size=None, learning_rate=0.05)
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[key]), key
+    for key, tensor in whole.replay.state_dict().items():
+        assert torch.equal(torch.as_tensor(tensor), torch.as_tensor(resumed.replay.state_dict()[key])), key
+
+
 def test_sdxl_trains_a_step_and_exports_a_lora_that_plain_diffusers_loads(
     sdxl_folder: Path, tmp_path: Path, prompts: Any
 ) -> None:

@@ -160,10 +160,35 @@ def test_the_state_survives_saving_and_the_ring_goes_on_at_the_same_place() -> N
     assert (buffer.size, buffer.cursor, buffer.rollouts) == (copy.size, copy.cursor, copy.rollouts)
 
 
+@pytest.mark.parametrize(("rollouts", "capacity"), [(1, 7), (1, 2), (1, 3), (3, 7), (3, 4), (3, 3), (3, 5)])
+def test_a_state_loads_into_a_buffer_of_another_capacity_as_its_latest_trajectories(
+    rollouts: int, capacity: int
+) -> None:
+    buffer, other = ReplayBuffer(5, STEPS, SHAPE), ReplayBuffer(capacity, STEPS, SHAPE)
+    for tag in range(rollouts):
+        fill(buffer, 3, float(tag))
+    other.load_state_dict(buffer.state_dict())
+    # reward = rollout + image / 100: the latest are the largest
+    latest = sorted(reward for reward, _ in everything_of(buffer))[::STEPS][-capacity:]
+    assert sorted(reward for reward, _ in everything_of(other))[::STEPS] == latest
+    fill(other, 1, 9.0)  # and the next pushes out the oldest
+    latest = [*latest, 9.0][-capacity:]
+    assert sorted(reward for reward, _ in everything_of(other))[::STEPS] == latest
+
+
+def test_a_state_without_contents_keeps_the_count_of_rollouts_alone() -> None:
+    buffer, copy = ReplayBuffer(5, STEPS, SHAPE), ReplayBuffer(5, STEPS, SHAPE)
+    fill(buffer, 3, 0.0)
+    state = buffer.state_dict(contents=False)
+    assert all(state[name].numel() == 0 for name in TENSORS)
+    copy.load_state_dict(state)
+    assert (copy.size, copy.cursor, copy.rollouts) == (0, 0, 1)
+
+
 def test_a_state_of_another_shape_is_refused() -> None:
     buffer = ReplayBuffer(5, STEPS, SHAPE)
     fill(buffer, 3, 0.0)
-    with pytest.raises(ValueError, match="resume with the same buffer_size"):
+    with pytest.raises(ValueError, match="resume with the same steps"):
         ReplayBuffer(5, STEPS + 1, SHAPE).load_state_dict(buffer.state_dict())
 
 
