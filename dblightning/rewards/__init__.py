@@ -1,7 +1,7 @@
 """Rewards of (image, prompt) pairs, each a torchmetrics metric with a per-image ``score``."""
 
 from dblightning.rewards.aesthetic import AestheticScore
-from dblightning.rewards.base import RewardMetric, check_images
+from dblightning.rewards.base import RewardMetric, RewardUnavailable, check_images
 from dblightning.rewards.clipscore import CLIPScore
 from dblightning.rewards.geneval import GenEvalAccuracy
 from dblightning.rewards.hps import HPSv2
@@ -26,6 +26,7 @@ __all__ = [
     "PickScore",
     "RemoteReward",
     "RewardMetric",
+    "RewardUnavailable",
     "RewardWorker",
     "WeightedReward",
     "build_reward",

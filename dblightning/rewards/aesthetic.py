@@ -26,6 +26,7 @@ class AestheticScore(CLIPReward):
         architecture: open_clip's name or configuration of that network, for a file without one beside it.
         preprocessing: "auto": Pillow as published unless a gradient is asked for; "exact"; "tensor".
         micro_batch_size: most images scored at once.
+        kwargs: as of ``torchmetrics.Metric``.
 
     Raises:
         FileNotFoundError: weights are not there. ValueError: they are another model's, or damaged.
@@ -40,6 +41,7 @@ class AestheticScore(CLIPReward):
         architecture: str | dict[str, Any] = "ViT-L-14-quickgelu",
         preprocessing: Preprocessing = "auto",
         micro_batch_size: int | None = 32,
+        **kwargs: Any,
     ) -> None:
         # the head first: a file of 4 MB tells that something is wrong before one of 1.7 GB is read
         head = load_head(_convert.find_file(weights, HEAD_FILES, "trl-lib/ddpo-aesthetic-predictor", "AestheticScore"))
@@ -51,6 +53,7 @@ class AestheticScore(CLIPReward):
             open_clip_tokenizer(),
             preprocessing=preprocessing,
             micro_batch_size=micro_batch_size,
+            **kwargs,
         )
         features = model.visual.output_dim
         if features != head.layers[0].in_features:

@@ -1,7 +1,8 @@
-"""What every reward is: a torchmetrics metric with a per-image ``score``."""
+"""Base class for rewards: a torchmetrics metric with a per-image ``score``."""
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,6 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
+
+#: keyword arguments of every ``torchmetrics.Metric``
+METRIC_ARGUMENTS = frozenset(
+    {
+        "compute_on_cpu",
+        "compute_with_cache",
+        "dist_sync_fn",
+        "dist_sync_on_step",
+        "distributed_available_fn",
+        "process_group",
+        "sync_on_compute",
+    }
+)
+
+_numbers = itertools.count()
+
+
+class RewardUnavailable(ConnectionError):
+    """No answer from a reward that lives elsewhere, however often it was asked; training saves its state and stops."""
 
 
 def check_images(images: Tensor) -> None:
@@ -56,7 +76,8 @@ class RewardMetric(Metric):
     """A reward of (image, prompt) pairs, higher is better.
 
     ``score`` returns one value per image and keeps no state; ``update`` and ``compute`` average it over batches and
-    ranks. A subclass writes ``_score`` only, and passes its network to ``hold``.
+    ranks. Called as a function, a ``differentiable`` reward returns the batch's mean with its gradient to the images.
+    A subclass writes ``_score`` only, and passes its network to ``hold``.
 
     Held networks are frozen and in eval mode, whatever happens to the module around the reward: they follow it to a
     device, but are no part of its parameters, its checkpoints, its ``train()`` or its precision. ``reward.to(dtype)``
@@ -64,6 +85,11 @@ class RewardMetric(Metric):
 
     Args:
         micro_batch_size: most images scored at once; None: no limit. Halved when the device runs out of memory.
+        kwargs: as of ``torchmetrics.Metric``: ``process_group``, ``sync_on_compute``, ``dist_sync_on_step``, ….
+
+    Raises:
+        TypeError: a keyword argument that ``torchmetrics.Metric`` does not take.
+        ValueError: micro_batch_size < 1.
     """
 
     is_differentiable = False
@@ -76,9 +102,12 @@ class RewardMetric(Metric):
     total: Tensor
     total_squares: Tensor
     count: Tensor
+    identity: Tensor
 
-    def __init__(self, micro_batch_size: int | None = None) -> None:
-        super().__init__()
+    def __init__(self, micro_batch_size: int | None = None, **kwargs: Any) -> None:
+        if unknown := sorted(set(kwargs) - METRIC_ARGUMENTS):
+            raise TypeError(f"{type(self).__name__} takes no argument {', '.join(map(repr, unknown))}")
+        super().__init__(**kwargs)
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be >= 1, or None for no limit, got {micro_batch_size}")
         self.micro_batch_size = micro_batch_size
@@ -86,6 +115,8 @@ class RewardMetric(Metric):
         self.add_state("total", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("total_squares", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        # MetricCollection takes metrics of equal state after one batch for one metric, and updates the first only
+        self.add_state("identity", default=torch.tensor(next(_numbers)), dist_reduce_fx="max")
 
     @property
     def differentiable(self) -> bool:
@@ -148,11 +179,36 @@ class RewardMetric(Metric):
 
     def update(self, images: Tensor, prompts: Sequence[str]) -> None:
         """Add a batch to the running mean."""
-        with torch.no_grad():
+        self._accumulate(images, prompts)
+
+    def _accumulate(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score a batch and add it to the running mean: scores (B,) in float64 on the metric's device, detached."""
+        # torchmetrics enables gradients in ``forward`` alone, for the value of the batch
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
             scores = self.score(images, prompts).to(self.total)
-        self.total += scores.sum()
+        self.total = self.total + scores.sum()
+        scores = scores.detach()
         self.total_squares += scores.square().sum()
         self.count += scores.numel()
+        return scores
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Add a batch to the running mean and return the batch's mean.
+
+        It carries a gradient to the images if they require one, gradients are enabled and the reward is
+        ``differentiable``; the running mean never does.
+        """
+        # torchmetrics enables gradients whether or not the caller did
+        return super().forward(images if torch.is_grad_enabled() else images.detach(), prompts)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Figure and axes of matplotlib with the mean reward.
+
+        Args:
+            val: what ``forward`` or ``compute`` returned, or a list of that; None: ``compute()``.
+            ax: axes to draw on; None: new ones.
+        """
+        return self._plot(val, ax)
 
     def compute(self) -> Tensor:
         """Mean reward over everything seen, on all ranks: float32 scalar, NaN before the first image."""

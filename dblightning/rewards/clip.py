@@ -48,6 +48,7 @@ class CLIPReward(RewardMetric):
         preprocessing: "auto": exactly as published unless a gradient is asked for; "exact"; "tensor".
         micro_batch_size: most images scored at once.
         text_cache: text features kept, by prompt; 0: none.
+        kwargs: as of ``torchmetrics.Metric``.
     """
 
     is_differentiable = True
@@ -62,8 +63,9 @@ class CLIPReward(RewardMetric):
         preprocessing: Preprocessing = "auto",
         micro_batch_size: int | None = 32,
         text_cache: int = 4096,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(micro_batch_size)
+        super().__init__(micro_batch_size, **kwargs)
         check_preprocessing(preprocessing)
         self.hold("clip", model)
         self.tokenizer = tokenizer

@@ -23,6 +23,7 @@ class CLIPScore(CLIPReward):
         prefix: put before each prompt; the paper uses "A photo depicts " for captions.
         preprocessing: "auto": Pillow as published unless a gradient is asked for; "exact"; "tensor".
         micro_batch_size: most images scored at once.
+        kwargs: as of ``torchmetrics.Metric``.
 
     Raises:
         FileNotFoundError: the weights are not there. ValueError: they are another model's, or damaged.
@@ -37,6 +38,7 @@ class CLIPScore(CLIPReward):
         prefix: str = "",
         preprocessing: Preprocessing = "auto",
         micro_batch_size: int | None = 64,
+        **kwargs: Any,
     ) -> None:
         if not scale > 0:
             raise ValueError(f"scale must be > 0, got {scale}")
@@ -47,6 +49,7 @@ class CLIPScore(CLIPReward):
             open_clip_tokenizer(architecture),
             preprocessing=preprocessing,
             micro_batch_size=micro_batch_size,
+            **kwargs,
         )
         self.scale = scale
         self.clamp = clamp

@@ -54,6 +54,7 @@ class GenEvalAccuracy(CLIPReward):
         position_threshold: share of the objects' sizes within which centres count as level.
         background: grey level, 0 … 1, around a masked object when its colour is read; None leaves the image.
         micro_batch_size: most images detected at once.
+        kwargs: as of ``torchmetrics.Metric``.
 
     Raises:
         FileNotFoundError: weights or metadata are not there. ValueError: they are another model's, or damaged.
@@ -77,6 +78,7 @@ class GenEvalAccuracy(CLIPReward):
         position_threshold: float = POSITION_THRESHOLD,
         background: float | None = BACKGROUND,
         micro_batch_size: int | None = 8,
+        **kwargs: Any,
     ) -> None:
         for name, value in {"threshold": threshold, "counting_threshold": counting_threshold}.items():
             if not 0 <= value < 1:
@@ -96,6 +98,7 @@ class GenEvalAccuracy(CLIPReward):
             open_clip_tokenizer(),
             preprocessing="exact",
             micro_batch_size=micro_batch_size,
+            **kwargs,
         )
         self.samples = samples
         self._plain_detector = None if isinstance(found, nn.Module) else found
@@ -170,12 +173,8 @@ class GenEvalAccuracy(CLIPReward):
 
     def update(self, images: Tensor, prompts: Sequence[str]) -> None:
         """Add a batch to the share of correct images, over all and by task."""
-        with torch.no_grad():
-            scores = self.score(images, prompts).to(self.total)
+        scores = self._accumulate(images, prompts)
         tags = torch.tensor([TAGS.index(self.sample(prompt)["tag"]) for prompt in prompts], device=scores.device)
-        self.total += scores.sum()
-        self.total_squares += scores.square().sum()
-        self.count += scores.numel()
         self.correct_by_tag.index_add_(0, tags, scores)
         self.images_by_tag += tags.bincount(minlength=len(TAGS))
 

@@ -25,6 +25,7 @@ class HPSv2(CLIPReward):
         antialias: filter before shrinking.
         preprocessing: "auto": round to 8 bits as a file would unless a gradient is asked for; "exact"; "tensor".
         micro_batch_size: most images scored at once.
+        kwargs: as of ``torchmetrics.Metric``.
 
     Raises:
         FileNotFoundError: the weights are not there. ValueError: they are another model's, or damaged.
@@ -39,6 +40,7 @@ class HPSv2(CLIPReward):
         antialias: bool = True,
         preprocessing: Preprocessing = "auto",
         micro_batch_size: int | None = 32,
+        **kwargs: Any,
     ) -> None:
         names = ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt")
         super().__init__(
@@ -48,6 +50,7 @@ class HPSv2(CLIPReward):
             antialias=antialias,
             preprocessing=preprocessing,
             micro_batch_size=micro_batch_size,
+            **kwargs,
         )
 
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:

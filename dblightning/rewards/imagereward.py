@@ -44,6 +44,7 @@ class ImageReward(RewardMetric):
             which DAS and the paper's CoDe and RGG baselines use.
         preprocessing: "auto": Pillow as published unless a gradient is asked for; "exact"; "tensor".
         micro_batch_size: most images scored at once.
+        kwargs: as of ``torchmetrics.Metric``.
 
     Raises:
         FileNotFoundError: weights or vocabulary are not there. ValueError: they are another model's, or damaged.
@@ -58,8 +59,9 @@ class ImageReward(RewardMetric):
         standardize: bool = True,
         preprocessing: Preprocessing = "auto",
         micro_batch_size: int | None = 32,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(micro_batch_size)
+        super().__init__(micro_batch_size, **kwargs)
         check_preprocessing(preprocessing)
         path = _convert.find_file(weights, ("ImageReward.pt",), "THUDM/ImageReward", "ImageReward")
         model = load_image_reward(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class JPEGCompressibility(RewardMetric):
         scale_kb: kB per unit of reward, > 0.
         subsampling: "4:4:4", "4:2:2" or "4:2:0" (Pillow's default).
         num_threads: images encoded at a time; Pillow releases the GIL. None: one per core.
+        kwargs: as of ``torchmetrics.Metric``.
 
     Raises:
         ValueError: an argument outside its range.
@@ -45,8 +47,9 @@ class JPEGCompressibility(RewardMetric):
         scale_kb: float = 50.0,
         subsampling: str = "4:2:0",
         num_threads: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**kwargs)
         if not 1 <= quality <= 100:
             raise ValueError(f"quality must be between 1 and 100, got {quality}")
         if not scale_kb > 0:

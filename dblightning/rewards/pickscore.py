@@ -28,6 +28,7 @@ class PickScore(CLIPReward):
         scale: multiply the cosine with exp(logit_scale), about 100, as published; False leaves the bare cosine.
         preprocessing: "auto": Pillow as published unless a gradient is asked for; "exact"; "tensor".
         micro_batch_size: most images scored at once.
+        kwargs: as of ``torchmetrics.Metric``.
 
     Raises:
         FileNotFoundError: the weights are not there. ValueError: they are another model's, or damaged.
@@ -41,6 +42,7 @@ class PickScore(CLIPReward):
         scale: bool = True,
         preprocessing: Preprocessing = "auto",
         micro_batch_size: int | None = 32,
+        **kwargs: Any,
     ) -> None:
         names = HUGGINGFACE_FILES + OPEN_CLIP_FILES
         model: Any = load_clip(weights, ARCHITECTURE, "PickScore", names, "yuvalkirstain/PickScore_v1")
@@ -50,6 +52,7 @@ class PickScore(CLIPReward):
             crop_rounding="floor",
             preprocessing=preprocessing,
             micro_batch_size=micro_batch_size,
+            **kwargs,
         )
         self.shift = shift
         self.scale = scale

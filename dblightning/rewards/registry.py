@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
-from dblightning.rewards.base import RewardMetric
+from dblightning.rewards.base import METRIC_ARGUMENTS, RewardMetric
 
 #: name → class; a module is imported when one of its rewards is built
 REWARDS = {
@@ -50,6 +51,12 @@ def build_reward(name: str, **options: Any) -> RewardMetric:
         ValueError: unknown name, or an argument the reward does not take.
     """
     found = reward_class(name)
+    # before the weights are read; the rest a constructor says itself
+    parameters = inspect.signature(found).parameters
+    own = [key for key, each in parameters.items() if each.kind is not each.VAR_KEYWORD]
+    known = set(own) if len(own) == len(parameters) else {*own, *METRIC_ARGUMENTS}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"{name} cannot be built with {', '.join(unknown)}; its arguments are {', '.join(own)}")
     try:
         return found(**options)
     except TypeError as error:

@@ -40,6 +40,7 @@ class VILA(RewardMetric):
         scale, shift: the paper uses 4 v − 2.
         preprocessing: "auto": round images to 8 bits as a file would unless a gradient is asked for; "exact"; "tensor".
         micro_batch_size: most images scored at once.
+        kwargs: as of ``torchmetrics.Metric``.
 
     Raises:
         ImportError: backend "tensorflow" without TensorFlow. FileNotFoundError: the weights are not there.
@@ -56,8 +57,9 @@ class VILA(RewardMetric):
         shift: float = -2.0,
         preprocessing: Preprocessing = "auto",
         micro_batch_size: int | None = 32,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(micro_batch_size)
+        super().__init__(micro_batch_size, **kwargs)
         check_preprocessing(preprocessing)
         if backend not in ("torch", "tensorflow"):
             raise ValueError(f"backend must be 'torch' or 'tensorflow', got {backend!r}")

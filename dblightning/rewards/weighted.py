@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,16 @@ class WeightedReward(RewardMetric):
         rewards: name → reward. The names are those used for adapters and score columns.
         weights: name → weight, the same names; each ≥ 0, sum 1.
         normalize: divide the weights by their sum first.
+        kwargs: as of ``torchmetrics.Metric``.
 
     Raises:
         ValueError: no reward, names that differ, or weights that are negative, not finite or do not sum to 1.
     """
 
-    def __init__(self, rewards: dict[str, RewardMetric], weights: dict[str, float], normalize: bool = False) -> None:
-        super().__init__()
+    def __init__(
+        self, rewards: dict[str, RewardMetric], weights: dict[str, float], normalize: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
         if not rewards:
             raise ValueError("WeightedReward needs at least one reward")
         if set(rewards) != set(weights):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import datetime
+import inspect
 import pickle
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
@@ -18,7 +20,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from dblightning.rewards import RewardMetric
+from dblightning.rewards import (
+    REWARDS,
+    JPEGCompressibility,
+    RemoteReward,
+    RewardMetric,
+    WeightedReward,
+    build_reward,
+)
+from dblightning.rewards.registry import reward_class
 
 
 class Brightness(RewardMetric):
@@ -26,8 +36,8 @@ class Brightness(RewardMetric):
 
     is_differentiable = True
 
-    def __init__(self, weight: float = 1.0, micro_batch_size: int | None = None) -> None:
-        super().__init__(micro_batch_size)
+    def __init__(self, weight: float = 1.0, micro_batch_size: int | None = None, **kwargs: Any) -> None:
+        super().__init__(micro_batch_size, **kwargs)
         network = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Dropout(0.5))
         nn.init.constant_(network[0].weight, weight)
         self.hold("network", network)
@@ -37,6 +47,15 @@ class Brightness(RewardMetric):
         self.batches.append(len(prompts))
         red = images[:, 0].mean((-2, -1))[:, None]
         return self.held("network")(red.to(self.held("network")[0].weight.dtype)).squeeze(-1)
+
+
+class Blue(RewardMetric):
+    """The mean of the blue channel."""
+
+    is_differentiable = True
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return images[:, 2].mean((-2, -1))
 
 
 GOOD = torch.full((2, 3, 4, 4), 0.5)
@@ -269,3 +288,81 @@ def test_two_ranks_report_the_mean_and_standard_error_of_all_images(tmp_path: Pa
     values = images[:, 0].mean((-2, -1)).double().numpy()
     assert ours == theirs
     assert ours == pytest.approx([values.std(ddof=1) / np.sqrt(7), values.mean()], rel=1e-5)
+
+
+def test_keyword_arguments_of_torchmetrics_are_taken_and_others_are_refused() -> None:
+    for reward in (
+        JPEGCompressibility(sync_on_compute=False, dist_sync_on_step=True, compute_on_cpu=True, process_group=None),
+        WeightedReward({"a": Brightness()}, {"a": 1.0}, sync_on_compute=False, compute_with_cache=False),
+        RemoteReward("http://localhost", sync_on_compute=False, distributed_available_fn=lambda: False),
+    ):
+        assert not reward.sync_on_compute
+    with pytest.raises(TypeError, match="JPEGCompressibility takes no argument 'speed'"):
+        JPEGCompressibility(speed=1)
+    with pytest.raises(ValueError, match="sync_on_compute"):
+        JPEGCompressibility(sync_on_compute="no")
+    with pytest.raises(ValueError, match=r"jpeg cannot be built with speed; its arguments are quality, offset_kb"):
+        build_reward("jpeg", speed=1)
+    assert not build_reward("jpeg", sync_on_compute=False).sync_on_compute
+
+
+@pytest.mark.parametrize("name", sorted(REWARDS))
+def test_every_reward_passes_torchmetrics_arguments_on(name: str) -> None:
+    parameters = inspect.signature(reward_class(name)).parameters.values()
+    assert [each.name for each in parameters if each.kind is each.VAR_KEYWORD] == ["kwargs"]
+
+
+@pytest.mark.parametrize("on_step", [False, True])
+def test_a_metric_called_on_images_returns_their_mean_with_its_gradient(on_step: bool) -> None:
+    reward = Brightness(2.0, 3, dist_sync_on_step=on_step)  # micro-batches of 3
+    images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        leaf = images.clone().requires_grad_()
+        value = reward(leaf, ["a"] * 5)
+        torch.testing.assert_close(value, 2 * images[:, 0].mean())
+        value.backward()
+        expected = torch.zeros_like(images)
+        expected[:, 0] = 2 / (5 * 16)
+        torch.testing.assert_close(leaf.grad, expected)
+    assert not any(state.requires_grad for state in reward.metric_state.values())  # no graph is kept between batches
+    torch.testing.assert_close(reward.compute(), 2 * images[:, 0].mean())
+    with torch.no_grad():
+        assert not reward(leaf, ["a"] * 5).requires_grad
+    reward.update(leaf, ["a"] * 5)
+    assert not reward.compute().requires_grad
+
+
+def test_a_reward_without_a_gradient_returns_none_when_called() -> None:
+    leaf = torch.rand(2, 3, 16, 16).requires_grad_()
+    assert not JPEGCompressibility(offset_kb=0)(leaf, ["a", "b"]).requires_grad
+
+
+def test_a_metric_collection_does_not_take_rewards_that_begin_alike_for_one() -> None:
+    """Its compute groups merge metrics of equal state after the first batch, and update the first of them only."""
+    collection = MetricCollection({"red": Brightness(), "blue": Blue()})
+    collection.update(GOOD, ["a", "b"])  # grey: both 0.5
+    collection.update(torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(2, 3, 4, 4), ["a", "b"])
+    assert collection.compute() == {"red": 0.75, "blue": 0.25}
+
+
+def test_gradients_flow_through_a_metric_collection() -> None:
+    leaf = GOOD.clone().requires_grad_()
+    values = MetricCollection({"red": Brightness(), "blue": Blue()})(leaf, ["a", "b"])
+    (values["red"] - values["blue"]).backward()
+    assert torch.equal(leaf.grad.sum((0, 2, 3)), torch.tensor([1.0, 0, -1]))
+
+
+def test_plot_draws_the_mean_or_the_values_given() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    reward = Brightness()
+    reward.update(GOOD, ["a", "b"])
+    _, axes = reward.plot()
+    assert axes.lines[0].get_ydata().tolist() == [0.5]
+    _, own = pyplot.subplots()
+    assert reward.plot([reward(GOOD, ["a", "b"]), reward(GOOD * 2, ["a", "b"])], own)[1] is own
+    assert own.lines[0].get_ydata().tolist() == [0.5, 1.0]
+    pyplot.close("all")
