@@ -9,10 +9,12 @@ on t alone. Weights and λ are per image, so one batch can serve many users' pre
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,8 +71,73 @@ def _is_scalar(value: object) -> bool:
     return isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
+Method = TypeVar("Method")
+
+
+def construct(
+    kind: type[Method], given: Mapping[str, Any], options: Mapping[str, Any], subject: str | None = None
+) -> Method:
+    """A method's object, made of the arguments that its constructor names.
+
+    Args:
+        kind: the class.
+        given: argument → value of what any method may be given, such as weights; None where nothing is.
+        options: the class's further arguments.
+        subject: what messages call it; None is the class's name.
+
+    Raises:
+        ValueError: an argument that the class lacks, or one that it needs.
+    """
+    subject = subject or kind.__name__
+    parameters = inspect.signature(kind).parameters
+    open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    named = [name for name, each in parameters.items() if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    for name in options:
+        if name in given:
+            raise ValueError(f"{subject}: {name} is no option, got {options[name]!r} there; give it beside the options")
+        if name not in named and not open_ended:
+            own = [each for each in named if each not in given]
+            raise ValueError(f"{subject} has no option {name!r}; it has {own or 'none'}")
+    present = {name: value for name, value in given.items() if value is not None}
+    for name, value in present.items():
+        if name not in named and not open_ended:
+            raise ValueError(f"{subject} has no {name}, got {value!r}; leave it out, or use a method that has it")
+    arguments = present | dict(options)
+    missing = [name for name in named if parameters[name].default is inspect.Parameter.empty and name not in arguments]
+    if missing:
+        raise ValueError(f"{subject} needs {missing[0]}, got {sorted(arguments)}; give it too")
+    return kind(**arguments)
+
+
 class Blend(ABC):
-    """A way to combine the base model and its adapters; ``start`` fixes it for one run of the denoising loop."""
+    """A way to combine the base model and its adapters; ``start`` fixes it for one run of the denoising loop.
+
+    A blend of your own is a subclass in any module: give an object of it to the pipeline, or its dotted path wherever a
+    method's name is taken (see docs/methods.md).
+    """
+
+    @classmethod
+    def from_preference(
+        cls,
+        weights: BatchWeights | WeightSchedule | None = None,
+        kl_scale: float | Sequence[float] = 1.0,
+        normalize: bool = False,
+        **options: Any,
+    ) -> Self:
+        """The blend of a preference, as the pipeline, an evaluation and a sweep state it.
+
+        By default the constructor gets what it names of ``weights``, ``kl_scale`` and ``normalize``, and the options;
+        override this where it names something else.
+
+        Raises:
+            ValueError: weights, a λ other than 1 or an option that the class lacks, or one that it needs.
+        """
+        given: dict[str, Any] = {
+            "weights": weights or None,
+            "kl_scale": None if _is_one(kl_scale) else kl_scale,
+            "normalize": normalize or None,
+        }
+        return construct(cls, given, options, _subject(cls))
 
     @abstractmethod
     def start(
@@ -115,6 +182,18 @@ class _Weighted(Blend):
     def __init__(self, weights: BatchWeights | WeightSchedule, normalize: bool = False) -> None:
         self.weights = weights
         self.normalize = normalize
+
+    @classmethod
+    def from_preference(
+        cls,
+        weights: BatchWeights | WeightSchedule | None = None,
+        kl_scale: float | Sequence[float] = 1.0,
+        normalize: bool = False,
+        **options: Any,
+    ) -> Self:
+        if weights is None:
+            raise ValueError(f"{_subject(cls)} needs weights, for example weights={{'aesthetic': 1.0}}")
+        return super().from_preference(weights, kl_scale, normalize, **options)
 
     def table(self, adapters: Sequence[str], batch: int, num_steps: int) -> Tensor:
         """Weights of every step, (T, B, m); all checked before the first step runs."""
@@ -170,6 +249,18 @@ class DBKLA(DBMPA):
     def __init__(self, adapter: str | Sequence[str], kl_scale: float | Sequence[float] = 1.0) -> None:
         super().__init__(_one_hot(adapter), kl_scale)
 
+    @classmethod
+    def from_preference(
+        cls,
+        weights: BatchWeights | WeightSchedule | None = None,
+        kl_scale: float | Sequence[float] = 1.0,
+        normalize: bool = False,
+        **options: Any,
+    ) -> Self:
+        """The blend of the one adapter that has weight 1."""
+        given = {"adapter": _only_adapter(cls, weights), "kl_scale": None if _is_one(kl_scale) else kl_scale}
+        return construct(cls, given, options, _subject(cls))
+
 
 class Single(DBMPA):
     """One adapter alone: an endpoint of a blend, or a MORL oracle trained on the weighted reward itself (B.1).
@@ -180,6 +271,18 @@ class Single(DBMPA):
 
     def __init__(self, adapter: str | Sequence[str]) -> None:
         super().__init__(_one_hot(adapter))
+
+    @classmethod
+    def from_preference(
+        cls,
+        weights: BatchWeights | WeightSchedule | None = None,
+        kl_scale: float | Sequence[float] = 1.0,
+        normalize: bool = False,
+        **options: Any,
+    ) -> Self:
+        """The blend of the one adapter that has weight 1."""
+        given = {"adapter": _only_adapter(cls, weights), "kl_scale": None if _is_one(kl_scale) else kl_scale}
+        return construct(cls, given, options, _subject(cls))
 
 
 def _one_hot(adapter: str | Sequence[str]) -> BatchWeights:
@@ -268,7 +371,7 @@ class RewardedSoupFactors(RewardedSoup):
     factors = True
 
 
-#: method name → class, for the command line and the pipeline
+#: method name → class, for the command line and the pipeline; a name added here works wherever a method is named
 METHODS: dict[str, type[Blend]] = {
     "base": Base,
     "single": Single,
@@ -280,6 +383,65 @@ METHODS: dict[str, type[Blend]] = {
 }
 
 
+def resolve_blend(
+    blend: Blend | type[Blend] | str,
+    weights: BatchWeights | WeightSchedule | None = None,
+    kl_scale: float | Sequence[float] = 1.0,
+    normalize: bool = False,
+    ls_schedule: str = "iid",
+    options: Mapping[str, Any] | None = None,
+) -> Blend:
+    """The blend that an object, a method's name or a class's dotted path means.
+
+    Args:
+        blend: an object, which is returned as it is; a name of ``METHODS``; a class, or its dotted path, such as
+            "my_package.MyBlend". A path's module is imported: take paths from people you trust.
+        weights: adapter → weight; one mapping, one per image, or a function of the step.
+        kl_scale: λ.
+        normalize: divide weights by their sum.
+        ls_schedule: "iid" or "systematic", read by ``db-mpa-ls`` alone.
+        options: further arguments of the class.
+
+    Raises:
+        ValueError: an unknown method, or what it lacks or needs; see :meth:`Blend.from_preference`.
+    """
+    if isinstance(blend, Blend):
+        given = {"weights": weights, "kl_scale": None if _is_one(kl_scale) else kl_scale, "options": options or None}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} {value!r} beside a {type(blend).__name__}, which has its own; leave it out")
+        return blend
+    kind = blend if isinstance(blend, type) else load_method(blend, METHODS, Blend)
+    drawn = {"schedule": ls_schedule} if issubclass(kind, DBMPALS) else {}
+    return kind.from_preference(weights, kl_scale, normalize, **drawn | dict(options or {}))
+
+
+def load_method(method: str, known: Mapping[str, type[Method]], *kinds: type) -> Any:
+    """The class of a method's name or dotted path.
+
+    Args:
+        method: a name of ``known``, or module and class such as "my_package.MyBlend".
+        known: name → class.
+        kinds: what a class found by its path must derive from.
+
+    Raises:
+        ValueError: neither a name nor a path of such a class.
+    """
+    if method in known:
+        return known[method]
+    bases = " or ".join(kind.__name__ for kind in kinds)
+    module, _, name = str(method).rpartition(".")
+    if not module or not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise ValueError(f"method must be one of {sorted(known)} or the dotted path of a {bases} class, got {method!r}")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"method {method!r} cannot be imported: {error}; name its module and class") from error
+    if not (isinstance(found, type) and issubclass(found, kinds)):
+        raise ValueError(f"method {method!r} must be a {bases} class, got {found!r}")
+    return found
+
+
 def make_blend(
     method: str,
     weights: BatchWeights | WeightSchedule | None = None,
@@ -287,48 +449,30 @@ def make_blend(
     normalize: bool = False,
     ls_schedule: str = "iid",
 ) -> Blend:
-    """The blend of a method's name; ``single`` and ``db-kla`` take the adapter that has weight 1.
+    """:func:`resolve_blend` of a method's name; ``single`` and ``db-kla`` take the adapter that has weight 1.
 
     Raises:
         ValueError: an unknown method, weights that are missing or (for ``base``) given, or a λ the method lacks.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
-    if method == "base":
-        if weights:
-            raise ValueError(f"method 'base' has no weights, got {weights}; use db-mpa for a blend")
-        _refuse_scale(method, kl_scale)
-        return Base()
+    return resolve_blend(method, weights, kl_scale, normalize, ls_schedule)
+
+
+def _subject(kind: type[Blend]) -> str:
+    """What messages call a class: by its method's name, where it has one."""
+    return next((f"method {name!r}" for name, each in METHODS.items() if each is kind), kind.__name__)
+
+
+def _only_adapter(kind: type[Blend], weights: BatchWeights | WeightSchedule | None) -> str | list[str]:
     if weights is None:
-        raise ValueError(f"method {method!r} needs weights, for example weights={{'aesthetic': 1.0}}")
-    if method in ("single", "db-kla"):
-        adapter = _only_adapter(method, weights)
-        if method == "db-kla":
-            return DBKLA(adapter, kl_scale)
-        _refuse_scale(method, kl_scale)
-        return Single(adapter)
-    if method == "db-mpa":
-        return DBMPA(weights, kl_scale, normalize)
-    if method == "db-mpa-ls":
-        return DBMPALS(weights, ls_schedule, kl_scale, normalize)
-    _refuse_scale(method, kl_scale)
-    return RewardedSoupFactors(weights, normalize) if method.endswith("factors") else RewardedSoup(weights, normalize)
-
-
-def _only_adapter(method: str, weights: BatchWeights | WeightSchedule) -> str | list[str]:
+        raise ValueError(f"{_subject(kind)} needs weights, for example weights={{'aesthetic': 1.0}}")
     if isinstance(weights, Mapping):
         chosen = [name for name, value in weights.items() if value != 0]
         if len(chosen) == 1 and weights[chosen[0]] == 1:
             return chosen[0]
     elif not callable(weights):
-        return [str(_only_adapter(method, each)) for each in weights]
-    raise ValueError(f"method {method!r} takes one adapter of weight 1, got {weights}; use db-mpa for several")
+        return [str(_only_adapter(kind, each)) for each in weights]
+    raise ValueError(f"{_subject(kind)} takes one adapter of weight 1, got {weights}; use db-mpa for several")
 
 
 def _is_one(kl_scale: float | Sequence[float]) -> bool:
     return all(each == 1 for each in ([kl_scale] if _is_scalar(kl_scale) else kl_scale))  # type: ignore[union-attr]
-
-
-def _refuse_scale(method: str, kl_scale: float | Sequence[float]) -> None:
-    if not _is_one(kl_scale):
-        raise ValueError(f"method {method!r} has no kl_scale, got {kl_scale}; use db-kla or db-mpa")

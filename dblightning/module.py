@@ -28,9 +28,9 @@ from dblightning.rewards.base import RewardMetric
 from dblightning.rewards.worker import RewardWorker
 from dblightning.run_state import RunState
 from dblightning.sampling import Execution, Trajectory, denoise_loop, rollout
-from dblightning.schedule import DDIMSchedule, GaussianStep, gaussian_kl, gaussian_log_prob, to_epsilon
+from dblightning.schedule import GaussianStep, gaussian_kl, gaussian_log_prob, to_epsilon
 from dblightning.settings import RULES, Number, check, check_settings
-from dblightning.solvers import DDIMSolver
+from dblightning.solvers import make_solver
 from dblightning.value import ValueFunction
 
 #: rules of the settings below; ``eta`` 0 is a sampler's, not a policy's
@@ -183,7 +183,7 @@ class RewardRLModule(RunState):
         self.eval_rewards = nn.ModuleDict(eval_rewards or {})
         self.adapter_name: str = adapter_name or reward.name
         self._add_adapter()
-        self.solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, num_inference_steps), eta)
+        self.solver = make_solver(backbone.scheduler_config, num_inference_steps, eta)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.value_function = ValueFunction(

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from dblightning.adapters import AdapterBank
 from dblightning.backbone import DiffusersBackbone, load_pipeline
-from dblightning.blending import METHODS, Base, BatchWeights, Blend, WeightSchedule, make_blend
+from dblightning.blending import Base, BatchWeights, Blend, WeightSchedule, resolve_blend
 from dblightning.noise import GeneratorNoise
 from dblightning.sampling import Execution, Steering, denoise_loop
-from dblightning.schedule import DDIMSchedule
-from dblightning.solvers import DDIMSolver, DiffusersSolver, Solver
-from dblightning.steering import STEERING, Reward, make_steering
+from dblightning.schedule import ddim_scheduler
+from dblightning.solvers import Solver, make_solver
+from dblightning.steering import STEERING, Reward, resolve_steering, steers
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -84,9 +84,7 @@ class DiffusionBlendPipeline:
         """
         pipeline = load_pipeline(str(base), torch_dtype, variant)
         if scheduler is None:
-            from diffusers import DDIMScheduler
-
-            scheduler = DDIMScheduler.from_config({"clip_sample": False, **pipeline.scheduler.config})
+            scheduler = ddim_scheduler(pipeline.scheduler.config)
         pipeline.scheduler = scheduler
         if adapters is None and str(base) == "miniature":
             from dblightning import miniature
@@ -166,7 +164,7 @@ class DiffusionBlendPipeline:
         method: str = "db-mpa",
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
-        eta: float = 1.0,
+        eta: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         height: int | None = None,
@@ -182,6 +180,7 @@ class DiffusionBlendPipeline:
         rewards: Mapping[str, Reward] | None = None,
         method_options: Mapping[str, Any] | None = None,
         steering: Steering | None = None,
+        blend: Blend | type[Blend] | str | None = None,
         execution: Execution = "auto",
         max_rows: int | None = None,
     ) -> BlendOutput | tuple[Any]:
@@ -193,10 +192,12 @@ class DiffusionBlendPipeline:
                 num_steps) → either. For ``code`` and ``rgg`` the names are those of ``rewards``.
             kl_scale: λ ≥ 0 of ``db-mpa`` and ``db-kla``, one for all images or one each; 0 the base, 1 the adapters,
                 more extrapolates.
-            method: base, single, db-mpa, db-kla, db-mpa-ls, rewarded-soup, rewarded-soup-factors, code or rgg.
+            method: base, single, db-mpa, db-kla, db-mpa-ls, rewarded-soup, rewarded-soup-factors, code or rgg; or the
+                dotted path of a ``Blend`` or ``Steering`` class.
             num_inference_steps: denoising steps.
             guidance_scale: classifier-free guidance; 1 turns it off.
-            eta: DDIM's η, 0 deterministic … 1; other schedulers ignore it, as in diffusers.
+            eta: DDIM's η, 0 deterministic … 1; schedulers that have none refuse it. None is 1 with DDIM, and 0 with
+                others that have one.
             negative_prompt: one for all prompts, or one per prompt.
             num_images_per_prompt: images of each prompt, side by side in the output.
             height, width: in pixels; None takes the model's own.
@@ -211,8 +212,9 @@ class DiffusionBlendPipeline:
             normalize: divide weights by their sum.
             ls_schedule: "iid" or "systematic", of ``db-mpa-ls``.
             rewards: name → reward, of ``code`` and ``rgg``.
-            method_options: further arguments of CoDe or RGG, such as ``{"candidates": 8}``.
+            method_options: further arguments of the method's class, such as ``{"candidates": 8}`` of CoDe.
             steering: a CoDe or RGG of your own on top of any blend.
+            blend: instead of ``method``: a blend's object, which holds its own settings, or its class.
             execution, max_rows: see :func:`dblightning.sampling.arrange`.
 
         Returns:
@@ -223,21 +225,17 @@ class DiffusionBlendPipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         self._check(prompts, output_type, num_images_per_prompt, callback_on_step_end_tensor_inputs)
-        if method in STEERING:
+        if blend is None and steers(method):
             if steering is not None:
                 raise ValueError(f"method {method!r} is a steering itself; give steering= to a blend such as 'base'")
             if callable(weights):
                 raise ValueError(f"method {method!r} takes weights per image, not a function of the step")
-            if kl_scale != 1:
-                raise ValueError(f"method {method!r} has no kl_scale, got {kl_scale}; use its kl_weight or db-kla")
-            steering = make_steering(method, rewards, weights, normalize, **(method_options or {}))
-            blend: Blend = Base()
+            steering = resolve_steering(method, rewards, weights, kl_scale, normalize, method_options)
+            blend = Base()
         else:
-            if method not in METHODS:
-                raise ValueError(f"method must be one of {sorted([*METHODS, *STEERING])}, got {method!r}")
-            if rewards or method_options:
-                raise ValueError(f"rewards and method_options belong to {sorted(STEERING)}, not to {method!r}")
-            blend = make_blend(method, weights, kl_scale, normalize, ls_schedule)
+            if rewards:
+                raise ValueError(f"rewards belong to {sorted(STEERING)}, not to {blend or method!r}")
+            blend = resolve_blend(blend or method, weights, kl_scale, normalize, ls_schedule, method_options)
         solver = self._solver(num_inference_steps, eta)
         backbone = self.backbone
         shape = self._latent_shape(height, width)
@@ -312,14 +310,10 @@ class DiffusionBlendPipeline:
         if unknown:
             raise ValueError(f"callback_on_step_end_tensor_inputs may name {known}, got {unknown[0]!r}")
 
-    def _solver(self, num_inference_steps: int, eta: float) -> Solver:
-        from diffusers import DDIMScheduler
-
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        if isinstance(self.scheduler, DDIMScheduler):
-            return DDIMSolver(DDIMSchedule(dict(self.scheduler.config), num_inference_steps), eta)
-        return DiffusersSolver(self.scheduler, num_inference_steps)
+    def _solver(self, num_inference_steps: int, eta: float | None) -> Solver:
+        if eta is None and "DDIM" in type(self.scheduler).__name__:
+            eta = 1.0
+        return make_solver(self.scheduler, num_inference_steps, eta)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """(C, h, w) of a picture of this size."""

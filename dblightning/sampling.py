@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from dblightning.backbone import Backbone, Conditioning
-from dblightning.blending import Blend, BlendPlan, BlendStep
+from dblightning.blending import BatchWeights, Blend, BlendPlan, BlendStep, construct
 from dblightning.noise import ImageNoise
 from dblightning.schedule import gaussian_log_prob
-from dblightning.solvers import DDIMSolver, Solver
+from dblightning.solvers import GaussianSolver, Solver
 
 Execution = Literal["auto", "gated", "merged"]
 
@@ -258,7 +259,34 @@ class State(NamedTuple):
 
 
 class Steering(ABC):
-    """What bends the steps of a walk. It wraps the step; who predicts stays the blend's business."""
+    """What modifies the steps of a trajectory. It wraps the step; who predicts stays the blend's business.
+
+    A steering of your own is a subclass in any module, named by its dotted path like a blend.
+    """
+
+    @classmethod
+    def from_preference(
+        cls,
+        rewards: Mapping[str, Any] | None = None,
+        weights: BatchWeights | None = None,
+        normalize: bool = False,
+        **options: Any,
+    ) -> Self:
+        """The steering of a preference; the constructor gets what it names of these, and the options.
+
+        Args:
+            rewards: name → reward, those there are; a class that names none goes without.
+            weights: reward → weight, one mapping or one per image.
+            normalize: divide weights by their sum.
+            options: the class's further arguments.
+
+        Raises:
+            ValueError: what the class lacks or needs.
+        """
+        given = {"rewards": rewards or None, "weights": weights or None, "normalize": normalize or None}
+        if "rewards" not in inspect.signature(cls).parameters:
+            given["rewards"] = None
+        return construct(cls, given, options)
 
     def start(self, run: Run) -> None:  # noqa: B027 (optional)
         """Check settings and prepare, before the first denoiser call.
@@ -358,7 +386,7 @@ def _at_least_float32(tensor: Tensor) -> torch.dtype:
 def rollout(
     backbone: Backbone,
     conditioning: Conditioning,
-    solver: DDIMSolver,
+    solver: GaussianSolver,
     blend: Blend,
     noise: ImageNoise,
     guidance_scale: float,
@@ -371,7 +399,7 @@ def rollout(
     Raises:
         ValueError: a step without noise (eta 0), which has no density.
     """
-    stds = solver.schedule.stds(solver.eta)
+    stds = solver.stds()
     if bool((stds <= 0).any()):
         raise ValueError(
             f"step {int((stds <= 0).nonzero()[0])} adds no noise (eta {solver.eta}), so it has no density; "

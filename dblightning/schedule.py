@@ -7,10 +7,14 @@ Pure functions of tensors. ᾱ is the cumulative product of 1 − β, called ``a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+#: what a denoiser may predict, in diffusers' words
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class GaussianStep(NamedTuple):
@@ -24,25 +28,41 @@ class GaussianStep(NamedTuple):
         return self.mean + self.std * noise
 
 
-def to_epsilon(model_output: Tensor, latents: Tensor, alpha: Tensor, prediction_type: str) -> Tensor:
-    """Turn a model output of any parametrisation into the noise prediction ε.
+class Prediction(NamedTuple):
+    """A model output as what it says of x_t = √ᾱ x₀ + √(1−ᾱ) ε, each of latents' shape."""
+
+    original: Tensor  # x̂₀, Tweedie's estimate
+    epsilon: Tensor  # the noise prediction
+
+
+def to_prediction(model_output: Tensor, latents: Tensor, alpha: Tensor, prediction_type: str) -> Prediction:
+    """Turn a model output of any parametrisation into x̂₀ and ε.
+
+    "v_prediction" and "sample" never divide by √ᾱ, so they hold at zero terminal SNR too (ᾱ = 0 at the first step; Lin
+    et al. 2024, "Common diffusion noise schedules and sample steps are flawed").
 
     Args:
         model_output: what the denoiser returned, (B, C, h, w).
         latents: x_t, (B, C, h, w).
-        alpha: ᾱ_t, broadcastable.
+        alpha: ᾱ_t, broadcastable; > 0 for "epsilon".
         prediction_type: "epsilon", "v_prediction" or "sample", as in diffusers' scheduler configuration.
 
     Raises:
         ValueError: another prediction type.
     """
     if prediction_type == "epsilon":
-        return model_output
+        return Prediction(predict_original(model_output, latents, alpha), model_output)
     if prediction_type == "v_prediction":
-        return alpha.sqrt() * model_output + (1 - alpha).sqrt() * latents
+        original = alpha.sqrt() * latents - (1 - alpha).sqrt() * model_output
+        return Prediction(original, alpha.sqrt() * model_output + (1 - alpha).sqrt() * latents)
     if prediction_type == "sample":
-        return (latents - alpha.sqrt() * model_output) / (1 - alpha).sqrt()
-    raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
+        return Prediction(model_output, (latents - alpha.sqrt() * model_output) / (1 - alpha).sqrt())
+    raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}")
+
+
+def to_epsilon(model_output: Tensor, latents: Tensor, alpha: Tensor, prediction_type: str) -> Tensor:
+    """The noise prediction ε of a model output; see :func:`to_prediction`."""
+    return to_prediction(model_output, latents, alpha, prediction_type).epsilon
 
 
 def predict_original(noise_pred: Tensor, latents: Tensor, alpha: Tensor) -> Tensor:
@@ -67,9 +87,15 @@ def ddim_step(noise_pred: Tensor, latents: Tensor, alpha: Tensor, alpha_next: Te
         alpha, alpha_next: ᾱ_t and ᾱ_{t-1}, broadcastable.
         eta: 0 deterministic … 1 DDPM.
     """
+    prediction = Prediction(predict_original(noise_pred, latents, alpha), noise_pred)
+    return ddim_gaussian(prediction, alpha, alpha_next, eta)
+
+
+def ddim_gaussian(prediction: Prediction, alpha: Tensor, alpha_next: Tensor, eta: float) -> GaussianStep:
+    """:func:`ddim_step` from x̂₀ and ε: mean √ᾱ' x̂₀ + √(1−ᾱ'−σ²) ε; ``alpha`` may be 0."""
     std = ddim_std(alpha, alpha_next, eta)
-    direction = (1 - alpha_next - std.square()).clamp_min(0).sqrt() * noise_pred
-    return GaussianStep(alpha_next.sqrt() * predict_original(noise_pred, latents, alpha) + direction, std)
+    direction = (1 - alpha_next - std.square()).clamp_min(0).sqrt() * prediction.epsilon
+    return GaussianStep(alpha_next.sqrt() * prediction.original + direction, std)
 
 
 def mean_sensitivity(alpha: Tensor, alpha_next: Tensor, eta: float) -> Tensor:
@@ -84,12 +110,58 @@ def mean_sensitivity(alpha: Tensor, alpha_next: Tensor, eta: float) -> Tensor:
     return coefficient.abs() / std
 
 
+def check_num_inference_steps(num_inference_steps: int, num_train_timesteps: int) -> None:
+    """Refuse a number of denoising steps that no schedule has.
+
+    Raises:
+        ValueError: not a whole number from 1 to the training timesteps.
+    """
+    whole = isinstance(num_inference_steps, int) and not isinstance(num_inference_steps, bool)
+    if not whole or not 1 <= num_inference_steps <= num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps must be a whole number from 1 to the model's {num_train_timesteps} training "
+            f"timesteps, got {num_inference_steps!r}"
+        )
+
+
+def ddim_scheduler(scheduler_config: Mapping[str, Any]) -> Any:
+    """diffusers' DDIMScheduler with the noise schedule of any scheduler's configuration.
+
+    It differs from ``DDIMScheduler.from_config`` where the configuration is silent: x̂₀ is not clipped, and the last
+    step leads to the first training timestep's ᾱ (PNDM's default), not to 1, so that it has noise to train on.
+
+    Raises:
+        ValueError: a configuration without β's (flow matching, EDM), or with another prediction than ε, v or x₀.
+    """
+    from diffusers import DDIMScheduler
+
+    config = dict(scheduler_config)
+    name = config.get("_class_name", "this scheduler")
+    flow = bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
+    if flow or not any(config.get(key) is not None for key in ("beta_schedule", "beta_start", "trained_betas")):
+        raise ValueError(
+            f"{name} has no noise schedule of β's (it is made for flow matching or EDM), and DDIM needs one; use a "
+            "base model whose scheduler_config.json names beta_start, beta_end and beta_schedule"
+        )
+    # what the scheduler itself did where its file said nothing, which from_config would forget
+    own = {key: bool(config.get(key, False)) for key in ("clip_sample", "thresholding", "set_alpha_to_one")}
+    unsaid = {key for key in config.get("_use_default_values", ()) if key in own}
+    config["_use_default_values"] = [key for key in config.get("_use_default_values", ()) if key not in unsaid]
+    scheduler = DDIMScheduler.from_config(config | own)
+    if scheduler.config["prediction_type"] not in PREDICTION_TYPES:
+        raise ValueError(
+            f"prediction_type must be one of {PREDICTION_TYPES}, got {scheduler.config['prediction_type']!r} in the "
+            "scheduler's configuration"
+        )
+    return scheduler
+
+
 class DDIMSchedule:
     """The timesteps of one run and ᾱ along them, from a diffusers scheduler's configuration.
 
     Args:
         scheduler_config: the ``config`` of any diffusers scheduler with β's (Stable Diffusion's, say). Only the noise
-            schedule, spacing and prediction type are read.
+            schedule, spacing and prediction type are read; see :func:`ddim_scheduler`.
         num_inference_steps: number T of denoising steps.
 
     Attributes:
@@ -97,28 +169,36 @@ class DDIMSchedule:
         alphas, alphas_next: ᾱ at each step's start and end, float64 (T,).
 
     Raises:
-        ValueError: a configuration that clips or thresholds x̂₀ (the step would not be affine in the prediction).
+        ValueError: a configuration that clips or thresholds x̂₀ (the step would not be affine in the prediction), one
+            without β's, ε-prediction at zero terminal SNR, or a number of steps that the schedule does not have.
     """
 
-    def __init__(self, scheduler_config: dict[str, Any], num_inference_steps: int) -> None:
-        from diffusers import DDIMScheduler
-
-        config = dict(scheduler_config)
-        # DDIM's own default is to clip; a scheduler without the key (PNDM, Euler, …) never clips
-        config.setdefault("clip_sample", False)
-        if config["clip_sample"] or config.get("thresholding", False):
+    def __init__(self, scheduler_config: Mapping[str, Any], num_inference_steps: int) -> None:
+        scheduler = ddim_scheduler(scheduler_config)
+        if scheduler.config["clip_sample"] or scheduler.config["thresholding"]:
             raise ValueError(
                 "the scheduler clips or thresholds its x0 prediction, so a step is no Gaussian with an affine mean; "
                 "set clip_sample and thresholding to false in scheduler_config.json"
             )
-        config.setdefault("set_alpha_to_one", False)
-        scheduler = DDIMScheduler.from_config(config)
+        num_train_timesteps: int = scheduler.config["num_train_timesteps"]
+        check_num_inference_steps(num_inference_steps, num_train_timesteps)
         scheduler.set_timesteps(num_inference_steps)
         self.prediction_type: str = scheduler.config["prediction_type"]
         self.timesteps: Tensor = scheduler.timesteps.to(torch.int64)
-        next_timesteps = self.timesteps - scheduler.config["num_train_timesteps"] // num_inference_steps
+        if int(self.timesteps.max()) >= num_train_timesteps:
+            raise ValueError(
+                f"{num_inference_steps} steps with steps_offset {scheduler.config['steps_offset']} begin at timestep "
+                f"{int(self.timesteps.max())}, and the last of training is {num_train_timesteps - 1}; take fewer steps"
+            )
+        next_timesteps = self.timesteps - num_train_timesteps // num_inference_steps
         cumulative = scheduler.alphas_cumprod.double()
         self.alphas = cumulative[self.timesteps]
+        if self.prediction_type == "epsilon" and bool((self.alphas == 0).any()):
+            raise ValueError(
+                "at zero terminal SNR the first step begins at pure noise (ᾱ = 0), of which an epsilon prediction says "
+                "nothing; use a v- or sample-predicting model, or set rescale_betas_zero_snr to false in "
+                "scheduler_config.json"
+            )
         final = torch.as_tensor(scheduler.final_alpha_cumprod, dtype=torch.float64)
         self.alphas_next = torch.where(next_timesteps >= 0, cumulative[next_timesteps.clamp_min(0)], final)
 
@@ -138,8 +218,8 @@ class DDIMSchedule:
     def step(self, model_output: Tensor, latents: Tensor, step_index: int | Tensor, eta: float) -> GaussianStep:
         """The Gaussian step of ``model_output`` at ``step_index`` (one for all rows, or one per row)."""
         alpha, alpha_next = self.at(step_index, latents)
-        epsilon = to_epsilon(model_output.to(alpha.dtype), latents, alpha, self.prediction_type)
-        return ddim_step(epsilon, latents, alpha, alpha_next, eta)
+        prediction = to_prediction(model_output.to(alpha.dtype), latents, alpha, self.prediction_type)
+        return ddim_gaussian(prediction, alpha, alpha_next, eta)
 
     def stds(self, eta: float) -> Tensor:
         """σ_t of every step, float64 (T,)."""

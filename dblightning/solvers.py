@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol, overload, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from dblightning.noise import ImageNoise
-from dblightning.schedule import DDIMSchedule, GaussianStep, predict_original, to_epsilon
+from dblightning.schedule import DDIMSchedule, GaussianStep, check_num_inference_steps, to_prediction
+from dblightning.settings import Number
 
 
 class Solver(Protocol):
@@ -31,6 +34,65 @@ class Solver(Protocol):
         ...
 
 
+@runtime_checkable
+class GaussianSolver(Solver, Protocol):
+    """A solver whose step is a Gaussian of known density: what training, CoDe and RGG need."""
+
+    eta: float
+
+    def gaussian(self, model_output: Tensor, latents: Tensor, step_index: int | Tensor) -> GaussianStep:
+        """The step's distribution; ``step_index`` may differ per row."""
+        ...
+
+    def original(self, model_output: Tensor, latents: Tensor, step_index: int, detach: bool = False) -> Tensor:
+        """x̂₀ of the latents at a step; ``detach`` treats the noise prediction as a constant."""
+        ...
+
+    def noised(self, original: Tensor, noise: Tensor, step_index: int | Tensor) -> Tensor:
+        """The latents at a step's start, from an image's latents and standard normal noise."""
+        ...
+
+    def stds(self) -> Tensor:
+        """Standard deviation of every step, float64 (T,)."""
+        ...
+
+
+@overload
+def make_solver(scheduler: Mapping[str, Any], num_inference_steps: int, eta: float | None = None) -> DDIMSolver: ...
+@overload
+def make_solver(scheduler: Any, num_inference_steps: int, eta: float | None = None) -> DDIMSolver | DiffusersSolver: ...
+def make_solver(scheduler: Any, num_inference_steps: int, eta: float | None = None) -> DDIMSolver | DiffusersSolver:
+    """The one factory of solvers: training, evaluation and the pipeline step alike where their settings are alike.
+
+    Args:
+        scheduler: a diffusers scheduler, which is stepped by its own rule; or the configuration of one, whose noise
+            schedule DDIM then uses, because training and evaluation need a step of known density.
+        num_inference_steps: number T of denoising steps.
+        eta: 0 deterministic … 1 DDPM; None is 0, as in diffusers' pipelines, and other schedulers' own rule.
+
+    Returns:
+        :class:`DDIMSolver` for a configuration, a DDIMScheduler or a DDIMParallelScheduler; else
+        :class:`DiffusersSolver`.
+
+    Raises:
+        ValueError: a number of steps or an eta that the scheduler does not have, or a configuration that DDIM cannot
+            use (see :class:`DDIMSchedule`).
+    """
+    from diffusers import DDIMParallelScheduler, DDIMScheduler
+
+    if isinstance(scheduler, Mapping):
+        return DDIMSolver(DDIMSchedule(scheduler, num_inference_steps), 0.0 if eta is None else eta)
+    # a subclass that steps by a rule of its own keeps it
+    if type(scheduler).step in (DDIMScheduler.step, DDIMParallelScheduler.step):
+        return DDIMSolver(DDIMSchedule(scheduler.config, num_inference_steps), 0.0 if eta is None else eta)
+    return DiffusersSolver(scheduler, num_inference_steps, eta)
+
+
+def _check_eta(eta: float) -> None:
+    if not Number(least=0, most=1).allows(eta):
+        raise ValueError(f"eta must lie between 0 (deterministic) and 1 (DDPM), got {eta!r}")
+
+
 class DDIMSolver:
     """DDIM with any η; its step is a Gaussian with a known density, so it also serves training.
 
@@ -40,8 +102,7 @@ class DDIMSolver:
     """
 
     def __init__(self, schedule: DDIMSchedule, eta: float) -> None:
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie between 0 (deterministic) and 1 (DDPM), got {eta}")
+        _check_eta(eta)
         self.schedule = schedule
         self.eta = eta
         self.timesteps = schedule.timesteps
@@ -53,14 +114,29 @@ class DDIMSolver:
         return latents
 
     def gaussian(self, model_output: Tensor, latents: Tensor, step_index: int | Tensor) -> GaussianStep:
-        """The step's distribution; ``step_index`` may differ per row."""
         return self.schedule.step(model_output, latents, step_index, self.eta)
 
     def original(self, model_output: Tensor, latents: Tensor, step_index: int, detach: bool = False) -> Tensor:
-        """Tweedie's x̂₀ of the latents at a step; ``detach`` treats ε as a constant."""
+        """Tweedie's x̂₀ of the latents at a step; ``detach`` treats ε as a constant: ∂x̂₀/∂x_t = 1/√ᾱ_t.
+
+        At ᾱ = 0 the latents are pure noise and that derivative is taken as 0: x̂₀ does not depend on them.
+        """
         alpha, _ = self.schedule.at(step_index, latents)
-        epsilon = to_epsilon(model_output, latents, alpha, self.schedule.prediction_type)
-        return predict_original(epsilon.detach() if detach else epsilon, latents, alpha)
+        output = model_output.to(alpha.dtype)
+        if not detach:
+            return to_prediction(output, latents, alpha, self.schedule.prediction_type).original
+        fixed = latents.detach()
+        original = to_prediction(output.detach(), fixed, alpha, self.schedule.prediction_type).original
+        return original + (latents - fixed) / torch.where(alpha > 0, alpha, torch.inf).sqrt()
+
+    def noised(self, original: Tensor, noise: Tensor, step_index: int | Tensor) -> Tensor:
+        """x_t = √ᾱ_t x₀ + √(1−ᾱ_t) ε at the start of a step (one for all rows, or one per row)."""
+        alpha, _ = self.schedule.at(step_index, original)
+        return alpha.sqrt() * original + (1 - alpha).sqrt() * noise
+
+    def stds(self) -> Tensor:
+        """σ_t(η) of every step, float64 (T,)."""
+        return self.schedule.stds(self.eta)
 
     def step(
         self, model_output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1
@@ -72,19 +148,34 @@ class DDIMSolver:
 
 
 class DiffusersSolver:
-    """Any solver of diffusers' schedulers: DPM-Solver++ (SDE or ODE), Euler-ancestral, …
+    """Any solver of diffusers' schedulers: DPM-Solver++ (SDE or ODE), Euler-ancestral, TCD, …
 
     Args:
         scheduler: a diffusers scheduler; it is copied, so one object can serve many runs.
         num_inference_steps: number T of denoising steps.
+        eta: noise of a scheduler whose step takes it (DDIM, TCD, …); None is 0, which diffusers' pipelines pass.
+
+    Raises:
+        ValueError: a number of steps out of range, or an eta above 0 for a scheduler that has none.
     """
 
-    def __init__(self, scheduler: Any, num_inference_steps: int) -> None:
-        self.scheduler = type(scheduler).from_config(scheduler.config)
+    def __init__(self, scheduler: Any, num_inference_steps: int, eta: float | None = None) -> None:
+        kind = type(scheduler)
+        self.scheduler = kind.from_config(scheduler.config)
+        check_num_inference_steps(num_inference_steps, int(self.scheduler.config.get("num_train_timesteps", 1000)))
         self.num_inference_steps = num_inference_steps
         self.scheduler.set_timesteps(num_inference_steps)
         self.timesteps: Tensor = self.scheduler.timesteps
-        self._takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        taken = inspect.signature(self.scheduler.step).parameters
+        self._takes_generator = "generator" in taken
+        eta = 0.0 if eta is None else eta
+        _check_eta(eta)
+        if eta > 0 and "eta" not in taken:
+            raise ValueError(
+                f"{kind.__name__} has no eta, got {eta}: it steps by its own rule; leave eta out, or take a scheduler "
+                "that has it, such as DDIMScheduler or TCDScheduler"
+            )
+        self._options = {"eta": eta} if "eta" in taken else {}
 
     def initial(self, noise: Tensor) -> Tensor:
         self.scheduler.set_timesteps(self.num_inference_steps)  # forget an earlier run's history
@@ -96,5 +187,5 @@ class DiffusersSolver:
     def step(
         self, model_output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1
     ) -> Tensor:
-        extra = {"generator": noise.generators} if self._takes_generator else {}
+        extra = self._options | ({"generator": noise.generators} if self._takes_generator else {})
         return self.scheduler.step(model_output, self.timesteps[step_index], latents, return_dict=False, **extra)[0]

@@ -5,16 +5,27 @@ Both work on top of any blend (the paper runs them on the base model) and score 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dblightning.blending import BatchWeights, weights_tensor
+from dblightning.blending import METHODS, BatchWeights, Blend, load_method, weights_tensor
 from dblightning.sampling import Run, State, Steering
-from dblightning.solvers import DDIMSolver
+from dblightning.settings import Number, check_settings, count
+from dblightning.solvers import GaussianSolver
+
+#: of the numeric settings below
+RULES = {
+    "candidates": count(remedy="the paper's is 20"),
+    "block_size": count(remedy="the paper's is 5"),
+    "score_batch_size": count(words=(None,), remedy="null takes the backbone's decode_batch_size"),
+    "kl_weight": Number(above=0, remedy="it is α: the smaller, the stronger the guidance"),
+    "gamma": Number(least=0, words=(None,), remedy="the paper's is 0.024; null is no ramp"),
+}
 
 
 class Reward(Protocol):
@@ -49,7 +60,7 @@ class _RewardSteering(Steering):
 
     def start(self, run: Run) -> None:
         name = type(self).__name__
-        if not isinstance(run.solver, DDIMSolver):
+        if not isinstance(run.solver, GaussianSolver):
             raise ValueError(f"{name} needs DDIM steps, whose distribution is known; got {type(run.solver).__name__}")
         if run.solver.eta == 0:
             raise ValueError(f"{name} needs steps with noise, got eta 0; set eta to 1")
@@ -103,11 +114,9 @@ class CoDe(_RewardSteering):
         super().__init__(rewards, weights, normalize)
         if form not in ("block", "lookahead"):
             raise ValueError(f"form must be 'block' or 'lookahead', got {form!r}")
-        for name, value in (("candidates", candidates), ("block_size", block_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if score_batch_size is not None and score_batch_size < 1:
-            raise ValueError(f"score_batch_size must be at least 1, or None, got {score_batch_size}")
+        check_settings(
+            {"candidates": candidates, "block_size": block_size, "score_batch_size": score_batch_size}, RULES
+        )
         self.candidates = candidates
         self.block_size = block_size
         self.form = form
@@ -193,10 +202,9 @@ class RGG(_RewardSteering):
             raise ValueError(f"RGG follows gradients, and the reward {stuck[0]!r} ({kind}) has none; use CoDe for it")
         if normalization not in ("global", "pixel", "none"):
             raise ValueError(f"normalization must be 'global', 'pixel' or 'none', got {normalization!r}")
-        if not kl_weight > 0:
-            raise ValueError(f"kl_weight (α) must be > 0, got {kl_weight}")
-        if gamma is not None and not gamma >= 0:
-            raise ValueError(f"gamma must be >= 0, or None for no ramp, got {gamma}")
+        check_settings({"kl_weight": kl_weight, "gamma": gamma}, RULES)
+        if not isinstance(through_denoiser, bool):
+            raise ValueError(f"through_denoiser must be true or false, got {through_denoiser!r}")
         self.normalization = normalization
         self.kl_weight = kl_weight
         self.gamma = gamma
@@ -204,7 +212,10 @@ class RGG(_RewardSteering):
 
     def ramp(self, step_index: int) -> float:
         """λ_i."""
-        return 1.0 if self.gamma is None else min((1 + self.gamma) ** step_index - 1, 1.0)
+        # in logarithms first: (1 + γ)^i overflows
+        if self.gamma is None or step_index * math.log1p(self.gamma) >= math.log(2):
+            return 1.0
+        return float((1 + self.gamma) ** step_index - 1)
 
     def step(self, run: Run, step_index: int, state: State) -> tuple[Tensor, State]:
         solver: Any = run.solver
@@ -259,8 +270,62 @@ class RGG(_RewardSteering):
         return torch.where(norm > 0, gradient / norm, 0)
 
 
-#: method name → class, for the command line and the pipeline
-STEERING: dict[str, type[CoDe | RGG]] = {"code": CoDe, "rgg": RGG}
+#: method name → class, for the command line and the pipeline; a name added here works wherever a method is named
+STEERING: dict[str, type[Steering]] = {"code": CoDe, "rgg": RGG}
+
+
+def method_class(method: str) -> type[Blend] | type[Steering]:
+    """The class of any method's name or dotted path, blend or steering.
+
+    Raises:
+        ValueError: neither a name nor the path of such a class.
+    """
+    known: dict[str, Any] = {**METHODS, **STEERING}
+    return load_method(method, known, Blend, Steering)
+
+
+def steers(method: str) -> bool:
+    """Whether a method's name or dotted path means a steering, which modifies another blend's steps."""
+    return issubclass(method_class(method), Steering)
+
+
+def resolve_steering(
+    steering: Steering | type[Steering] | str,
+    rewards: Mapping[str, Reward] | None = None,
+    weights: BatchWeights | None = None,
+    kl_scale: float | Sequence[float] = 1.0,
+    normalize: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Steering:
+    """The steering that an object, a method's name or a class's dotted path means; see ``blending.resolve_blend``.
+
+    Args:
+        steering: an object, a name of ``STEERING``, a class or its dotted path.
+        rewards: name → reward.
+        weights: reward → weight; one mapping, or one per image.
+        kl_scale: must be 1, for no steering has a λ.
+        normalize: divide weights by their sum.
+        options: further arguments of the class.
+
+    Raises:
+        ValueError: an unknown method or option, no rewards, or settings the class refuses.
+    """
+    if isinstance(steering, Steering):
+        given = {"rewards": rewards, "weights": weights, "method_options": options}
+        for name, value in given.items():
+            if value:
+                raise ValueError(
+                    f"{name} {value!r} beside a {type(steering).__name__}, which has its own; leave it out"
+                )
+        return steering
+    kind = steering if isinstance(steering, type) else load_method(steering, STEERING, Steering)
+    if callable(weights):
+        raise ValueError(f"method {steering!r} takes weights per image, not a function of the step")
+    if kl_scale != 1:
+        raise ValueError(f"method {steering!r} has no kl_scale, got {kl_scale}; use db-kla, or a kl_weight where it is")
+    if not rewards and issubclass(kind, _RewardSteering):
+        raise ValueError(f"method {steering!r} needs rewards={{name: reward}}, whose names the weights use")
+    return kind.from_preference(rewards, weights, normalize, **dict(options or {}))
 
 
 def make_steering(
@@ -269,17 +334,10 @@ def make_steering(
     weights: BatchWeights | None = None,
     normalize: bool = False,
     **options: Any,
-) -> CoDe | RGG:
-    """The steering of a method's name, "code" or "rgg"; ``options`` are its class's further arguments.
+) -> Steering:
+    """:func:`resolve_steering` of a method's name; ``options`` are its class's further arguments.
 
     Raises:
         ValueError: an unknown method or option, no rewards, or settings the class refuses.
     """
-    if method not in STEERING:
-        raise ValueError(f"steering must be one of {sorted(STEERING)}, got {method!r}")
-    if not rewards:
-        raise ValueError(f"method {method!r} needs rewards={{name: reward}}, whose names the weights use")
-    try:
-        return STEERING[method](rewards, weights, normalize=normalize, **options)
-    except TypeError as error:
-        raise ValueError(f"method {method!r}: {error}") from error
+    return resolve_steering(method, rewards, weights, normalize=normalize, options=options)

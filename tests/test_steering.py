@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -346,13 +347,20 @@ def test_rgg_refuses_a_reward_without_a_gradient_by_name() -> None:
     [
         (lambda r: CoDe({}), "at least one reward"),
         (lambda r: CoDe({"x": r, "y": r}), "give each a weight"),
-        (lambda r: CoDe({"x": r}, candidates=0), "candidates must be at least 1, got 0"),
-        (lambda r: CoDe({"x": r}, block_size=0), "block_size must be at least 1, got 0"),
+        (lambda r: CoDe({"x": r}, candidates=0), "candidates must be a whole number >= 1, got 0"),
+        (lambda r: CoDe({"x": r}, block_size=0), "block_size must be a whole number >= 1, got 0"),
         (lambda r: CoDe({"x": r}, form="tree"), "got 'tree'"),
-        (lambda r: CoDe({"x": r}, score_batch_size=0), "score_batch_size must be at least 1"),
+        (lambda r: CoDe({"x": r}, score_batch_size=0), "score_batch_size must be a whole number >= 1 or null, got 0"),
         (lambda r: RGG({"x": r}, normalization="l1"), "got 'l1'"),
-        (lambda r: RGG({"x": r}, kl_weight=0), "> 0, got 0"),
-        (lambda r: RGG({"x": r}, gamma=-1), ">= 0, or None for no ramp, got -1"),
+        (lambda r: RGG({"x": r}, kl_weight=0), "> 0 and finite, got 0"),
+        (lambda r: RGG({"x": r}, gamma=-1), ">= 0 and finite or null, got -1"),
+        (lambda r: CoDe({"x": r}, candidates=2.5), "whole number >= 1, got 2.5"),
+        (lambda r: CoDe({"x": r}, block_size=math.nan), "whole number >= 1, got nan"),
+        (lambda r: CoDe({"x": r}, score_batch_size=True), "whole number >= 1 or null, got True"),
+        (lambda r: RGG({"x": r}, kl_weight=math.inf), "kl_weight must be > 0 and finite, got inf"),
+        (lambda r: RGG({"x": r}, kl_weight=math.nan), "kl_weight must be > 0 and finite, got nan"),
+        (lambda r: RGG({"x": r}, gamma=math.inf), "gamma must be >= 0 and finite or null, got inf"),
+        (lambda r: RGG({"x": r}, through_denoiser="yes"), "true or false, got 'yes'"),
         (lambda r: make_steering("das", {"x": r}), "got 'das'"),
         (lambda r: make_steering("code", None), "needs rewards"),
         (lambda r: make_steering("code", {"x": r}, particles=3), "particles"),

@@ -19,9 +19,8 @@ from dblightning.evaluation.specs import BlendSpec
 from dblightning.noise import ImageNoise
 from dblightning.rewards.base import RewardMetric
 from dblightning.sampling import denoise_loop
-from dblightning.schedule import DDIMSchedule
-from dblightning.solvers import DDIMSolver
-from dblightning.steering import make_steering
+from dblightning.solvers import make_solver
+from dblightning.steering import resolve_steering
 
 #: side of the thumbnails in the score table, from which diversity is computed
 THUMBNAIL = 8
@@ -57,7 +56,7 @@ class BlendSampler:
     seed: int
 
     def __post_init__(self) -> None:
-        self.solver = DDIMSolver(DDIMSchedule(self.backbone.scheduler_config, self.num_inference_steps), self.eta)
+        self.solver = make_solver(self.backbone.scheduler_config, self.num_inference_steps, self.eta)
 
     def check(self, specs: Sequence[BlendSpec]) -> None:
         """Refuse what would fail later; draws nothing from torch's global generator. Adapters need not be loaded yet.
@@ -80,7 +79,7 @@ class BlendSampler:
         # a reward that is only measured need not be one that a method can follow
         used = {name: reward for name, reward in self.rewards.items() if spec.weights.get(name, not spec.weights)}
         weights = {name: weight for name, weight in spec.weights.items() if weight}
-        return make_steering(spec.method, used, weights or None, **spec.options)
+        return resolve_steering(spec.method, used, weights or None, spec.kl_scale, options=spec.options)
 
     @torch.no_grad()
     def generate(self, batch: Mapping[str, Any], spec: BlendSpec) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dblightning.blending import METHODS, Base, Blend, Single, check_weights, make_blend
+from dblightning.blending import DBKLA, METHODS, Base, Blend, Single, check_weights, load_method, resolve_blend
+from dblightning.sampling import Steering
 from dblightning.steering import STEERING
 
 #: a method of this module alone: an adapter trained on the preference itself, the oracle of the paper's section 5
@@ -19,13 +20,14 @@ class BlendSpec:
     """One method with its preference.
 
     Args:
-        method: base, single, db-mpa, db-kla, db-mpa-ls, rewarded-soup, rewarded-soup-factors, code, rgg or morl.
+        method: base, single, db-mpa, db-kla, db-mpa-ls, rewarded-soup, rewarded-soup-factors, code, rgg or morl; or
+            the dotted path of a ``Blend`` or ``Steering`` class of your own, such as my_package.MyBlend.
         weights: reward → weight, each ≥ 0, sum 1; none for base. Adapters carry the names of the rewards they were
             trained on. For morl it is the preference its adapter was trained for.
         kl_scale: λ of DB-KLA; 1 is plain. For morl: the λ its adapter was retrained for, with KL weight α/λ.
         ls_schedule: "iid" or "systematic", for db-mpa-ls.
         adapter: the adapter that runs, for morl, single and db-kla, where its name is not the reward's.
-        options: further arguments of ``steering.CoDe`` or ``steering.RGG``, for code and rgg.
+        options: further arguments of the method's class, such as ``candidates`` of code.
     """
 
     method: str = "db-mpa"
@@ -37,8 +39,14 @@ class BlendSpec:
 
     @property
     def steers(self) -> bool:
-        """Whether the method bends the base model's steps."""
-        return self.method in STEERING
+        """Whether the method steers the base model's steps."""
+        return issubclass(self._kind, Steering)
+
+    @property
+    def _kind(self) -> Any:
+        """The method's class."""
+        known: dict[str, Any] = {**METHODS, **STEERING, MORL: Single}
+        return load_method(self.method, known, Blend, Steering)
 
     @property
     def adapters(self) -> list[str]:
@@ -55,23 +63,23 @@ class BlendSpec:
         Raises:
             ValueError: method, weights, adapter and kl_scale that do not fit each other.
         """
-        if self.method not in (*METHODS, *STEERING, MORL):
-            raise ValueError(f"method must be one of {sorted([*METHODS, *STEERING, MORL])}, got {self.method!r}")
-        if self.adapter is not None and self.method not in (MORL, "single", "db-kla"):
+        if self.adapter is not None and not issubclass(self._kind, (Single, DBKLA)):
             raise ValueError(f"method {self.method!r} takes its adapters from the weights; leave adapter out")
-        if self.options and not self.steers:
-            raise ValueError(f"options are for code and rgg, and {self.method!r} got {self.options}")
         if self.steers:
             return Base()
         if self.method == MORL:
             if self.adapter is None:
                 raise ValueError(f"morl needs adapter: the one trained on {self.weights or 'its weights'}")
+            if self.options:
+                raise ValueError(f"morl has no options, got {self.options}; leave them out")
             check_weights(self.weights, list(self.weights))
             return Single(self.adapter)
         # without the zeros: an adapter of weight 0 is not run, so it need not be there
         used = {name: weight for name, weight in self.weights.items() if weight}
         weights = used if self.adapter is None else {self.adapter: 1.0}
-        return make_blend(self.method, weights or None, self.kl_scale, ls_schedule=self.ls_schedule)
+        return resolve_blend(
+            self.method, weights or None, self.kl_scale, ls_schedule=self.ls_schedule, options=self.options
+        )
 
     @property
     def label(self) -> str:

@@ -72,7 +72,7 @@ def test_a_point_named_twice_runs_once() -> None:
         (BlendSpec("morl", {"a": 1.0}), "needs adapter"),
         (BlendSpec("morl", {"a": 0.4}, adapter="x"), "sum to 1"),
         (BlendSpec("db-mpa", {"a": 1.0}, adapter="x"), "leave adapter out"),
-        (BlendSpec("db-mpa", {"a": 1.0}, options={"num_samples": 4}), "options are for code and rgg"),
+        (BlendSpec("db-mpa", {"a": 1.0}, options={"num_samples": 4}), "'db-mpa' has no option 'num_samples'"),
         (BlendSpec("base", {"a": 1.0}), "has no weights"),
     ],
 )
