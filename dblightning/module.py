@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
@@ -58,6 +58,12 @@ def _set(optimizer: Any, **options: float) -> None:
     """Give every parameter group these options: a checkpoint's optimizer brings those of the run it is of."""
     for group in optimizer.param_groups:
         group.update(options)
+
+
+def without_nan(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W), grey in place of those with a NaN or infinite value; and which were finite, bool (B,)."""
+    finite = torch.isfinite(images).flatten(1).all(1)
+    return images.where(finite.view(-1, 1, 1, 1), 0.5), finite
 
 
 class RewardRLModule(RunState):
@@ -230,6 +236,7 @@ class RewardRLModule(RunState):
             with profile("reward"):
                 waited = [part.result() for part in parts]
                 reward = torch.cat(waited) if parts else self.reward.score(images, batch["prompt"]).detach()
+                reward = reward.where(torch.isfinite(trajectory.log_probs).all(0).to(reward.device), torch.nan)
         scored = time.perf_counter()
         self.latest_images = (images, list(batch["prompt"]), reward)
         count = len(reward) * self.ranks.size
@@ -261,6 +268,8 @@ class RewardRLModule(RunState):
     ) -> tuple[Trajectory, Tensor]:
         """Sample the batch's images with the adapter as it is: trajectory and images (B, 3, H, W).
 
+        A sample with a NaN or infinite value is a grey image, and its log-probs are NaN.
+
         Args:
             batch: prompts, their ids and the images' seeds.
             take: is given each part's images and prompts as soon as they are there.
@@ -282,7 +291,11 @@ class RewardRLModule(RunState):
                     self._rollout_execution(),
                 )
             )
-            images.append(self.backbone.decode(parts[-1].latents[-1]))
+            decoded, finite = without_nan(self.backbone.decode(parts[-1].latents[-1]))
+            finite &= torch.isfinite(parts[-1].latents).transpose(0, 1).flatten(1).all(1)
+            # a sample that is not finite has no density either, which is how `training_step` knows it
+            parts[-1] = parts[-1]._replace(log_probs=parts[-1].log_probs.where(finite, torch.nan))
+            images.append(decoded)
             if take is not None:
                 take(images[-1], prompts[part])
         whole = Trajectory(*(torch.cat([part[field] for part in parts], dim=1) for field in range(2)))
@@ -327,6 +340,8 @@ class RewardRLModule(RunState):
                     self.manual_backward(loss)
                     losses.append(loss.detach())
                     explained.append(explained_variance(predicted.detach(), target))
+                if not losses:
+                    self._backward_of_nothing(self.value_function.parameters())
             self._step(optimizer, self.value_function.parameters())
         if not losses:
             return {}
@@ -355,6 +370,8 @@ class RewardRLModule(RunState):
                         metrics.pop("train/on_policy_ratio_error")
                     for name, value in metrics.items():
                         logged.setdefault(name, []).append(value.detach())
+                if not logged.keys() - {"train/grad_norm"}:
+                    self._backward_of_nothing(self.backbone.adapters.parameters(self.adapter_name))
             norm = self._step(optimizer, self.backbone.adapters.parameters(self.adapter_name))
             logged.setdefault("train/grad_norm", []).append(norm)
         worst = {name: torch.stack(logged.pop(name)).max() for name in WORST if name in logged}
@@ -473,9 +490,10 @@ class RewardRLModule(RunState):
         if self._failure is not None:
             return
         try:
-            images = self.generate(batch["prompt"], batch["prompt_id"], batch["seed"])
+            images, finite = without_nan(self.generate(batch["prompt"], batch["prompt_id"], batch["seed"]))
             for name, reward in [("reward", self.reward), *self.eval_rewards.items()]:
                 scores = reward.score(images, batch["prompt"])  # type: ignore[operator]
+                scores = scores.where(finite.to(scores.device), torch.nan)
                 self._evaluated.setdefault(f"{stage}/{name}", []).append(scores.detach().double().cpu())
         except Exception as error:
             self._failure = error
@@ -499,17 +517,22 @@ class RewardRLModule(RunState):
         )
 
     def _log_evaluation(self) -> None:
-        """Mean of each reward over all images of all ranks."""
+        """Mean of each reward over all images of all ranks, but those that are NaN or infinite, which are counted."""
         failure, evaluated = self._failure, self._evaluated
         self._failure, self._evaluated = None, {}
         with self.ranks.together("the evaluation"):
             if failure is not None:
                 raise failure
         own = {name: torch.cat(parts) for name, parts in evaluated.items()}
-        gathered = self.ranks.gather({name: (float(scores.sum()), len(scores)) for name, scores in own.items()})
+        finite = {name: scores[torch.isfinite(scores)] for name, scores in own.items()}
+        gathered = self.ranks.gather(
+            {name: (float(kept.sum()), len(kept), len(own[name]) - len(kept)) for name, kept in finite.items()}
+        )
         for name in dict.fromkeys(name for each in gathered for name in each):
-            sums, counts = zip(*(each[name] for each in gathered if name in each), strict=True)
-            self.log(name, sum(sums) / sum(counts), prog_bar=name.endswith("/reward"))
+            total, count, dropped = map(sum, zip(*(each[name] for each in gathered if name in each), strict=True))
+            self.log(name, total / count if count else float("nan"), prog_bar=name.endswith("/reward"))
+            if dropped:
+                self.log(f"{name}_dropped", float(dropped))
 
     # ── pieces ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -702,12 +725,31 @@ class RewardRLModule(RunState):
         optimizer.zero_grad()
         return self._norm
 
+    def _backward_of_nothing(self, parameters: Iterable[Tensor]) -> None:
+        """Gradients of zero, by the way all gradients come: a rank without samples keeps its loss scale in step."""
+        self.manual_backward(torch.stack([parameter.sum() for parameter in parameters]).sum() * 0)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # here, where a float16 loss scale is already taken out of the gradients
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         policy = parameters[0] is self.backbone.adapters.parameters(self.adapter_name)[0]
         limit = self.hparams["clip_grad_norm"] if policy else float("inf")
         self._norm = nn.utils.clip_grad_norm_(parameters, limit)
+
+    def _check_precision(self) -> None:
+        """Refuse precisions in which the adapter cannot learn."""
+        precision, dtype = str(self.trainer.precision), next(self.backbone.parameters()).dtype
+        check(
+            precision not in ("bf16-true", "16-true"),
+            f"precision {precision} would round the adapter and its optimizer to half precision, where small steps are "
+            "lost; give the backbone a half-precision dtype (bfloat16), which keeps them in float32, and take "
+            "--trainer.precision 32-true",
+        )
+        check(
+            dtype != torch.float16 or precision == "16-mixed",
+            f"a float16 backbone needs a scaled loss, or most of its gradient underflows, and precision is {precision}: take "
+            "--trainer.precision 16-mixed (on a GPU), or dtype bfloat16 and 32-true",
+        )
 
     def _no_ddp_sync(self) -> AbstractContextManager[None]:
         """DDP's own gradient exchange is off: :meth:`_step` exchanges once per optimiser step."""
@@ -716,6 +758,8 @@ class RewardRLModule(RunState):
 
     def setup(self, stage: str) -> None:
         self.ranks.timeout = getattr(self.trainer.strategy, "_timeout", None)
+        if stage == "fit":
+            self._check_precision()
         self._check_evaluation_shares()
         trainable = {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
         frozen = [name for name, parameter in self.named_parameters() if id(parameter) not in trainable]

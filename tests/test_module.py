@@ -189,14 +189,14 @@ def build(backbone: Any, reward: RewardMetric | None = None, **settings: Any) ->
     return RewardRLModule(backbone, reward or Redness(), **(FAST | settings))
 
 
-def rolled_out(module: RewardRLModule, tmp_path: Path, data: Any) -> RewardRLModule:
+def rolled_out(module: RewardRLModule, tmp_path: Path, data: Any, **options: Any) -> RewardRLModule:
     """A module with one rollout in its buffer and no update made."""
     module.update_policy = dict  # type: ignore[method-assign, assignment]
     module.update_value = dict  # type: ignore[method-assign, assignment]
     module.log_dict = lambda *args, **options: None  # type: ignore[method-assign, assignment]
     module.log = lambda *args, **options: None  # type: ignore[method-assign, assignment]
     with pytest.raises(KeyError, match="train/kl"):  # the metrics an update would have given
-        trainer(tmp_path, limit_train_batches=1).fit(module, datamodule=data)
+        trainer(tmp_path, limit_train_batches=1, **options).fit(module, datamodule=data)
     assert module.replay is not None
     return module
 
@@ -281,6 +281,13 @@ def test_the_kl_penalty_is_the_formula(backbone: Any, tmp_path: Path, prompts: A
     assert metrics["train/kl"].item() == pytest.approx(exact.mean().item() * dims * 4, rel=1e-4)
 
 
+def mixed_float16() -> Any:
+    """Lightning's 16-mixed on the CPU, where its own name means bfloat16."""
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+
 def in_float32(module: RewardRLModule, folder: Path) -> RewardRLModule:
     """The same module with the same weights, widened; the adapter's too."""
     from dblightning.backbone import DiffusersBackbone
@@ -309,7 +316,7 @@ def test_the_kl_and_its_gradient_in_half_precision_are_those_of_float32(
         kl_weight=1.0, reward_weight=1e-12, guidance_scale=guidance_scale,
     )  # fmt: skip
     give_effect(module, 0.02)
-    rolled_out(module, tmp_path, prompts())
+    rolled_out(module, tmp_path, prompts(), **({"plugins": [mixed_float16()]} if precision == "float16" else {}))
     wide = in_float32(module, sd15_folder)
     transitions = every_transition(module)
 
@@ -544,6 +551,68 @@ def test_a_nan_reward_drops_its_sample_alone(backbone: Any, tmp_path: Path, prom
     assert fit.logged_metrics["train/dropped_samples"] == 1
     assert torch.isfinite(fit.logged_metrics["train/reward"])
     assert all(torch.isfinite(each).all() for each in backbone.adapters.state_dict(module.adapter_name).values())
+
+
+@pytest.mark.parametrize("overlap_reward", [False, True])
+@pytest.mark.parametrize("where", ["image", "latents"])
+def test_a_nan_image_drops_its_sample_alone(
+    backbone: Any, tmp_path: Path, prompts: Any, where: str, overlap_reward: bool
+) -> None:
+    decode, denoise = backbone.decode, backbone.denoise
+
+    def spoil(batch: Tensor) -> Tensor:
+        return batch.index_fill(0, torch.tensor([1]), float("nan")) if not torch.is_grad_enabled() else batch
+
+    if where == "image":
+        backbone.decode = lambda latents: spoil(decode(latents))
+    else:  # with guidance each row is its own
+        backbone.denoise = lambda latents, *rest, **options: spoil(denoise(latents, *rest, **options))
+    module = build(backbone, overlap_reward=overlap_reward, kl_weight=0.0, rollout_batch_size=4)
+    fit = trainer(tmp_path, limit_train_batches=1, limit_val_batches=1.0)
+    module._kl_outputs = lambda each: (None, denoise(*module._arguments(each)))  # type: ignore[method-assign]
+    fit.fit(module, datamodule=prompts(limit_test_prompts=2, eval_batch_size=2))
+    assert module.replay is not None
+    assert module.replay.size == 3
+    assert torch.isfinite(module.replay.latents).all()
+    assert torch.isfinite(module.replay.log_probs).all()
+    assert fit.logged_metrics["train/dropped_samples"] == 1
+    assert fit.logged_metrics["val/reward_dropped"] == 1
+    assert torch.isfinite(fit.logged_metrics["train/reward"])
+    assert torch.isfinite(fit.logged_metrics["val/reward"])
+    assert all(torch.isfinite(each).all() for each in backbone.adapters.state_dict(module.adapter_name).values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "message"),
+    [
+        ("float16", "32-true", "a float16 backbone needs a scaled loss"),
+        ("float16", "bf16-mixed", "a float16 backbone needs a scaled loss"),
+        ("float32", "bf16-true", "precision bf16-true would round the adapter"),
+        ("float32", "16-true", "precision 16-true would round the adapter"),
+    ],
+)
+def test_precisions_in_which_the_adapter_cannot_learn_are_refused(
+    sd15_folder: Path, tmp_path: Path, prompts: Any, dtype: Any, precision: str, message: str
+) -> None:
+    from dblightning.backbone import DiffusersBackbone
+
+    module = build(DiffusersBackbone(str(sd15_folder), dtype=dtype))
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, precision=precision).fit(module, datamodule=prompts())
+
+
+def test_a_rank_without_samples_takes_part_in_a_scaled_update(tmp_path: Path, prompts: Any) -> None:
+    """Such a rank has no loss, and the gradient scaler refuses a step without one; here both ranks are one."""
+    module = RewardRLModule(GaussianBackbone(), LinearReward(), num_inference_steps=4, guidance_scale=1.0)
+    policy, value = module.backbone.shifts[module.adapter_name].clone(), module.value_function.head.weight.clone()  # type: ignore[union-attr, index]
+    module._batches = lambda *_: iter(())  # type: ignore[method-assign]
+    module._over_ranks = lambda metrics: {"train/kl": 0.0}  # type: ignore[method-assign]
+    precision = mixed_float16()
+    trainer(tmp_path, plugins=[precision], limit_train_batches=1).fit(module, datamodule=prompts())
+    assert torch.equal(module.backbone.shifts[module.adapter_name], policy)  # type: ignore[union-attr, index]
+    # AdamW's own decay of the value function: 5 steps of lr · 0.01
+    torch.testing.assert_close(module.value_function.head.weight, value * (1 - 1e-6) ** 5)
+    assert precision.scaler.get_scale() == 2.0**16
 
 
 def test_all_nan_rewards_stop_the_run_after_saving_a_checkpoint(backbone: Any, tmp_path: Path, prompts: Any) -> None:
