@@ -169,13 +169,14 @@ class PromptDataModule(LightningDataModule):
         return {"test": self.test_set, "val": self.val_set, "train": self.train_set}[self.eval_split]
 
     def limited(self, prompts: PromptSet, limit: int | None) -> PromptSet:
-        """At most ``limit`` prompts with the ids they have, in their order: a stratified sample, or the first ones."""
+        """At most ``limit`` prompts with the ids they have: a stratified sample in random order, or the first ones."""
         if limit is None or limit >= len(prompts):
             return prompts
         if self.prompt_order == "file":
             return prompts.subset(range(limit))
         strata = [None] * len(prompts) if self._strata is None else self._strata(prompts)
-        return prompts.subset(sorted(sample_order(strata, self.limit_seed)[:limit]))
+        # not sorted: a larger limit goes on where the smaller ends, so an evaluation makes only what is new
+        return prompts.subset(sample_order(strata, self.limit_seed)[:limit])
 
     def train_dataloader(self) -> TrainLoader:
         """``rollouts_per_epoch`` batches of the endless stream; each pass goes on where the last one stopped.

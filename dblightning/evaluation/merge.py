@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dblightning.evaluation.record import differences
 from dblightning.evaluation.table import REWARD, read_scores, reward_names
 
 #: parts of the record that decide an image's noise and sampler: what all tables must share
 SHARED = ("base", "num_inference_steps", "eta", "guidance_scale", "negative_prompt", "run_seed", "rewards")
+#: parts that tables of earlier versions lack; compared where both have them
+LATER = ("made_with",)
 
 
 def read_all(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -50,7 +53,7 @@ def read_all(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]]
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: record.get(name) for name in SHARED}
+    return {name: record.get(name) for name in SHARED + LATER}
 
 
 def _weights(facts: Any) -> Any:
@@ -62,9 +65,11 @@ def _weights(facts: Any) -> Any:
 
 def _check_settings(record: dict[str, Any], other: dict[str, Any], pair: str) -> None:
     first, second = _settings(record), _settings(other)
-    for name in SHARED:
-        if first[name] != second[name]:
-            raise ValueError(f"{pair}: {name} is {first[name]!r} in one and {second[name]!r} in the other")
+    for name in SHARED + LATER:
+        if name in LATER and (record.get(name) is None or other.get(name) is None):
+            continue
+        for path, one, two in differences({name: first[name]}, {name: second[name]}):
+            raise ValueError(f"{pair}: {path} is {one!r} in one and {two!r} in the other")
     adapters, others = record.get("adapters") or {}, other.get("adapters") or {}
     for name in sorted(set(adapters) & set(others)):
         if _weights(adapters[name]) != _weights(others[name]):

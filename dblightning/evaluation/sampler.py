@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dblightning.adapters import WEIGHTS_NAME
 from dblightning.backbone import Backbone
+from dblightning.evaluation.record import INTERNAL
 from dblightning.evaluation.specs import BlendSpec
 from dblightning.noise import ImageNoise
 from dblightning.rewards.base import RewardMetric
@@ -166,6 +167,76 @@ def load_adapters(
         facts = backbone.adapters.load(name, folders[name], getattr(backbone, "pipeline", None))
         loaded[name] = {"path": str(folders[name]), **facts, "sha256": adapter_digest(folders[name])}
     return loaded
+
+
+def made_with(backbone: Backbone, rewards: Mapping[str, Any]) -> dict[str, Any]:
+    """What images and scores depend on beyond an evaluation's own arguments: base model and rewards, JSON-able."""
+    config = {
+        name: value for name, value in backbone.scheduler_config.items() if name == "_class_name" or name[0] != "_"
+    }
+    return {
+        "dtype": str(next(iter(_frozen(backbone).values())).dtype).removeprefix("torch."),
+        "resolution": getattr(backbone, "resolution", None),
+        "scheduler": {name: plain(value) for name, value in config.items()},
+        "base_weights": _digest(_frozen(backbone).values()),
+        "rewards": {name: describe(reward) for name, reward in rewards.items()},
+    }
+
+
+def describe(reward: Any) -> dict[str, Any]:
+    """A reward's class, settings and weights, those of the rewards it is made of as well."""
+    settings = {name: plain(value) for name, value in vars(reward).items() if not name.startswith("_")}
+    parts = {
+        name: describe(part)
+        for name, part in reward.named_modules()
+        if isinstance(part, RewardMetric) and part is not reward
+    }
+    return {
+        "class": f"{type(reward).__module__}.{type(reward).__qualname__}",
+        **{name: value for name, value in settings.items() if value is not None and name not in INTERNAL},
+        **({"parts": parts} if parts else {}),
+        **({"parameters": _digest(tensors)} if (tensors := list(reward.parameters())) else {}),
+    }
+
+
+def plain(value: Any) -> Any:
+    """Numbers, strings and nests of them as JSON has them; None for anything else."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path | torch.dtype):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return None
+
+
+def _frozen(backbone: Backbone) -> dict[str, Tensor]:
+    """The base model's parameters, by name."""
+    adapters = {id(each) for name in backbone.adapters.names for each in backbone.adapters.parameters(name)}
+    named = backbone.named_parameters()
+    return {name: each for name, each in named if id(each) not in adapters and ".lora_" not in name}
+
+
+def _digest(tensors: Iterable[Tensor], samples: int = 16) -> str:
+    """SHA-256 of sixteen evenly spaced values of every tensor, in whatever order and under whatever names they come.
+
+    A fraction of a second for gigabytes; training, or another checkpoint, changes every value of most tensors.
+    """
+    parts = []
+    for tensor in tensors:
+        if tensor.is_meta or not tensor.numel():
+            continue
+        flat = tensor.detach().flatten()
+        chosen = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
+        parts.append((tuple(tensor.shape), flat[chosen.to(flat.device)].double()))
+    if not parts:
+        return ""
+    values = torch.cat([each for _, each in parts]).cpu()  # one transfer
+    pieces = values.split([len(each) for _, each in parts])
+    ordered = sorted(f"{shape}{piece.tolist()}" for (shape, _), piece in zip(parts, pieces, strict=True))
+    return hashlib.sha256("".join(ordered).encode()).hexdigest()
 
 
 def adapter_digest(folder: str | Path) -> str:

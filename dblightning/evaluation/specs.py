@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 from dblightning.blending import DBKLA, METHODS, Base, Blend, Single, check_weights, load_method, resolve_blend
 from dblightning.sampling import Steering
+from dblightning.settings import Number, check_settings
 from dblightning.steering import STEERING
 
 #: a method of this module alone: an adapter trained on the preference itself, the oracle of the paper's section 5
@@ -36,6 +40,8 @@ class BlendSpec:
     ls_schedule: str = "iid"
     adapter: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    #: whether the label has twelve digits, not six, and an oracle's adapter; :func:`expand` sets it where needed
+    exact_label: bool = field(default=False, init=False, repr=False, compare=False)
 
     @property
     def steers(self) -> bool:
@@ -73,6 +79,7 @@ class BlendSpec:
             if self.options:
                 raise ValueError(f"morl has no options, got {self.options}; leave them out")
             check_weights(self.weights, list(self.weights))
+            check_settings({"kl_scale": self.kl_scale}, {"kl_scale": Number(least=0)})
             return Single(self.adapter)
         # without the zeros: an adapter of weight 0 is not run, so it need not be there
         used = {name: weight for name, weight in self.weights.items() if weight}
@@ -84,12 +91,19 @@ class BlendSpec:
     @property
     def label(self) -> str:
         """A short name, usable as a folder's: db-mpa_aesthetic-0.3_alignment-0.7."""
-        parts = [self.method, *(f"{name}-{weight:g}" for name, weight in sorted(self.weights.items()) if weight)]
-        parts += [self.adapter] if self.adapter is not None and self.method != MORL else []
-        parts += [f"lambda-{self.kl_scale:g}"] if self.kl_scale != 1 else []
+        number = ("{:.12g}" if self.exact_label else "{:g}").format
+        parts = [self.method]
+        parts += [f"{name}-{number(float(weight))}" for name, weight in sorted(self.weights.items()) if weight]
+        parts += [self.adapter] if self.adapter is not None and (self.method != MORL or self.exact_label) else []
+        parts += [f"lambda-{number(float(self.kl_scale))}"] if self.kl_scale != 1 else []
         parts += [self.ls_schedule] if self.ls_schedule != "iid" else []
         parts += [f"{name}-{value}" for name, value in sorted(self.options.items())]
-        return "_".join(parts)
+        return re.sub(r"[/\\]", "-", "_".join(parts))  # one folder, whatever the names and options hold
+
+    @property
+    def key(self) -> str:
+        """What tells its images from every other blend's: see :func:`blend_key`."""
+        return blend_key(self.columns())
 
     def columns(self) -> dict[str, Any]:
         """What the score table says of it."""
@@ -102,6 +116,26 @@ class BlendSpec:
             "options": json.dumps(self.options, sort_keys=True),
             **{f"weight/{name}": weight for name, weight in self.weights.items()},
         }
+
+
+def blend_key(columns: Mapping[str, Any]) -> str:
+    """Everything a blend's images depend on beside the adapters' weights, exactly: equal keys, equal images.
+
+    A label is for people and rounds; this is what rows are found again by.
+
+    Args:
+        columns: :meth:`BlendSpec.columns`, or a row of a score table of any version.
+    """
+    weights = [
+        (name.removeprefix("weight/"), float(weight))
+        for name, weight in columns.items()
+        if name.startswith("weight/") and weight
+    ]
+    method, options = columns["method"], json.loads(columns.get("options") or "{}")
+    # DB-MPA-LS draws adapters in the order of the weights
+    ordered = weights if method == "db-mpa-ls" else sorted(weights)
+    scale, schedule = float(columns.get("kl_scale", 1.0)), columns.get("ls_schedule", "iid")
+    return json.dumps([method, ordered, scale, schedule, columns.get("adapter"), options], sort_keys=True)
 
 
 @dataclass
@@ -163,14 +197,30 @@ def _name(number: float) -> str:
 
 
 def expand(blends: Sequence[BlendSpec], sweeps: Sequence[BlendSweep] = ()) -> list[BlendSpec]:
-    """Single blends, then the sweeps' points, each once.
+    """Single blends, then the sweeps' points, each once. Labels that different blends share get more digits.
 
     Raises:
-        ValueError: nothing to run.
+        ValueError: nothing to run, or two different blends whose labels agree all the same.
     """
     found: dict[str, BlendSpec] = {}
     for spec in [*blends, *(each for sweep in sweeps for each in sweep.specs())]:
-        found.setdefault(spec.label, spec)
+        found.setdefault(blend_key(dict(sorted(spec.columns().items()))), spec)
     if not found:
         raise ValueError("nothing to compare: name at least one blend, for example {method: base}, or a sweep")
-    return list(found.values())
+    specs = list(found.values())
+    labels = Counter(spec.label for spec in specs)
+    specs = [_written_out(spec) if labels[spec.label] > 1 else spec for spec in specs]
+    by_label: dict[str, BlendSpec] = {}
+    for spec in specs:
+        other = by_label.setdefault(spec.label, spec)
+        if other is not spec:
+            raise ValueError(
+                f"two blends share the label {spec.label!r}: {other} and {spec}; rename a reward or adapter"
+            )
+    return specs
+
+
+def _written_out(spec: BlendSpec) -> BlendSpec:
+    spec = copy(spec)
+    spec.exact_label = True
+    return spec

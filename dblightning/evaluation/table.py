@@ -72,17 +72,30 @@ def read_scores(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a Parquet file, or columns that every score table has are missing.
+        ValueError: not a Parquet file, a broken one, or columns that every score table has are missing; every message
+            names the file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no score table {path}; an evaluation writes it as scores.parquet")
     try:
         table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
+        frame = table.to_pandas()
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a Parquet file ({error}); give the scores.parquet of an evaluation") from error
-    record = json.loads((table.schema.metadata or {}).get(RECORD_KEY, b"{}"))
-    return with_defaults(table.to_pandas()), record
+    try:
+        record = json.loads((table.schema.metadata or {}).get(RECORD_KEY, b"{}"))
+        if not isinstance(record, dict):
+            raise ValueError(f"it is {record!r}")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} has a record of its making that is no JSON object ({error}); run its evaluation again: what is in "
+            "its rows folder is not made anew"
+        ) from error
+    try:
+        return with_defaults(frame), record
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}; give the scores.parquet of an evaluation") from error
 
 
 def with_defaults(frame: pd.DataFrame) -> pd.DataFrame:

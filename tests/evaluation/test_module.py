@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,11 +14,15 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import pytest
+import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dblightning.backbone import DiffusersBackbone
 from dblightning.data import PromptFileDataModule
 from dblightning.evaluation import BlendEvaluationModule, BlendSpec, BlendSweep
+from dblightning.evaluation.module import ImageKey
+from dblightning.evaluation.table import read_scores
 from dblightning.rewards import JPEGCompressibility
 from tests.conftest import randomize
 
@@ -78,19 +83,29 @@ def module(folder: Path, tmp_path: Path, adapters: dict[str, str], **settings: A
         "other": JPEGCompressibility(quality=60, scale_kb=0.01),
     }
     sweep = BlendSweep(["db-mpa"], ["size", "other"], [0.2, 0.7])
-    defaults: dict[str, Any] = {"blends": [BlendSpec("base")], "sweeps": [sweep], "out": str(tmp_path / "out")}
-    return BlendEvaluationModule(
-        DiffusersBackbone(str(folder)), adapters=adapters, rewards=rewards, num_inference_steps=2, guidance_scale=1.0,
-        **(defaults | settings),
-    )  # fmt: skip
+    defaults: dict[str, Any] = {
+        "blends": [BlendSpec("base")], "sweeps": [sweep], "out": str(tmp_path / "out"), "adapters": adapters,
+        "num_inference_steps": 2, "guidance_scale": 1.0,
+    }  # fmt: skip
+    return BlendEvaluationModule(DiffusersBackbone(str(folder)), rewards=rewards, **(defaults | settings))
 
 
-def run(evaluation: BlendEvaluationModule, tmp_path: Path, **data: Any) -> pd.DataFrame:
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    settings = {"eval_batch_size": 4, "eval_seeds": 2} | data
-    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+TRAINER = ("limit_test_batches", "fast_dev_run", "callbacks")
+
+
+def run(
+    evaluation: BlendEvaluationModule,
+    tmp_path: Path,
+    prompts: list[str] = PROMPTS,
+    read: bool = True,
+    **options: Any,
+) -> pd.DataFrame:
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    settings = {"eval_batch_size": 4, "eval_seeds": 2} | {k: v for k, v in options.items() if k not in TRAINER}
+    ours = {name: value for name, value in options.items() if name in TRAINER}
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, **ours)
     trainer.test(evaluation, datamodule=PromptFileDataModule(str(tmp_path / "prompts.txt"), **settings), verbose=False)
-    return pd.read_parquet(evaluation.out / "scores.parquet")
+    return pd.read_parquet(evaluation.out / "scores.parquet") if read else pd.DataFrame()
 
 
 def lines(out: Path) -> int:
@@ -157,6 +172,163 @@ def test_rows_of_another_adapter_or_setting_are_not_mixed_in(
         run(module(sd15_folder, tmp_path, adapters | {"size": adapters["other"]}), tmp_path)
     with pytest.raises(ValueError, match="run_seed was 0 and is 1"):
         run(module(sd15_folder, tmp_path, adapters, seed=1), tmp_path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_an_edited_prompt_file_is_refused_with_the_prompt_and_nothing_is_sampled_or_written(
+    sd15_folder: Path, tmp_path: Path, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(module(sd15_folder, tmp_path, adapters, sweeps=[]), tmp_path)
+    before = contents(tmp_path / "out")
+    edited = module(sd15_folder, tmp_path, adapters, sweeps=[])
+    monkeypatch.setattr(edited.sampler, "score", lambda *_: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match="prompt 3 was 'a pink moon' and is 'a pink sun'; set another --model.out"):
+        run(edited, tmp_path, prompts=[*PROMPTS[:3], "a pink sun", *PROMPTS[4:]])
+    with pytest.raises(ValueError, match=r"prompt 1 was 'a blue star' and is 'a green heart' \(and 2 more\)"):
+        run(edited, tmp_path, prompts=[PROMPTS[0], *PROMPTS[2:]])  # one left out: the others move up
+    assert contents(tmp_path / "out") == before
+    more = run(module(sd15_folder, tmp_path, adapters, sweeps=[]), tmp_path, prompts=[*PROMPTS, "a new one"])
+    assert more["prompt"].nunique() == 6
+    assert lines(tmp_path / "out") == 12 + 2  # the batch of 4 that the new prompt came into was made whole
+
+
+def test_an_oracle_with_another_adapter_is_refused_or_labelled_apart(
+    sd15_folder: Path, tmp_path: Path, adapters: dict[str, str]
+) -> None:
+    """The label of an oracle does not name its adapter; its rows must not be another adapter's all the same."""
+    oracles = [BlendSpec("morl", {"size": 0.5, "other": 0.5}, adapter=name) for name in ("size", "other")]
+    run(module(sd15_folder, tmp_path, adapters, blends=oracles[:1], sweeps=[]), tmp_path)
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="blend 'morl_other-0.5_size-0.5': its adapter was 'size' and is 'other'"):
+        run(module(sd15_folder, tmp_path, adapters, blends=oracles[1:], sweeps=[]), tmp_path)
+    assert contents(tmp_path / "out") == before
+    both = run(module(sd15_folder, tmp_path, adapters, blends=oracles, sweeps=[]), tmp_path)
+    assert both.groupby("blend")["adapter"].unique().map(list).to_dict() == {
+        "morl_other-0.5_size-0.5_size": ["size"], "morl_other-0.5_size-0.5_other": ["other"]
+    }  # fmt: skip
+    first, second = (part["thumbnail"].tolist() for _, part in both.groupby("order"))
+    assert first != second
+    singles = [BlendSpec("single", {name: 1.0}) for name in ("size", "other")]
+    alone = run(module(sd15_folder, tmp_path, adapters, blends=singles, sweeps=[], out=str(tmp_path / "b")), tmp_path)
+    assert [first, second] == [part["thumbnail"].tolist() for _, part in alone.groupby("order")]
+
+
+def test_another_base_model_or_precision_under_the_same_name_is_refused(
+    sd15_folder: Path, tmp_path: Path, adapters: dict[str, str]
+) -> None:
+    run(module(sd15_folder, tmp_path, adapters), tmp_path)
+    changed = module(sd15_folder, tmp_path, adapters)
+    with torch.no_grad():
+        next(iter(changed.backbone.vae.parameters())).add_(0.01)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="made_with.base_weights was"):
+        run(changed, tmp_path)
+    scheduled = module(sd15_folder, tmp_path, adapters)
+    scheduled.backbone.pipeline.scheduler.register_to_config(beta_end=0.02)  # type: ignore[operator, union-attr]
+    with pytest.raises(ValueError, match=r"made_with.scheduler.beta_end was .* and is 0.02"):
+        run(scheduled, tmp_path)
+
+
+def test_a_larger_limit_makes_only_what_is_new(sd15_folder: Path, tmp_path: Path, adapters: dict[str, str]) -> None:
+    made = []
+    for limit in (2, 4):
+        scores = run(
+            module(sd15_folder, tmp_path, adapters, sweeps=[]), tmp_path, limit_test_prompts=limit, eval_batch_size=2
+        )
+        made.append((len(scores), lines(tmp_path / "out")))
+        assert all(PROMPTS[row.prompt_id] == row.prompt for row in scores.itertuples())
+    assert made == [(4, 4), (8, 8)]
+
+
+class StopAfter(L.Callback):
+    """What Lightning does in the loop after a SIGTERM."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_test_batch_end(self, *arguments: Any, batch_idx: int = 0, **_: Any) -> None:
+        self.batches -= 1
+        if not self.batches:
+            raise SIGTERMException
+
+
+def test_an_interrupted_evaluation_writes_no_table_and_resumes_to_the_whole_one(
+    sd15_folder: Path, tmp_path: Path, adapters: dict[str, str]
+) -> None:
+    whole = run(module(sd15_folder, tmp_path, adapters, out=str(tmp_path / "whole")), tmp_path)
+    broken = module(sd15_folder, tmp_path, adapters)
+    with contextlib.suppress(SystemExit):
+        run(broken, tmp_path, callbacks=[StopAfter(1)], read=False)
+    out = tmp_path / "out"
+    assert 0 < lines(out) < len(whole)
+    assert {file.name for file in out.iterdir()} == {"rows", "images"}
+    with pytest.raises(RuntimeError, match="holds 12 of the 30 rows"):
+        broken.table({ImageKey(i, prompt, seed) for i, prompt in enumerate(PROMPTS) for seed in range(2)})
+    resumed = run(module(sd15_folder, tmp_path, adapters), tmp_path)
+    pd.testing.assert_frame_equal(resumed.drop(columns="seconds"), whole.drop(columns="seconds"), check_exact=True)
+
+
+def test_fast_dev_run_writes_nothing(sd15_folder: Path, tmp_path: Path, adapters: dict[str, str]) -> None:
+    run(module(sd15_folder, tmp_path, adapters), tmp_path, fast_dev_run=True, read=False)
+    evaluation = module(sd15_folder, tmp_path, adapters)
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, fast_dev_run=True)
+    trainer.predict(evaluation, PromptFileDataModule(str(tmp_path / "prompts.txt")), return_predictions=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_on_batches_is_told_and_recorded(
+    sd15_folder: Path, tmp_path: Path, adapters: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = run(module(sd15_folder, tmp_path, adapters, sweeps=[]), tmp_path, limit_test_batches=1)
+    assert len(scores) == 4
+    assert "limit_test_batches: 4 of 10 images with each blend" in capsys.readouterr().out
+    _, record = read_scores(tmp_path / "out" / "scores.parquet")
+    assert record["images"] == {"scored": 4, "available": 10}
+
+
+def test_images_of_another_run_are_not_written_over(
+    sd15_folder: Path, tmp_path: Path, adapters: dict[str, str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+
+    def predict(evaluation: BlendEvaluationModule) -> None:
+        trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+        trainer.predict(evaluation, PromptFileDataModule(str(tmp_path / "prompts.txt")), return_predictions=False)
+
+    spec = BlendSpec("single", {"size": 1.0})
+    predict(module(sd15_folder, tmp_path, adapters, blends=[spec], sweeps=[]))
+    before = contents(tmp_path / "out")
+    assert len(before) == 10
+    predict(module(sd15_folder, tmp_path, adapters, blends=[spec], sweeps=[]))
+    for settings, message in (
+        ({"guidance_scale": 2.0}, "guidance_scale was 1.0 and is 2.0"),
+        ({"adapters": adapters | {"size": adapters["other"]}}, "adapters.size was"),
+    ):
+        with pytest.raises(ValueError, match=f"holds images of another run: {message}"):
+            predict(module(sd15_folder, tmp_path, **{"adapters": adapters, "blends": [spec], "sweeps": []} | settings))
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number >= 1.*, got 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be .*, got nan"),
+        ({"guidance_scale": -1.0}, "guidance_scale must be .*, got -1.0"),
+        ({"eta": 1.5}, "eta must be .*, got 1.5"),
+        ({"eta": float("nan")}, "eta must be .*, got nan"),
+        ({"grid_prompts": -1}, "grid_prompts must be a whole number >= 0, got -1"),
+        ({"blends": [BlendSpec("morl", {"size": 1.0}, float("nan"), adapter="size")]}, "kl_scale must be .*, got nan"),
+    ],
+)
+def test_settings_out_of_range_are_refused_at_construction(
+    sd15_folder: Path, tmp_path: Path, adapters: dict[str, str], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        module(sd15_folder, tmp_path, adapters, **settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_table_says_what_each_image_was_and_what_it_cost(

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from dblightning.blending import DBMPA, Single
-from dblightning.evaluation.specs import BlendSpec, BlendSweep, expand
+from dblightning.evaluation.specs import BlendSpec, BlendSweep, blend_key, expand
 
 
 def test_a_sweep_is_every_method_at_every_weight_and_one_number_is_the_first_names_weight() -> None:
@@ -63,6 +67,56 @@ def test_a_point_named_twice_runs_once() -> None:
     sweep = BlendSweep(["db-mpa"], ["a", "b"], [0.5])
     found = expand([BlendSpec("base"), BlendSpec("db-mpa", {"b": 0.5, "a": 0.5})], [sweep])
     assert [spec.label for spec in found] == ["base", "db-mpa_a-0.5_b-0.5"]
+
+
+def test_labels_of_different_blends_differ_and_keep_six_digits_where_those_suffice() -> None:
+    near = [BlendSpec("db-mpa", {"a": w, "b": 1 - w}) for w in (0.3333331, 0.3333329, 0.5)]
+    oracles = [BlendSpec("morl", {"a": 0.5, "b": 0.5}, adapter=name) for name in ("old", "new")]
+    scales = [BlendSpec("db-kla", {"a": 1.0}, kl_scale=scale) for scale in (1.0000001, 1.0000002)]
+    labels = [spec.label for spec in expand([*near, *oracles, *scales])]
+    assert labels == [
+        "db-mpa_a-0.3333331_b-0.6666669", "db-mpa_a-0.3333329_b-0.6666671", "db-mpa_a-0.5_b-0.5",
+        "morl_a-0.5_b-0.5_old", "morl_a-0.5_b-0.5_new",
+        "db-kla_a-1_lambda-1.0000001", "db-kla_a-1_lambda-1.0000002",
+    ]  # fmt: skip
+    assert near[0].label == "db-mpa_a-0.333333_b-0.666667"  # the caller's own is left alone
+
+
+def test_blends_that_no_label_tells_apart_are_refused() -> None:
+    options: list[dict[str, Any]] = [{"candidates": 3}, {"candidates": "3"}]
+    with pytest.raises(ValueError, match="two blends share the label 'code_a-1_candidates-3'"):
+        expand([BlendSpec("code", {"a": 1.0}, options=each) for each in options])
+
+
+def test_a_label_is_one_folder() -> None:
+    spec = BlendSpec("code", {"a": 1.0}, options={"file": "/etc/passwd", "other": "..\\x"})
+    assert Path(spec.label).name == spec.label and "\\" not in spec.label
+
+
+SAME = BlendSpec("db-mpa", {"a": 0.3, "b": 0.7})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        BlendSpec("rewarded-soup", {"a": 0.3, "b": 0.7}),
+        BlendSpec("db-mpa", {"a": 0.1 + 0.2, "b": 0.7}),  # 0.30000000000000004
+        BlendSpec("db-mpa", {"a": 0.3, "c": 0.7}),
+        BlendSpec("db-mpa", {"a": 0.3, "b": 0.7}, kl_scale=1.5),
+        BlendSpec("db-mpa", {"a": 0.3, "b": 0.7}, adapter="x"),
+        BlendSpec("db-mpa", {"a": 0.3, "b": 0.7}, options={"x": 1}),
+    ],
+)
+def test_a_key_holds_everything_an_image_depends_on(other: BlendSpec) -> None:
+    assert other.key != SAME.key
+    assert SAME.key == BlendSpec("db-mpa", {"b": 0.7, "a": 0.3, "c": 0.0}).key
+    assert blend_key(json.loads(json.dumps(SAME.columns()))) == SAME.key  # as rows keep it
+
+
+def test_db_mpa_ls_draws_in_the_order_of_its_weights_so_its_key_has_it() -> None:
+    one, other = (BlendSpec("db-mpa-ls", {name: 0.5 for name in names}) for names in ("ab", "ba"))
+    assert one.key != other.key
+    assert len(expand([one, other])) == 1  # in one evaluation the first stands for both
 
 
 @pytest.mark.parametrize(

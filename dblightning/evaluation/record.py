@@ -1,0 +1,28 @@
+"""The record of an evaluation, what images and scores were made with, and where two of them contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+#: what the rewards' descriptions hold that no score depends on: torchmetrics' own settings, and sizes of batches
+INTERNAL = frozenset(
+    {"training", "compute_on_cpu", "dist_sync_on_step", "sync_on_compute", "compute_with_cache", "micro_batch_size"}
+)
+
+
+def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two descriptions of an evaluation contradict each other: (dotted name, value before, value now).
+
+    A name that one of them alone has is of another version of this package and contradicts nothing, except a reward's.
+    """
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        if before != now:
+            yield path, before, now
+        return
+    if path == "rewards" and set(before) != set(now):
+        yield path, ", ".join(before) or "none", ", ".join(now) or "none"
+        return
+    for name in before:
+        if name in now and name not in INTERNAL:
+            yield from differences(before[name], now[name], f"{path}.{name}" if path else name)
