@@ -132,8 +132,9 @@ def blend_key(columns: Mapping[str, Any]) -> str:
         if name.startswith("weight/") and weight
     ]
     method, options = columns["method"], json.loads(columns.get("options") or "{}")
-    # DB-MPA-LS draws adapters in the order of the weights
-    ordered = weights if method == "db-mpa-ls" else sorted(weights)
+    # DB-MPA-LS draws adapters in the order of the weights, and a method of somebody else's may do what it likes
+    unordered = method in (*METHODS, *STEERING, MORL) and method != "db-mpa-ls"
+    ordered = sorted(weights) if unordered else weights
     scale, schedule = float(columns.get("kl_scale", 1.0)), columns.get("ls_schedule", "iid")
     return json.dumps([method, ordered, scale, schedule, columns.get("adapter"), options], sort_keys=True)
 
