@@ -229,8 +229,10 @@ def build_and_load(build: Callable[[], nn.Module], state: dict[str, Tensor], sou
     ]
     if problems:
         raise ValueError(f"{source} does not fit {type(module).__name__}: " + "; ".join(problems))
+    # contiguous: a transposed view would take another kernel than the same weights read from a file
     module.load_state_dict(
-        {key: value.float() if value.is_floating_point() else value for key, value in state.items()}, assign=True
+        {key: (value.float() if value.is_floating_point() else value).contiguous() for key, value in state.items()},
+        assign=True,
     )
     _fill_buffers(module)
     return module.eval().requires_grad_(False)
