@@ -673,7 +673,7 @@ class RewardRLModule(RunState):
     def _arguments(self, transitions: Transitions) -> tuple[Tensor, Tensor, Conditioning, float]:
         prompts = [self.prompts[prompt_id] for prompt_id in transitions.prompt_id.tolist()]
         conditioning = self.backbone.encode(prompts, self.hparams["negative_prompt"])
-        timesteps = self.solver.timesteps.to(self.device)[transitions.step_index]
+        timesteps = self.solver.timesteps[transitions.step_index].to(self.device, non_blocking=True)
         return transitions.latents, timesteps, conditioning, self.hparams["guidance_scale"]
 
     def _epsilon(self, output: Tensor, transitions: Transitions) -> Tensor:
@@ -684,7 +684,8 @@ class RewardRLModule(RunState):
     def _value(self, transitions: Transitions) -> Tensor:
         prompts = [self.prompts[prompt_id] for prompt_id in transitions.prompt_id.tolist()]
         text = self.backbone.encode(prompts, self.hparams["negative_prompt"]).pooled
-        return self.value_function(transitions.latents, text.float(), transitions.step_index)
+        step_index = transitions.step_index.to(self.device, non_blocking=True)
+        return self.value_function(transitions.latents, text.float(), step_index)
 
     def _target(self, transitions: Transitions) -> Tensor:
         """What the value function learns: the reward, less the prompt's mean where that is a baseline too."""
@@ -747,8 +748,8 @@ class RewardRLModule(RunState):
         )
         check(
             dtype != torch.float16 or precision == "16-mixed",
-            f"a float16 backbone needs a scaled loss, or most of its gradient underflows, and precision is {precision}: take "
-            "--trainer.precision 16-mixed (on a GPU), or dtype bfloat16 and 32-true",
+            f"a float16 backbone needs a scaled loss, or most of its gradient underflows, got precision {precision}; "
+            "take --trainer.precision 16-mixed (on a GPU), or dtype bfloat16 and 32-true",
         )
 
     def _no_ddp_sync(self) -> AbstractContextManager[None]:

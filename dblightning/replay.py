@@ -21,12 +21,12 @@ class Transitions(NamedTuple):
 
     latents: Tensor  # (N, C, h, w) float32
     next_latents: Tensor  # (N, C, h, w) float32, exactly what was sampled
-    step_index: Tensor  # (N,) int64
+    step_index: Tensor  # (N,) int64, on the CPU: what it looks up is there
     log_prob: Tensor  # (N,) of the policy that sampled it; mean over C, h, w
     reward: Tensor  # (N,) of the trajectory's image
     baseline: Tensor  # (N,) its prompt's mean reward when it was sampled
     scale: Tensor  # (N,) its prompt's reward standard deviation when it was sampled
-    prompt_id: Tensor  # (N,) int64
+    prompt_id: Tensor  # (N,) int64, on the CPU
     age: Tensor  # (N,) int64, rollouts since it was sampled (0: the latest)
 
     def at(self, rows: Tensor) -> Transitions:
@@ -100,21 +100,20 @@ class ReplayBuffer:
         self.size = min(self.size + len(slots), self.capacity)
 
     def transitions(self, trajectory: Tensor, step_index: Tensor, device: torch.device | str) -> Transitions:
-        """Gather steps by slot and step index, both int64 (N,) on the CPU."""
-        rows, steps = trajectory.to(self.latents.device), step_index.to(self.latents.device)
+        """Gather steps by slot and step index, both int64 (N,) on the CPU; nothing is read back from a device."""
+        rows, steps = (index.to(self.latents.device, non_blocking=True) for index in (trajectory, step_index))
         reward, baseline, scale = self.facts[rows].T
-        gathered = (
-            self.latents[rows, steps],
-            self.latents[rows, steps + 1],
-            steps,
-            self.log_probs[rows, steps],
-            reward,
-            baseline,
-            scale,
-            self.prompt_ids[trajectory],
-            self.rollouts - self.born[trajectory],
-        )
-        return Transitions(*(part.to(device, non_blocking=True) for part in gathered))
+        gathered = {
+            "latents": self.latents[rows, steps],
+            "next_latents": self.latents[rows, steps + 1],
+            "log_prob": self.log_probs[rows, steps],
+            "reward": reward,
+            "baseline": baseline,
+            "scale": scale,
+            "age": self.rollouts - self.born[trajectory],
+        }
+        moved = {name: part.to(device, non_blocking=True) for name, part in gathered.items()}
+        return Transitions(step_index=step_index, prompt_id=self.prompt_ids[trajectory], **moved)
 
     def clear(self) -> None:
         """Forget every trajectory."""

@@ -752,6 +752,32 @@ def test_a_resumed_run_without_replay_is_bit_identical_to_one_that_never_stopped
         assert torch.equal(torch.as_tensor(tensor), torch.as_tensor(resumed.replay.state_dict()[key])), key
 
 
+@pytest.mark.parametrize("settings", [{"kl": "exact", "advantage": "both"}, {"kl": "eps_mse", "kl_share": 0.5}])
+def test_an_update_reads_nothing_back_from_the_device(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """On the meta device, whose tensors have no values: reading one raises."""
+    from contextlib import nullcontext
+
+    from dblightning.backbone import Conditioning
+    from dblightning.replay import ReplayBuffer
+
+    # which that device does not have
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    module = RewardRLModule(
+        GaussianBackbone(), LinearReward(), num_inference_steps=4, guidance_scale=1.0, **settings
+    ).to("meta")
+    module.backbone.encode = lambda texts, negative: Conditioning(*[torch.zeros(len(texts), 1, device="meta")] * 4)  # type: ignore[method-assign]
+    buffer, module.prompts = ReplayBuffer(2, 4, (1, 1, 1), "meta"), {0: "a red circle"}
+    transitions = buffer.transitions(torch.tensor([0, 1, 1]), torch.tensor([3, 0, 2]), module.device)
+    assert (transitions.latents.device.type, transitions.prompt_id.device.type) == ("meta", "cpu")
+    module.policy_loss(transitions, True, module._kl_rows(3, 0))[0].backward()
+    module._value(transitions).sum().backward()
+    with pytest.raises(RuntimeError, match=r"meta"):
+        transitions.log_prob.tolist()
+
+
 def test_sdxl_trains_a_step_and_exports_a_lora_that_plain_diffusers_loads(
     sdxl_folder: Path, tmp_path: Path, prompts: Any
 ) -> None:
