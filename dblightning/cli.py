@@ -174,7 +174,7 @@ def _lightning(command: str, arguments: list[str], debug: bool = False) -> None:
 def _started(trainer: Trainer) -> bool:
     """Whether a batch was begun: what is refused after that has cost time."""
     loops = (trainer.fit_loop.epoch_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
-    return any(loop.batch_progress.total.started for loop in loops)
+    return any(loop.batch_progress.total.ready for loop in loops)
 
 
 def _checkpoint(path: str | None, trainer: Trainer) -> str | None:
