@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all parity lint format lock clean
+.PHONY: help install install-locked quickstart test test-all parity lint format lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,9 +68,18 @@ format: $(STAMP)  ## rewrite the sources to the project's formatting
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-lock: $(STAMP)  ## write the versions installed in .venv to constraints.txt
-	@{ grep '^#' constraints.txt; $(PY) -m pip freeze --exclude-editable; } > constraints.txt.new
+lock: $(STAMP)  ## write the versions installed in .venv to constraints.txt, and their files' hashes to requirements.lock
+	@{ grep '^#' constraints.txt; $(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt.new
 	@mv constraints.txt.new constraints.txt && touch $(STAMP)
+	@test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install --quiet uv; }
+	.venv-lock/bin/uv --quiet pip compile --universal --generate-hashes --no-annotate --no-header --python-version 3.11 \
+	  --constraint constraints.txt --extra dev pyproject.toml --output-file requirements.lock
+
+install-locked:  ## like install, from requirements.lock: every downloaded file is checked against its SHA-256
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --require-hashes -r requirements.lock
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
 
 clean:  ## remove caches and build output; .venv stays (rm -r .venv to start afresh)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
