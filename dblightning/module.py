@@ -89,8 +89,8 @@ class RewardRLModule(RunState):
             GPU's memory, found at the first rollout (the whole batch on a CPU).
         overlap_reward: score a part of the rollout in the background while the next one is sampled; it needs a
             ``rollout_batch_size`` below the batch.
-        rollout_execution: how rollouts run the adapter; "auto" merges it into the weights in float32 and gates it
-            otherwise, because the on-policy ratio must be 1.
+        rollout_execution: how rollouts run the adapter; "auto" merges it into the weights where products are
+            float32 and gates it otherwise (half precision, autocast, TF32), because the on-policy ratio must be 1.
         objective: "dpok" (hard clamp of the ratio) or "ppo" (minimum of clipped and unclipped).
         clip_range: c of the ratio clip [1−c, 1+c] (paper: 1e-4).
         kl: "exact" Gaussian KL, or "eps_mse", DPOK's unweighted ‖ε_θ − ε_pre‖²
@@ -560,10 +560,10 @@ class RewardRLModule(RunState):
 
     def _rollout_execution(self) -> Execution:
         chosen: Execution = self.hparams["rollout_execution"]
-        exact = next(self.backbone.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(
-            self.device.type
-        )
-        return chosen if chosen != "auto" else ("merged" if exact else "gated")
+        if chosen != "auto":
+            return chosen
+        # rounded to TF32, W + ΔW is another matrix than W and ΔW apart, which the update multiplies by
+        return "merged" if computes_in_float32(self.backbone, self.device) else "gated"
 
     def _store(self, trajectory: Trajectory, batch: dict[str, Any], reward: Tensor) -> None:
         """Put the samples with a finite reward into the buffer; statistics and logs are of all ranks' samples."""

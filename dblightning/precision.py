@@ -67,5 +67,14 @@ def computes_in_float32(module: nn.Module, device: torch.device) -> bool:
     if torch.is_autocast_enabled(device.type) or next(module.parameters()).dtype != torch.float32:
         return False
     if device.type != "cuda":
-        return True
+        return _exact_products(device)
     return torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+
+
+def _exact_products(device: torch.device) -> bool:
+    """Whether a float32 product keeps its digits, which some CPUs give up at less than "highest" precision.
+
+    1 + 2⁻¹² is a float32, but neither a TF32 (10 digits after the point) nor a bfloat16 (7).
+    """
+    ones = torch.full((64, 64), 1 + 2**-12, device=device)
+    return torch.equal(ones @ torch.eye(64, device=device), ones)
