@@ -93,8 +93,6 @@ def construct(
     open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     named = [name for name, each in parameters.items() if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
     for name in options:
-        if name in given:
-            raise ValueError(f"{subject}: {name} is no option, got {options[name]!r} there; give it beside the options")
         if name not in named and not open_ended:
             own = [each for each in named if each not in given]
             raise ValueError(f"{subject} has no option {name!r}; it has {own or 'none'}")
@@ -132,10 +130,11 @@ class Blend(ABC):
         Raises:
             ValueError: weights, a λ other than 1 or an option that the class lacks, or one that it needs.
         """
+        named = inspect.signature(cls).parameters
         given: dict[str, Any] = {
             "weights": weights or None,
-            "kl_scale": None if _is_one(kl_scale) else kl_scale,
-            "normalize": normalize or None,
+            "kl_scale": kl_scale if "kl_scale" in named or not _is_one(kl_scale) else None,
+            "normalize": normalize if "normalize" in named else normalize or None,
         }
         return construct(cls, given, options, _subject(cls))
 
@@ -406,14 +405,16 @@ def resolve_blend(
         ValueError: an unknown method, or what it lacks or needs; see :meth:`Blend.from_preference`.
     """
     if isinstance(blend, Blend):
-        given = {"weights": weights, "kl_scale": None if _is_one(kl_scale) else kl_scale, "options": options or None}
+        given: dict[str, Any] = {"weights": weights, "normalize": normalize or None, "options": options or None}
+        given["kl_scale"] = None if _is_one(kl_scale) else kl_scale
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} {value!r} beside a {type(blend).__name__}, which has its own; leave it out")
         return blend
     kind = blend if isinstance(blend, type) else load_method(blend, METHODS, Blend)
+    further = check_options(options, ("weights", "kl_scale", "normalize"))
     drawn = {"schedule": ls_schedule} if issubclass(kind, DBMPALS) else {}
-    return kind.from_preference(weights, kl_scale, normalize, **drawn | dict(options or {}))
+    return kind.from_preference(weights, kl_scale, normalize, **drawn | further)
 
 
 def load_method(method: str, known: Mapping[str, type[Method]], *kinds: type) -> Any:
@@ -440,6 +441,18 @@ def load_method(method: str, known: Mapping[str, type[Method]], *kinds: type) ->
     if not (isinstance(found, type) and issubclass(found, kinds)):
         raise ValueError(f"method {method!r} must be a {bases} class, got {found!r}")
     return found
+
+
+def check_options(options: Mapping[str, Any] | None, apart: Sequence[str]) -> dict[str, Any]:
+    """A method's further arguments, none of which has a place of its own.
+
+    Raises:
+        ValueError: one of ``apart`` among them.
+    """
+    for name, value in (options or {}).items():
+        if name in apart:
+            raise ValueError(f"{name} is no option, got {value!r} among the options; give it beside them")
+    return dict(options or {})
 
 
 def make_blend(

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dblightning.blending import METHODS, BatchWeights, Blend, load_method, weights_tensor
+from dblightning.blending import METHODS, BatchWeights, Blend, check_options, load_method, weights_tensor
 from dblightning.sampling import Run, State, Steering
 from dblightning.settings import Number, check_settings, count
 from dblightning.solvers import GaussianSolver
@@ -325,7 +325,8 @@ def resolve_steering(
         raise ValueError(f"method {steering!r} has no kl_scale, got {kl_scale}; use db-kla, or a kl_weight where it is")
     if not rewards and issubclass(kind, _RewardSteering):
         raise ValueError(f"method {steering!r} needs rewards={{name: reward}}, whose names the weights use")
-    return kind.from_preference(rewards, weights, normalize, **dict(options or {}))
+    further = check_options(options, ("rewards", "weights", "normalize"))
+    return kind.from_preference(rewards, weights, normalize, **further)
 
 
 def make_steering(

@@ -11,14 +11,18 @@ from dblightning.blending import (
     DBMPALS,
     METHODS,
     Base,
+    BatchWeights,
+    Blend,
     RewardedSoup,
     RewardedSoupFactors,
     Single,
     check_weights,
     kl_scales,
     make_blend,
+    resolve_blend,
     weights_tensor,
 )
+from dblightning.evaluation.specs import BlendSpec
 
 NAMES = ["a", "b", "c"]
 
@@ -249,6 +253,46 @@ def test_settings_a_method_lacks_are_refused_by_name(arguments, says: str) -> No
 def test_every_method_name_makes_its_class() -> None:
     for name, kind in METHODS.items():
         assert type(make_blend(name, None if name == "base" else {"a": 1.0})) is kind
+
+
+def test_a_method_added_to_the_table_makes_its_own_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Softened(DBMPA):
+        def __init__(self, weights: BatchWeights, kl_scale: float, steepness: float = 1.0) -> None:
+            super().__init__(weights, kl_scale)
+            self.steepness = steepness
+
+    monkeypatch.setitem(METHODS, "softened", Softened)
+    assert type(make_blend("softened", {"a": 1.0})) is Softened
+    made = resolve_blend("softened", {"a": 1.0}, kl_scale=2.0, options={"steepness": 3.0})
+    assert isinstance(made, Softened)
+    assert (made.kl_scale, made.steepness) == (2.0, 3.0)
+    spec = BlendSpec("softened", {"a": 1.0}, kl_scale=0.5)
+    assert spec.blend().start(["a"], 1, 1)(0).mix[:, 0].tolist() == [0.5, 0.5]
+    with pytest.raises(ValueError, match="method 'softened' has no normalize"):
+        resolve_blend("softened", {"a": 1.0}, normalize=True)
+
+
+def test_a_class_may_say_how_a_preference_makes_it() -> None:
+    class Pair(Blend):
+        def __init__(self, first: str, second: str) -> None:
+            self.names = first, second
+
+        @classmethod
+        def from_preference(cls, weights=None, kl_scale=1.0, normalize=False, **options):
+            return cls(*weights)
+
+        def start(self, adapters, batch, num_steps, generators=None):
+            raise NotImplementedError
+
+    assert resolve_blend(Pair, {"a": 0.5, "b": 0.5}).names == ("a", "b")
+
+
+def test_a_blend_resolves_to_itself_and_takes_no_second_preference() -> None:
+    blend = DBMPA({"a": 1.0})
+    assert resolve_blend(blend) is blend
+    for more in (dict(weights={"b": 1.0}), dict(kl_scale=0.5), dict(normalize=True), dict(options={"x": 1})):
+        with pytest.raises(ValueError, match="beside a DBMPA, which has its own"):
+            resolve_blend(blend, **more)
 
 
 def test_systematic_refuses_weights_that_follow_the_step() -> None:
