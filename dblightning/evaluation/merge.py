@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from dblightning.evaluation.record import differences
-from dblightning.evaluation.table import REWARD, read_scores, reward_names
+from dblightning.evaluation.table import REWARD, WEIGHT, read_scores, reward_names
 
 #: parts of the record that decide an image's noise and sampler: what all tables must share
 SHARED = ("base", "num_inference_steps", "eta", "guidance_scale", "negative_prompt", "run_seed", "rewards")
@@ -80,6 +80,12 @@ def _check_rows(frame: pd.DataFrame, other: pd.DataFrame, pair: str) -> None:
     if set(reward_names(frame)) != set(reward_names(other)):
         raise ValueError(f"{pair}: one measures {reward_names(frame)}, the other {reward_names(other)}")
     keys = ["prompt_id", "seed"]
+    texts = frame[["prompt_id", "prompt"]].drop_duplicates()
+    both = texts.merge(other[["prompt_id", "prompt"]].drop_duplicates(), on="prompt_id", suffixes=("", "_other"))
+    for edited in both[both["prompt"] != both["prompt_other"]].itertuples():
+        raise ValueError(
+            f"{pair}: prompt {edited.prompt_id} is {edited.prompt!r} in one and {edited.prompt_other!r} in the other"
+        )
     prompts, others = ({tuple(row) for row in each[[*keys, "prompt"]].to_numpy()} for each in (frame, other))
     if prompts != others:
         count = len(prompts ^ others)
@@ -87,6 +93,19 @@ def _check_rows(frame: pd.DataFrame, other: pd.DataFrame, pair: str) -> None:
     columns = [REWARD + name for name in reward_names(frame)]
     for blend in sorted(set(frame["blend"]) & set(other["blend"])):
         first, second = (each[each["blend"] == blend].sort_values(keys)[columns].to_numpy() for each in (frame, other))
+        _check_blend(blend, frame, other, pair)
         # one part in a thousand: other batch sizes and devices round differently
         if first.shape != second.shape or not np.allclose(first, second, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise ValueError(f"{pair}: blend {blend!r} has other scores in each, so models or rewards are not the same")
+
+
+def _check_blend(blend: str, frame: pd.DataFrame, other: pd.DataFrame, pair: str) -> None:
+    """Refuse one label for two blends, such as an oracle of each of two adapters."""
+    names = sorted({name for each in (frame, other) for name in each if str(name).startswith(WEIGHT)})
+    defaults: dict[str, Any] = {"adapter": None} | dict.fromkeys(names, 0.0)
+    first, second = (each[each["blend"] == blend].iloc[0] for each in (frame, other))
+    for name in ("method", "kl_scale", "ls_schedule", "adapter", "options", *names):
+        one, two = (each.get(name, defaults.get(name)) for each in (first, second))
+        one, two = (defaults.get(name) if pd.isna(each) else each for each in (one, two))
+        if one != two:
+            raise ValueError(f"{pair}: blend {blend!r} has {name} {one!r} in one and {two!r} in the other")

@@ -164,18 +164,31 @@ class BlendSweep:
     options: dict[str, Any] = field(default_factory=dict)
 
     def specs(self) -> list[BlendSpec]:
-        """Its points, method by method."""
+        """Its points, method by method.
+
+        Raises:
+            ValueError: an empty list, weights that do not fit the names, or a placeholder that nothing is put in for.
+        """
+        for name in ("methods", "names", "weights", "kl_scales", "ls_schedules"):
+            if not getattr(self, name):
+                raise ValueError(f"a sweep needs at least one entry in {name}, got {getattr(self, name)!r}")
         points = [self._point(each) for each in self.weights]
         found = []
         for method in self.methods:
             for schedule in self.ls_schedules if method == "db-mpa-ls" else ["iid"]:
                 for kl_scale in self.kl_scales:
                     for weights in points:
-                        adapter = self.adapter and self.adapter.format(
-                            w=_name(weights[self.names[0]]), kl_scale=_name(kl_scale)
-                        )
+                        adapter = self._adapter(weights, kl_scale)
                         found.append(BlendSpec(method, weights, kl_scale, schedule, adapter, dict(self.options)))
         return found
+
+    def _adapter(self, weights: dict[str, float], kl_scale: float) -> str | None:
+        try:
+            return self.adapter and self.adapter.format(w=_name(weights[self.names[0]]), kl_scale=_name(kl_scale))
+        except (LookupError, ValueError) as error:
+            raise ValueError(
+                f"the adapter of a sweep may hold {{w}} and {{kl_scale}} and no other brackets, got {self.adapter!r}"
+            ) from error
 
     def _point(self, weights: float | list[float]) -> dict[str, float]:
         if isinstance(weights, Sequence):

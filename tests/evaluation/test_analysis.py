@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
 from dblightning.evaluation.analysis import bootstrap, compare, diversity, estimate, held_out_rewards, summary
 from dblightning.evaluation.fronts import default_reference, hypervolume, hypervolumes, pareto
 from dblightning.evaluation.intervals import interval
-from dblightning.evaluation.table import blend_table, front, preference_sets, read_scores, write_scores
+from dblightning.evaluation.table import RECORD_KEY, blend_table, front, preference_sets, read_scores, write_scores
 from tests.evaluation.synthetic import blend, evaluation, preference, score_table
 
 # ── intervals ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -398,15 +400,25 @@ def test_files_that_are_no_score_table_are_refused_with_what_is_wrong(tmp_path: 
     path = tmp_path / "scores.parquet"
     with pytest.raises(FileNotFoundError, match="no score table"):
         read_scores(path)
-    path.write_text("text")
-    with pytest.raises(ValueError, match="not a Parquet file"):
-        read_scores(path)
+    for content in (b"text", b"", b"PAR1" + bytes(100) + b"PAR1"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="scores.parquet is not a Parquet file"):
+            read_scores(path)
     two_rewards().drop(columns="seed").to_parquet(path)
-    with pytest.raises(ValueError, match="column seed is missing"):
+    with pytest.raises(ValueError, match="scores.parquet: .*column seed is missing"):
         read_scores(path)
     two_rewards().head(0).to_parquet(path)
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="scores.parquet: .*no rows"):
         read_scores(path)
+    frame = two_rewards()
+    frame.assign(**{name: "high" for name in frame if name.startswith("reward/")}).to_parquet(path)
+    with pytest.raises(ValueError, match="scores.parquet: could not convert"):
+        read_scores(path)
+    for record in (b"{", b"[1]"):
+        table = pa.Table.from_pandas(frame).replace_schema_metadata({RECORD_KEY: record})
+        pq.write_table(table, path)
+        with pytest.raises(ValueError, match="scores.parquet has a record of its making that is no JSON object"):
+            read_scores(path)
 
 
 def test_estimates_do_not_depend_on_the_order_of_the_rows() -> None:

@@ -140,3 +140,9 @@ def test_a_sweep_with_too_few_weights_is_refused() -> None:
         BlendSweep(["db-mpa"], ["a", "b", "c"], [0.5]).specs()
     with pytest.raises(ValueError, match="nothing to compare"):
         expand([], [])
+    for empty in ("methods", "names", "weights", "kl_scales", "ls_schedules"):
+        lists: dict[str, Any] = {"methods": ["db-mpa"], "names": ["a"], "weights": [1]} | {empty: []}
+        with pytest.raises(ValueError, match=rf"at least one entry in {empty}, got \[\]"):
+            BlendSweep(**lists).specs()
+    with pytest.raises(ValueError, match=r"may hold \{w\} and \{kl_scale\} and no other brackets, got 'morl_\{v\}'"):
+        BlendSweep(["morl"], ["a"], [1], adapter="morl_{v}").specs()
