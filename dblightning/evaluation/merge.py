@@ -106,6 +106,11 @@ def _check_blend(blend: str, frame: pd.DataFrame, other: pd.DataFrame, pair: str
     first, second = (each[each["blend"] == blend].iloc[0] for each in (frame, other))
     for name in ("method", "kl_scale", "ls_schedule", "adapter", "options", *names):
         one, two = (each.get(name, defaults.get(name)) for each in (first, second))
-        one, two = (defaults.get(name) if pd.isna(each) else each for each in (one, two))
+        one, two = (defaults.get(name) if pd.isna(each) else _plain(each) for each in (one, two))
         if one != two:
             raise ValueError(f"{pair}: blend {blend!r} has {name} {one!r} in one and {two!r} in the other")
+
+
+def _plain(value: Any) -> Any:
+    """A cell's value as Python prints it, without numpy's type."""
+    return value.item() if isinstance(value, np.generic) else value
