@@ -666,7 +666,7 @@ class RewardRLModule(RunState):
         latents, timesteps, conditioning, guidance_scale = self._arguments(transitions)
         if not float32:
             return self.backbone.denoise(latents, timesteps, conditioning, guidance_scale, gates=gates)
-        conditioning = Conditioning(*(part.float() for part in conditioning))
+        conditioning = conditioning.to(torch.float32)
         with float32_arithmetic(self.device):
             return self.backbone.denoise(latents, timesteps, conditioning, guidance_scale, gates=gates)
 

@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from dblightning.adapters import AdapterBank
-from dblightning.backbone import DiffusersBackbone, load_pipeline
-from dblightning.blending import Base, BatchWeights, Blend, WeightSchedule, resolve_blend
+from dblightning.adapters import WEIGHTS_NAME, AdapterBank
+from dblightning.backbone import COMPONENTS, Conditioning, DiffusersBackbone, load_pipeline
+from dblightning.blending import DBMPALS, Base, BatchWeights, Blend, BlendPlan, BlendStep, WeightSchedule, resolve_blend
 from dblightning.noise import GeneratorNoise
-from dblightning.sampling import Execution, Steering, denoise_loop
-from dblightning.schedule import ddim_scheduler
-from dblightning.solvers import Solver, make_solver
+from dblightning.pipeline_call import CallbackTensors, CallSettings, RunningCalls, repeated
+from dblightning.prompt_cache import has_lora
+from dblightning.sampling import Change, Execution, Steering, denoise_loop
+from dblightning.solvers import DiffusersSolver, Solver, make_solver
 from dblightning.steering import STEERING, Reward, resolve_steering, steers
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+#: file of a saved pipeline that names its adapters, which lie in ``adapters/<name>``
+INDEX_NAME = "dblightning.json"
+
+#: diffusers' methods that cannot hold for blends, each with what to do instead
+REFUSED = {
+    "fuse_lora": "the base model stays apart from its adapters; pass weights={'name': 1.0} (a single gate already runs "
+    "on merged weights), or fuse in a plain pipeline",
+    "load_lora_into_unet": "use load_lora_weights(path, adapter_name='name')",
+    "load_lora_into_text_encoder": "adapters here belong to the denoiser; use load_lora_weights(path)",
+    "set_lora_device": "adapters live where the denoiser lives; use pipe.to(device), or delete_adapters('name')",
+    "enable_lora_hotswap": "load adapters under names of their own and choose with weights=",
+    "load_ip_adapter": "image prompts are not blended; use a plain pipeline for an IP-Adapter",
+    "set_ip_adapter_scale": "image prompts are not blended; use a plain pipeline for an IP-Adapter",
+    "enable_sequential_cpu_offload": "sequential offload moves single layers, behind the gated layers' back; use "
+    "enable_model_cpu_offload()",
+}
 
 
 @dataclass
-class BlendOutput:
-    """What a call returns.
+class BlendOutput(BaseOutput):
+    """What a call returns; ``output.images``, ``output["images"]`` and ``output[0]`` are the same.
 
     Attributes:
         images: a list of PIL images; or float32 (N, 3, H, W) in [0, 1] for "pt", (N, H, W, 3) for "np", latents
             (N, C, h, w) for "latent".
+        nsfw_content_detected: the safety checker's verdict on each image; None without one.
     """
 
     images: Any
+    nsfw_content_detected: list[bool] | None = None
 
 
 class _Stopped(Exception):
@@ -42,6 +66,32 @@ class _Stopped(Exception):
         self.latents = latents
 
 
+class _ActiveAdapters(Blend):
+    """The adapters that ``set_adapters`` made active, as in diffusers: W + Σᵢ wᵢ ΔWᵢ with any weights."""
+
+    def __init__(self, active: Mapping[str, float]) -> None:
+        self.active = dict(active)
+
+    def start(
+        self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
+    ) -> BlendPlan:
+        gate = torch.tensor([self.active.get(name, 0.0) for name in adapters])
+        step = BlendStep(gate.expand(1, batch, -1), torch.ones(1, batch, dtype=torch.float64))
+        return lambda step_index: step
+
+
+def _of_call(name: str, writable: bool = False) -> Any:
+    """A property that is a setting of the running call (of the last one, when none runs)."""
+
+    def read(pipe: DiffusionBlendPipeline) -> Any:
+        return getattr(pipe._calls.get(), name)
+
+    def write(pipe: DiffusionBlendPipeline, value: Any) -> None:
+        pipe._calls.set(name, value)
+
+    return property(read, write if writable else None)
+
+
 class DiffusionBlendPipeline:
     """A diffusers text-to-image pipeline whose LoRA adapters are blended while it samples.
 
@@ -49,124 +99,327 @@ class DiffusionBlendPipeline:
         pipe("A red car.", weights={"alignment": 0.3, "aesthetic": 0.7}).images[0]
 
     Whatever is not defined here is the wrapped pipeline's: ``pipe.vae``, ``pipe.enable_vae_tiling()``,
-    ``pipe.set_progress_bar_config(...)``, ``pipe.components``, …
+    ``pipe.set_progress_bar_config(...)``, ``pipe.components``, …; assigning a component assigns it there.
+
+    Args:
+        backbone: a wrapped pipeline.
+        components: or, instead, the components of a StableDiffusionPipeline or (with ``text_encoder_2`` or
+            ``tokenizer_2``) StableDiffusionXLPipeline.
     """
 
-    def __init__(self, backbone: DiffusersBackbone) -> None:
-        self.backbone = backbone
-        self._interrupt = False
+    #: as diffusers' callbacks read and change them; a thread sees its own call's
+    guidance_scale = _of_call("guidance_scale")
+    guidance_rescale = _of_call("guidance_rescale")
+    clip_skip = _of_call("clip_skip")
+    cross_attention_kwargs = _of_call("cross_attention_kwargs")
+    denoising_end = _of_call("denoising_end")
+    num_timesteps = _of_call("num_timesteps")
+    interrupt = _of_call("interrupt")
+    do_classifier_free_guidance = _of_call("guided")
+    _guidance_scale = _of_call("guidance_scale", writable=True)
+    _guidance_rescale = _of_call("guidance_rescale", writable=True)
+    _interrupt = _of_call("interrupt", writable=True)
 
-    # ── making one ───────────────────────────────────────────────────────────────────────────────────────────────────
+    def __init__(self, backbone: DiffusersBackbone | None = None, **components: Any) -> None:
+        if backbone is not None and components:
+            raise TypeError(f"give a backbone or components, not both; got both a backbone and {sorted(components)}")
+        if backbone is None:
+            backbone = DiffusersBackbone.from_pipeline(_assembled(components))
+        if not isinstance(backbone, DiffusersBackbone):
+            kind = type(backbone).__name__
+            raise TypeError(
+                f"backbone must be a DiffusersBackbone, got {kind}; wrap a pipeline with from_pipe(pipeline)"
+            )
+        self.backbone = backbone
+        self._calls = RunningCalls()
+        self._metadata: dict[str, dict[str, Any]] = {}
+        self._active: dict[str, float] | None = None  # of set_adapters
+        self._lora_enabled = True
+
+    # ── making and saving one ────────────────────────────────────────────────────────────────────────────────────────
 
     @classmethod
     def from_pretrained(
         cls,
         base: str | Path,
         adapters: Mapping[str, str | Path] | None = None,
-        torch_dtype: torch.dtype = torch.float32,
+        torch_dtype: Any = None,
         variant: str | None = None,
         scheduler: Any = None,
         allow_other_base: bool = False,
+        dtype: Any = None,
+        **options: Any,
     ) -> DiffusionBlendPipeline:
         """Load a base model and adapters.
 
         Args:
-            base: pipeline folder, hub id, or "miniature" (whose shipped adapters are loaded unless others are named).
+            base: pipeline folder, hub id, or "miniature". A folder that :meth:`save_pretrained` wrote brings its
+                adapters and its scheduler, the miniature its shipped adapters, unless others are named.
             adapters: name → folder or file of a LoRA in diffusers' format.
-            torch_dtype: precision of the base; adapters and latents stay float32.
+            dtype, torch_dtype: precision of the base (default float32), or component → precision; adapters and latents
+                stay float32.
             variant: weight variant of the base's files, such as "fp16".
             scheduler: a diffusers scheduler; None is DDIM with the base's noise schedule.
             allow_other_base: load adapters that were trained on another base all the same.
+            options: further keywords of diffusers' ``from_pretrained``: components (``vae=…``), ``revision``,
+                ``cache_dir``, ``local_files_only``, ``use_safetensors``, ``device_map``, ….
 
         Raises:
             FileNotFoundError: base or adapter not there.
             ValueError: an adapter that does not fit the base, or a scheduler that clips.
         """
-        pipeline = load_pipeline(str(base), torch_dtype, variant)
-        if scheduler is None:
-            scheduler = ddim_scheduler(pipeline.scheduler.config)
-        pipeline.scheduler = scheduler
+        precision = dtype if dtype is not None else torch_dtype if torch_dtype is not None else torch.float32
+        pipeline = load_pipeline(str(base), precision, variant, **options)
+        folder = Path(base).expanduser()
+        index = folder / INDEX_NAME
+        saved = json.loads(index.read_text()) if index.is_file() else None
+        if scheduler is not None:
+            pipeline.scheduler = scheduler
+        elif saved is None and pipeline.scheduler is not None:
+            from diffusers import DDIMScheduler
+
+            pipeline.scheduler = DDIMScheduler.from_config({"clip_sample": False, **pipeline.scheduler.config})
         if adapters is None and str(base) == "miniature":
             from dblightning import miniature
 
             adapters = miniature.adapters()
+        elif adapters is None and saved is not None:
+            adapters = {name: folder / "adapters" / name for name in saved["adapters"]}
         pipe = cls(DiffusersBackbone.from_pipeline(pipeline))
         for name, path in (adapters or {}).items():
             pipe.load_adapter(name, path, allow_other_base)
         return pipe
 
     @classmethod
-    def from_pipe(cls, pipeline: Any) -> DiffusionBlendPipeline:
+    def from_pipe(cls, pipeline: Any, **options: Any) -> DiffusionBlendPipeline:
         """Wrap a diffusers pipeline with the LoRAs it has (``load_lora_weights(path, adapter_name=...)``).
 
         The components are shared, and the LoRA layers become gated in place: from now on ``pipeline`` itself runs the
-        base model, and adapters are chosen by ``weights`` here. The pipeline's scheduler is kept.
+        base model, and adapters are chosen by ``weights`` here. The pipeline's scheduler is kept. Components assigned
+        to one are the other's too.
+
+        Args:
+            pipeline: what to wrap.
+            options: components or settings to replace, as in diffusers' ``from_pipe``; ``pipeline`` keeps its own.
 
         Raises:
             ValueError: a pipeline of another kind, LoRA on layers that are not linear, or a fused LoRA.
         """
+        if isinstance(pipeline, DiffusionBlendPipeline):
+            pipeline = pipeline.backbone.pipeline
+        if options:
+            precision = {} if {"dtype", "torch_dtype"} & options.keys() else {"dtype": pipeline.dtype}
+            pipeline = type(pipeline).from_pipe(pipeline, **precision, **options)
         return cls(DiffusersBackbone.from_pipeline(pipeline))
 
-    def load_adapter(self, name: str, path: str | Path, allow_other_base: bool = False) -> dict[str, Any]:
-        """Load a LoRA under a name and return its metadata; see :meth:`AdapterBank.load`."""
-        return self.adapters.load(name, path, self.backbone.pipeline, allow_other_base)
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the base pipeline as diffusers writes it, without the adapters, and each adapter beside it.
 
-    def load_lora_weights(self, path: str | Path, adapter_name: str | None = None) -> None:
-        """diffusers' name for :meth:`load_adapter`."""
-        if adapter_name is None:
-            raise ValueError("a blend chooses adapters by name: pass adapter_name='...'")
-        self.load_adapter(adapter_name, path)
+        Plain diffusers loads the folder as the base model, and ``folder/adapters/<name>`` as a LoRA;
+        :meth:`from_pretrained` loads all of it.
 
-    # ── what it is made of ───────────────────────────────────────────────────────────────────────────────────────────
+        Args:
+            save_directory: the folder.
+            options: diffusers' keywords: ``safe_serialization``, ``variant``, ``max_shard_size``.
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "backbone":  # not there yet, in copying and unpickling
-            raise AttributeError(name)
-        return getattr(self.backbone.pipeline, name)
+        Raises:
+            ValueError: a LoRA on a text encoder, or ``push_to_hub``.
+        """
+        pipeline = self.backbone.pipeline
+        if options.get("push_to_hub"):
+            raise ValueError("push_to_hub would leave the adapters behind; save to a folder and upload the folder")
+        if has_lora(self.backbone.text_encoder) or has_lora(self.backbone.text_encoder_2):
+            raise ValueError(
+                "a text encoder carries a LoRA, which would be saved as weights nobody can load; unload it"
+            )
+        names = [] if self.backbone.unet is None else self.adapters.names
+        (_unadapted(pipeline) if has_lora(self.backbone.unet) else pipeline).save_pretrained(save_directory, **options)
+        for name in names:
+            self.adapters.export(name, Path(save_directory) / "adapters" / name, pipeline, self._metadata.get(name))
+        (Path(save_directory) / INDEX_NAME).write_text(json.dumps({"adapters": names}))
+
+    # ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def adapters(self) -> AdapterBank:
         """The adapters; ``pipe.adapters.names``, ``pipe.adapters.merged_limit``, ``pipe.adapters.drop_merged()``."""
         return self.backbone.adapters
 
+    def load_adapter(self, name: str, path: str | Path, allow_other_base: bool = False) -> dict[str, Any]:
+        """Load a LoRA under a name and return its metadata; see :meth:`AdapterBank.load`."""
+        if any(getattr(each, "fused_projections", False) for each in self.backbone.unet.modules()):
+            raise ValueError("fused projections bypass adapters; call unfuse_qkv_projections() before loading one")
+        metadata = self.adapters.load(name, path, self.backbone.pipeline, allow_other_base)
+        self._metadata[name] = metadata
+        return metadata
+
+    def load_lora_weights(
+        self,
+        path: str | Path | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        weight_name: str | None = None,
+        allow_other_base: bool = False,
+        **hub: Any,
+    ) -> None:
+        """Load a LoRA as diffusers does: it becomes the active adapter, used by calls without ``weights``.
+
+        Args:
+            path: folder, file, hub id, or a state dict.
+            adapter_name: its name; None counts up: default_0, default_1, …
+            weight_name: the file in the folder or hub repository.
+            allow_other_base: see :meth:`AdapterBank.load`.
+            hub: ``subfolder``, ``revision``, ``cache_dir``, ``local_files_only``, ``token``, … of a hub id.
+        """
+        if hub.pop("hotswap", False):
+            raise ValueError(f"hotswap is not for blends: {REFUSED['enable_lora_hotswap']}")
+        hub.pop("low_cpu_mem_usage", None)
+        if adapter_name is None:
+            taken = self.adapters.names
+            adapter_name = next(name for i in range(len(taken) + 1) if (name := f"default_{i}") not in taken)
+        with tempfile.TemporaryDirectory() as folder:
+            if isinstance(path, Mapping):
+                from safetensors.torch import save_file
+
+                file = Path(folder) / WEIGHTS_NAME
+                save_file({key: value.contiguous() for key, value in path.items()}, file)
+            else:
+                file = _lora_file(path, weight_name, hub)
+            self.load_adapter(adapter_name, file, allow_other_base)
+        self.set_adapters(adapter_name)
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Make adapters active, as in diffusers: a call without ``weights`` then runs W + Σᵢ wᵢ ΔWᵢ.
+
+        Args:
+            adapter_names: one name, or several.
+            adapter_weights: one for all, or one each, of any size; None is 1.
+
+        Raises:
+            ValueError: a name that is not loaded, or weights per block.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        given = adapter_weights if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
+        values = [1.0 if value is None else value for value in given]
+        unknown = [name for name in names if name not in self.adapters.names]
+        if unknown:
+            raise ValueError(f"no adapter {unknown[0]!r} is loaded; the names are {self.adapters.names}")
+        if len(values) != len(names):
+            raise ValueError(f"got {len(values)} adapter_weights for {len(names)} adapters; give one each")
+        if any(isinstance(value, Mapping) for value in values):
+            raise ValueError("adapter_weights per block are not supported; give one number per adapter")
+        self._active = {name: float(value) for name, value in zip(names, values, strict=True)}
+        self._lora_enabled = True
+
+    def get_active_adapters(self) -> list[str]:
+        """The adapters that a call without ``weights`` uses."""
+        return [name for name in self._active or {} if name in self.adapters.names] if self._lora_enabled else []
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """The adapters of each component."""
+        return {"unet": self.adapters.names} if self.adapters.names else {}
+
+    def disable_lora(self) -> None:
+        """Calls without ``weights`` run the base model."""
+        self._lora_enabled = False
+
+    def enable_lora(self) -> None:
+        """Undo :meth:`disable_lora`."""
+        self._lora_enabled = True
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Take adapters out.
+
+        Raises:
+            ValueError: a name that is not loaded; then nothing is deleted.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        unknown = [name for name in names if name not in self.adapters.names]
+        if unknown:
+            raise ValueError(f"no adapter {unknown[0]!r} is loaded; the names are {self.adapters.names}")
+        for name in names:
+            self.adapters.remove(name)
+            self._metadata.pop(name, None)
+            if self._active is not None:
+                self._active.pop(name, None)
+
+    def unload_lora_weights(self, **options: Any) -> None:
+        """Take all adapters out, and the LoRAs of the text encoders; the base model is left."""
+        self.delete_adapters(self.adapters.names)
+        self.backbone.pipeline.unload_lora_weights(**options)
+        self.adapters.refresh()
+        self._active, self._lora_enabled = None, True
+
+    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """As in diffusers, while no adapters are loaded."""
+        if unet and self.adapters.names:
+            raise ValueError(f"fused projections would bypass the adapters {self.adapters.names}; delete them first")
+        self.backbone.pipeline.fuse_qkv_projections(unet=unet, vae=vae)
+
+    # ── what it is made of ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "backbone" or name.startswith("__"):  # not there yet, in copying and unpickling
+            raise AttributeError(name)
+        if name in REFUSED:
+
+            def refuse(*args: Any, **kwargs: Any) -> Any:
+                raise ValueError(f"{name} is not for blends: {REFUSED[name]}")
+
+            return refuse
+        return getattr(self.backbone.pipeline, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name == "backbone" or name in self.__dict__ or hasattr(type(self), name)
+        if own and name not in ("scheduler", *COMPONENTS):
+            object.__setattr__(self, name, value)
+        elif "backbone" in self.__dict__ and hasattr(self.backbone.pipeline, name):
+            setattr(self.backbone.pipeline, name, value)
+        else:
+            object.__setattr__(self, name, value)
+
     @property
     def scheduler(self) -> Any:
         """The solver: a DDIMScheduler takes ``eta``, any other diffusers scheduler steps by its own rule."""
         return self.backbone.pipeline.scheduler
 
-    @scheduler.setter
-    def scheduler(self, scheduler: Any) -> None:
-        self.backbone.pipeline.scheduler = scheduler
+    @property
+    def _optional_components(self) -> list[str]:
+        return list(self.backbone.pipeline._optional_components)
 
     @property
-    def interrupt(self) -> bool:
-        return self._interrupt
+    def _callback_tensor_inputs(self) -> list[str]:
+        return [*self.backbone.pipeline._callback_tensor_inputs, "noise_pred"]
 
     def to(self, *args: Any, **kwargs: Any) -> DiffusionBlendPipeline:
-        """Move to a device or a dtype, as diffusers' pipelines do."""
-        self.adapters.drop_merged()
+        """Move to a device or a dtype, as diffusers' pipelines do; the adapters keep their float32 values."""
+        bank = None if self.backbone.unet is None else self.adapters
+        if bank is None:
+            self.backbone.pipeline.to(*args, **kwargs)
+            return self
+        bank.drop_merged()
+        kept = {parameter: parameter.data for name in bank.names for parameter in bank.parameters(name)}
         self.backbone.pipeline.to(*args, **kwargs)
+        for parameter, data in kept.items():
+            parameter.data = data.to(parameter.device)
+        bank.refresh()
         return self
-
-    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            "sequential offload moves single layers, behind the gated layers' back; use enable_model_cpu_offload()"
-        )
 
     # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         weights: BatchWeights | WeightSchedule | None = None,
         kl_scale: float | Sequence[float] = 1.0,
-        method: str = "db-mpa",
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        method: str | None = None,
+        num_inference_steps: int | None = 50,
+        guidance_scale: float | None = None,
         eta: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int = 1,
+        num_images_per_prompt: int | None = 1,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -183,32 +436,54 @@ class DiffusionBlendPipeline:
         blend: Blend | type[Blend] | str | None = None,
         execution: Execution = "auto",
         max_rows: int | None = None,
-    ) -> BlendOutput | tuple[Any]:
-        """Make images.
+        *,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        denoising_end: float | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
+        negative_target_size: tuple[int, int] | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Any = None,
+    ) -> BlendOutput | tuple[Any, ...]:
+        """Make images. What is not explained here is as in diffusers.
 
         Args:
-            prompt: one text, or a list.
+            prompt: one text, or a list; or give ``prompt_embeds``.
             weights: adapter → weight, each ≥ 0, sum 1; a list with one per image; or a function (step_index,
                 num_steps) → either. For ``code`` and ``rgg`` the names are those of ``rewards``.
             kl_scale: λ ≥ 0 of ``db-mpa`` and ``db-kla``, one for all images or one each; 0 the base, 1 the adapters,
                 more extrapolates.
             method: base, single, db-mpa, db-kla, db-mpa-ls, rewarded-soup, rewarded-soup-factors, code or rgg; or the
-                dotted path of a ``Blend`` or ``Steering`` class.
+                dotted path of a ``Blend`` or ``Steering`` class. None is db-mpa with ``weights``; without, the adapters
+                :meth:`set_adapters` made active, or the base model where no adapters are loaded.
             num_inference_steps: denoising steps.
-            guidance_scale: classifier-free guidance; 1 turns it off.
-            eta: DDIM's η, 0 deterministic … 1; schedulers that have none refuse it. None is 1 with DDIM, and 0 with
-                others that have one.
+            guidance_scale: classifier-free guidance; 1 turns it off; None is diffusers' default, 7.5 (SDXL: 5).
+            eta: DDIM's η, 0 deterministic … 1; schedulers that have none refuse it. None is diffusers' default 0, and 1
+                for what needs noise: db-mpa-ls, code, rgg, ``steering``.
             negative_prompt: one for all prompts, or one per prompt.
             num_images_per_prompt: images of each prompt, side by side in the output.
             height, width: in pixels; None takes the model's own.
             generator: one for the whole batch, or one per image (then an image does not depend on its batch).
             latents: initial noise (images, C, h, w).
             output_type: "pil", "np", "pt" or "latent".
-            return_dict: False returns a tuple (images,).
-            callback_on_step_end: called as (pipe, step_index, timestep, tensors); may return {"latents": …}, and may
-                set ``pipe._interrupt`` to stop. CoDe's candidates are N latents per image.
-            callback_on_step_end_tensor_inputs: what the callback is given, of "latents", "noise_pred",
-                "prompt_embeds" and "negative_prompt_embeds".
+            return_dict: False returns a tuple, as the plain pipeline's.
+            callback_on_step_end: called as (pipe, step_index, timestep, tensors). The tensors it returns or changes
+                are used from then on; it may set ``pipe._guidance_scale``, and ``pipe._interrupt`` to stop. CoDe's
+                candidates are N latents per image.
+            callback_on_step_end_tensor_inputs: what the callback is given, of ``pipe._callback_tensor_inputs``.
             normalize: divide weights by their sum.
             ls_schedule: "iid" or "systematic", of ``db-mpa-ls``.
             rewards: name → reward, of ``code`` and ``rgg``.
@@ -216,125 +491,436 @@ class DiffusionBlendPipeline:
             steering: a CoDe or RGG of your own on top of any blend.
             blend: instead of ``method``: a blend's object, which holds its own settings, or its class.
             execution, max_rows: see :func:`dblightning.sampling.arrange`.
+            cross_attention_kwargs: ``scale`` scales all adapters.
+            negative_original_size, negative_target_size: SDXL's sizes of the unconditional pass; both or none.
 
         Returns:
-            :class:`BlendOutput`, or (images,).
+            :class:`BlendOutput`, or its values as a tuple.
 
         Raises:
             TypeError, ValueError: settings that do not fit, before the first denoiser call.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self._check(prompts, output_type, num_images_per_prompt, callback_on_step_end_tensor_inputs)
-        if blend is None and steers(method):
-            if steering is not None:
-                raise ValueError(f"method {method!r} is a steering itself; give steering= to a blend such as 'base'")
-            if callable(weights):
-                raise ValueError(f"method {method!r} takes weights per image, not a function of the step")
-            steering = resolve_steering(method, rewards, weights, kl_scale, normalize, method_options)
-            blend = Base()
-        else:
-            if rewards:
-                raise ValueError(f"rewards belong to {sorted(STEERING)}, not to {blend or method!r}")
-            blend = resolve_blend(blend or method, weights, kl_scale, normalize, ls_schedule, method_options)
-        solver = self._solver(num_inference_steps, eta)
         backbone = self.backbone
+        pipeline = backbone.pipeline
+        if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
+            raise ValueError(f"ip_adapter_image is not for blends: {REFUSED['load_ip_adapter']}")
+        prompts = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
+        names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        self._check(prompts, prompt_embeds, output_type, per_prompt, names)
+        if guidance_scale is None:
+            guidance_scale = 5.0 if backbone.is_xl else 7.5
+        chosen, steering = self._blend(
+            blend, method, weights, kl_scale, normalize, ls_schedule, rewards, method_options, steering
+        )
+        noisy = steering is not None or isinstance(chosen, DBMPALS) or getattr(chosen, "needs_noise", False)
+        if eta is None and noisy and "eta" in inspect.signature(type(self.scheduler).step).parameters:
+            eta = 1.0
+        solver = self._solver(num_inference_steps, eta, timesteps, sigmas, denoising_end)
         shape = self._latent_shape(height, width)
-        texts = [each for each in prompts for _ in range(num_images_per_prompt)]
-        negatives = negative_prompt
-        if negative_prompt is not None and not isinstance(negative_prompt, str):
-            negatives = [each for each in negative_prompt for _ in range(num_images_per_prompt)]
-        if latents is not None and latents.shape != (len(texts), *shape):
-            raise ValueError(f"latents must be {(len(texts), *shape)} for these prompts, got {tuple(latents.shape)}")
+        count = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
+        images = count * per_prompt
+        if latents is not None and latents.shape != (images, *shape):
+            raise ValueError(f"latents must be {(images, *shape)} for these prompts, got {tuple(latents.shape)}")
+        call = CallSettings(
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            clip_skip=clip_skip,
+            cross_attention_kwargs=cross_attention_kwargs,
+            denoising_end=denoising_end,
+            num_timesteps=len(solver.timesteps),
+            embedded_guidance=backbone.unet.config.time_cond_proj_dim is not None,
+        )
         device = backbone.device
-        if hasattr(backbone.unet, "_hf_hook"):  # offloaded weights travel, merged copies would not
+        negatives = (negative_prompt, negative_prompt_2)
+        given = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
+        sizes = self._sizes(
+            (shape[1], shape[2]),
+            original_size,
+            crops_coords_top_left,
+            target_size,
+            negative_original_size,
+            negative_crops_coords_top_left,
+            negative_target_size,
+        )
+        noise = GeneratorNoise(generator, images, device, self._noise_dtype(prompt_embeds))
+        if not backbone.can_merge:  # hooks move or cast the weights; merged copies would stay as they are
             execution = "gated"
-        noise = GeneratorNoise(generator, len(texts), device, next(backbone.unet.parameters()).dtype)
-        conditioning = backbone.encode(texts, negatives)
-        first = noise(shape) if latents is None else latents.to(device)
-        self._interrupt = False
-        resolution = backbone.resolution
-        backbone.resolution = shape[1] * self.vae_scale_factor  # SDXL is told the size
+        before = self._calls.start(call)
         try:
-            with self.progress_bar(total=len(solver.timesteps)) as bar:
-
-                def on_step(step_index: int, before: Tensor, output: Tensor, following: Tensor) -> Tensor | None:
-                    replaced = None
-                    if callback_on_step_end is not None:
-                        tensors = {
-                            "latents": following,
-                            "noise_pred": output,
-                            "prompt_embeds": conditioning.prompt_embeds,
-                            "negative_prompt_embeds": conditioning.negative_prompt_embeds,
-                        }
-                        wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-                        given = {name: tensors[name] for name in wanted}
-                        returned = callback_on_step_end(self, step_index, solver.timesteps[step_index], given)
-                        replaced = (returned or {}).get("latents")
-                    bar.update()
-                    if self._interrupt:
-                        raise _Stopped(following if replaced is None else replaced)
-                    return replaced
-
-                try:
-                    result = denoise_loop(
-                        backbone,
-                        conditioning,
-                        solver,
-                        blend,
-                        noise,
-                        guidance_scale,
-                        first,
-                        execution,
-                        max_rows,
-                        on_step,
-                        steering,
-                        texts,
-                    )
-                except _Stopped as stopped:
-                    result = stopped.latents
-            images = self._output(result, output_type)
+            # offloaded models leave the device when a call ends, so those calls take turns
+            with backbone.lock if hasattr(backbone.unet, "_hf_hook") else nullcontext():
+                conditioning = self._conditioning(prompts, prompt_2, negatives, given, count, per_prompt, call, sizes)
+                first = noise(shape) if latents is None else latents.to(device)
+                with self.progress_bar(total=len(solver.timesteps)) as bar:
+                    try:
+                        result = denoise_loop(
+                            backbone,
+                            conditioning,
+                            solver,
+                            chosen,
+                            noise,
+                            guidance_scale,
+                            first,
+                            execution,
+                            max_rows,
+                            self._on_step(call, conditioning, solver, callback_on_step_end, names, bar),
+                            steering,
+                            repeated(prompts, count, per_prompt),
+                        )
+                    except _Stopped as stopped:
+                        result = stopped.latents
+                made, unsafe = self._output(result, output_type)
+                pipeline.maybe_free_model_hooks()
         finally:
-            backbone.resolution = resolution
-            self.maybe_free_model_hooks()
-        return BlendOutput(images) if return_dict else (images,)
+            self._calls.end(before)
+        if return_dict:
+            return BlendOutput(made, unsafe)
+        return (made,) if backbone.is_xl else (made, unsafe)
 
-    def _check(self, prompts: list[str], output_type: str, per_prompt: int, tensors: Sequence[str]) -> None:
-        if not prompts or not all(isinstance(each, str) for each in prompts):
+    def _check(
+        self,
+        prompts: list[str] | None,
+        prompt_embeds: Tensor | None,
+        output_type: str,
+        per_prompt: int,
+        tensors: Sequence[str],
+    ) -> None:
+        if prompts is None and prompt_embeds is None:
+            raise ValueError("give a prompt, a text or a non-empty list of texts, or prompt_embeds; got neither")
+        if prompts is not None and (not prompts or not all(isinstance(each, str) for each in prompts)):
             raise ValueError(f"prompt must be a text or a non-empty list of texts, got {prompts!r}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         if per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {per_prompt}")
-        known = ("latents", "noise_pred", "prompt_embeds", "negative_prompt_embeds")
+        known = self._callback_tensor_inputs
         unknown = [name for name in tensors if name not in known]
         if unknown:
             raise ValueError(f"callback_on_step_end_tensor_inputs may name {known}, got {unknown[0]!r}")
 
-    def _solver(self, num_inference_steps: int, eta: float | None) -> Solver:
-        if eta is None and "DDIM" in type(self.scheduler).__name__:
-            eta = 1.0
-        return make_solver(self.scheduler, num_inference_steps, eta)
+    def _blend(
+        self,
+        blend: Blend | type[Blend] | str | None,
+        method: str | None,
+        weights: BatchWeights | WeightSchedule | None,
+        kl_scale: float | Sequence[float],
+        normalize: bool,
+        ls_schedule: str,
+        rewards: Mapping[str, Reward] | None,
+        method_options: Mapping[str, Any] | None,
+        steering: Steering | None,
+    ) -> tuple[Blend, Steering | None]:
+        """Who predicts, and what steers."""
+        if blend is not None and method is not None:
+            raise ValueError(f"give method or blend, not both; got method {method!r} and blend {blend!r}")
+        if (
+            blend is None
+            and method is None
+            and weights is None
+            and kl_scale == 1
+            and not rewards
+            and not method_options
+        ):
+            if self._active is not None:
+                active = self._active if self._lora_enabled else {}
+                return _ActiveAdapters({name: active[name] for name in active if name in self.adapters.names}), steering
+            if not self.adapters.names or not self._lora_enabled:
+                return Base(), steering
+        name = method or "db-mpa"
+        if blend is None and steers(name):
+            if steering is not None:
+                raise ValueError(f"method {name!r} is a steering itself; give steering= to a blend such as 'base'")
+            if callable(weights):
+                raise ValueError(f"method {name!r} takes weights per image, not a function of the step")
+            return Base(), resolve_steering(name, rewards, weights, kl_scale, normalize, method_options)
+        if rewards:
+            raise ValueError(f"rewards belong to {sorted(STEERING)}, not to {blend or name!r}")
+        return resolve_blend(blend or name, weights, kl_scale, normalize, ls_schedule, method_options), steering
+
+    def _solver(
+        self,
+        num_inference_steps: int | None,
+        eta: float | None,
+        timesteps: Sequence[int] | None,
+        sigmas: Sequence[float] | None,
+        denoising_end: float | None,
+    ) -> Solver:
+        if denoising_end is not None and not self.backbone.is_xl:
+            raise ValueError("denoising_end belongs to SDXL; this is a Stable Diffusion 1.x or 2.x model")
+        if timesteps is not None and sigmas is not None:
+            raise ValueError("give timesteps or sigmas, not both")
+        custom: dict[str, Any] = {
+            name: each for name, each in (("timesteps", timesteps), ("sigmas", sigmas)) if each is not None
+        }
+        solver: Solver
+        if custom:
+            solver = DiffusersSolver(self.scheduler, eta=eta, **custom)
+        else:
+            solver = make_solver(self.scheduler, num_inference_steps, eta)  # type: ignore[arg-type]
+        if denoising_end is not None and 0 < denoising_end < 1:
+            total = self.scheduler.config.num_train_timesteps
+            kept = solver.timesteps >= round(total - denoising_end * total)
+            solver.timesteps = solver.timesteps[: int(kept.sum())]
+        return solver
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """(C, h, w) of a picture of this size."""
         backbone = self.backbone
-        channels, side, _ = backbone.latent_shape
-        factor = self.vae_scale_factor
-        sizes = [side * factor if each is None else each for each in (height, width)]
-        step = factor * 2 ** (len(backbone.unet.config.block_out_channels) - 1)
+        sizes = [
+            default if each is None else each
+            for each, default in zip((height, width), backbone.default_size, strict=True)
+        ]
         for each in sizes:
-            if each < step or each % step:
-                raise ValueError(f"height and width must be multiples of {step} for this model, got {each}")
-        if backbone.is_xl and sizes[0] != sizes[1]:
-            raise ValueError(f"SDXL is told one size: height and width must be equal, got {sizes[0]} and {sizes[1]}")
-        return channels, sizes[0] // factor, sizes[1] // factor
+            if each < backbone.size_step or each % backbone.size_step:
+                raise ValueError(
+                    f"height and width must be multiples of {backbone.size_step} for this model, got {each}"
+                )
+        factor = self.vae_scale_factor
+        return backbone.latent_shape[0], sizes[0] // factor, sizes[1] // factor
 
-    def _output(self, latents: Tensor, output_type: str) -> Any:
+    def _noise_dtype(self, prompt_embeds: Tensor | None) -> torch.dtype:
+        """Precision in which noise is drawn: the embeddings', as in diffusers."""
+        encoder = self.backbone.text_encoder_2 if self.backbone.is_xl else self.backbone.text_encoder
+        return (self.backbone.unet if encoder is None else encoder).dtype
+
+    def _sizes(
+        self,
+        latent_size: tuple[int, int],
+        original: tuple[int, int] | None,
+        crop: tuple[int, int],
+        target: tuple[int, int] | None,
+        negative_original: tuple[int, int] | None,
+        negative_crop: tuple[int, int],
+        negative_target: tuple[int, int] | None,
+    ) -> Callable[[int, Tensor], dict[str, Tensor]]:
+        """What makes ``Conditioning.size`` and ``negative_size``, from the number of images and their embeddings."""
+        if not self.backbone.is_xl:
+            given = (original, target, negative_original, negative_target)
+            if any(each is not None for each in given) or (*crop, *negative_crop) != (0, 0, 0, 0):
+                raise ValueError("original_size, target_size and crops belong to SDXL; leave them out for this model")
+            return lambda images, like: {}
+        factor = self.vae_scale_factor
+        size = (latent_size[0] * factor, latent_size[1] * factor)
+
+        def make(images: int, like: Tensor) -> dict[str, Tensor]:
+            ids = {"size": self.backbone.size_ids(images, like, size, original, crop, target)}
+            if negative_original is not None and negative_target is not None:
+                ids["negative_size"] = self.backbone.size_ids(
+                    images, like, size, negative_original, negative_crop, negative_target
+                )
+            return ids
+
+        return make
+
+    def _conditioning(
+        self,
+        prompts: list[str] | None,
+        prompt_2: str | Sequence[str] | None,
+        negatives: tuple[str | Sequence[str] | None, str | Sequence[str] | None],
+        given: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+        count: int,
+        per_prompt: int,
+        call: CallSettings,
+        sizes: Callable[[int, Tensor], dict[str, Tensor]],
+    ) -> Conditioning:
+        """Conditioning of ``count`` · ``per_prompt`` images, a prompt's images side by side."""
+        backbone = self.backbone
+        if not backbone.is_xl and (
+            prompt_2 is not None or negatives[1] is not None or any(g is not None for g in given[2:])
+        ):
+            raise ValueError("prompt_2, negative_prompt_2 and pooled embeddings belong to SDXL; leave them out")
+        for name, texts in (("negative", negatives[0]), ("second", prompt_2), ("second negative", negatives[1])):
+            if texts is not None and not isinstance(texts, str) and len(texts) != count:
+                raise ValueError(f"got {len(texts)} {name} prompts for {count} prompts")
+        scale = (call.cross_attention_kwargs or {}).get("scale", 1.0)
+        encoders = (backbone.text_encoder, backbone.text_encoder_2)
+        text_scale = scale if scale != 1 and any(has_lora(encoder) for encoder in encoders) else None
+        if all(each is None for each in given):
+            conditioning = self._from_texts(prompts or [], prompt_2, negatives, per_prompt, call, text_scale)
+        else:
+            conditioning = self._from_embeddings(
+                prompts, prompt_2, negatives, given, count, per_prompt, call, text_scale
+            )
+        attention = {key: value for key, value in (call.cross_attention_kwargs or {}).items() if key != "scale"}
+        return conditioning._replace(
+            **sizes(count * per_prompt, conditioning.prompt_embeds),
+            guidance_rescale=call.guidance_rescale,
+            lora_scale=float(scale),
+            attention_kwargs=attention or None,
+        )
+
+    def _from_texts(
+        self,
+        prompts: list[str],
+        prompt_2: str | Sequence[str] | None,
+        negatives: tuple[str | Sequence[str] | None, str | Sequence[str] | None],
+        per_prompt: int,
+        call: CallSettings,
+        lora_scale: float | None,
+    ) -> Conditioning:
+        backbone, count = self.backbone, len(prompts)
+
+        def pairs(first: Any, second: Any) -> list[tuple[str, str | None]]:
+            none: list[str | None] = [None] * (count * per_prompt)
+            seconds = repeated(second, count, per_prompt) or none
+            return list(zip(repeated(first, count, per_prompt) or [], seconds, strict=True))
+
+        embeds, pooled, negative_embeds, negative_pooled = backbone.embed(
+            pairs(prompts, prompt_2),
+            pairs(negatives[0] if negatives[0] is not None else "", negatives[1]),
+            call.clip_skip,
+            lora_scale,
+            thorough=True,
+        )
+        if negatives[0] is None and backbone.zero_negative:
+            negative_embeds, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+        return Conditioning(embeds, pooled, negative_embeds, negative_pooled)
+
+    def _from_embeddings(
+        self,
+        prompts: list[str] | None,
+        prompt_2: str | Sequence[str] | None,
+        negatives: tuple[str | Sequence[str] | None, str | Sequence[str] | None],
+        given: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+        count: int,
+        per_prompt: int,
+        call: CallSettings,
+        lora_scale: float | None,
+    ) -> Conditioning:
+        """Embeddings that the caller gave, some or all; the wrapped pipeline makes those that are missing."""
+        backbone = self.backbone
+        pipeline = backbone.pipeline
+        names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+        texts: dict[str, Any] = {"prompt": prompts, "negative_prompt": repeated(negatives[0], count, 1)}
+        if backbone.is_xl:
+            texts |= {"prompt_2": repeated(prompt_2, count, 1), "negative_prompt_2": repeated(negatives[1], count, 1)}
+        embeddings = dict(zip(names if backbone.is_xl else names[:2], given, strict=False))
+        pipeline.check_inputs(height=8, width=8, callback_steps=None, **texts, **embeddings)
+        if call.guided and given[1] is None and not backbone.zero_negative and backbone.text_encoder is None:
+            raise ValueError(
+                "guidance needs negative_prompt_embeds, or a text encoder to make them; or guidance_scale=1"
+            )
+        with backbone.lock:
+            made = pipeline.encode_prompt(
+                device=backbone.device,
+                num_images_per_prompt=per_prompt,
+                do_classifier_free_guidance=call.guided,
+                lora_scale=lora_scale,
+                clip_skip=call.clip_skip,
+                **texts,
+                **embeddings,
+            )
+        embeds, negative_embeds = made[0], made[1]
+        pooled, negative_pooled = made[2:] if backbone.is_xl else (embeds[:, -1], None)
+        call.has_negatives = negative_embeds is not None
+        if negative_embeds is None:
+            negative_embeds, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+        elif negative_pooled is None:
+            negative_pooled = negative_embeds[:, -1]
+        return Conditioning(embeds, pooled, negative_embeds, negative_pooled)
+
+    def _on_step(
+        self,
+        call: CallSettings,
+        conditioning: Conditioning,
+        solver: Solver,
+        callback: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None,
+        names: Sequence[str],
+        bar: Any,
+    ) -> Callable[[int, Tensor, Tensor, Tensor], Change]:
+        """What happens after each step: the callback, the progress bar, the stop."""
+        tensors = CallbackTensors(conditioning, call.guided)
+
+        def on_step(step_index: int, before: Tensor, output: Tensor, following: Tensor) -> Change:
+            change = Change()
+            if callback is not None:
+                known = {**tensors.held, "latents": following, "noise_pred": output}
+                guidance, rescale = call.guidance_scale, call.guidance_rescale
+                given = {name: known[name] for name in names}
+                returned = callback(self, step_index, solver.timesteps[step_index], given) or {}
+                if call.guided and not call.has_negatives:
+                    raise ValueError(
+                        "a callback turned guidance on, but the call has no negative_prompt_embeds; pass them"
+                    )
+                made = tensors.taken(returned)
+                if call.guidance_rescale != rescale:
+                    made = tensors.conditioning = tensors.conditioning._replace(guidance_rescale=call.guidance_rescale)
+                changed = call.guidance_scale if call.guidance_scale != guidance else None
+                change = Change(returned.get("latents"), made, changed)
+            bar.update()
+            if call.interrupt:
+                raise _Stopped(following if change.latents is None else change.latents)
+            return change
+
+        return on_step
+
+    def _output(self, latents: Tensor, output_type: str) -> tuple[Any, list[bool] | None]:
+        """Images as the caller wants them, and the safety checker's verdicts."""
         if output_type == "latent":
-            return latents
+            return latents, None
         images = self.backbone.decode(latents)
+        images, unsafe = self._screened(images)
         if output_type == "pt":
-            return images
+            return images, unsafe
         processor = self.image_processor
         pixels = processor.pt_to_numpy(images)
-        return pixels if output_type == "np" else processor.numpy_to_pil(pixels)
+        return (pixels if output_type == "np" else processor.numpy_to_pil(pixels)), unsafe
+
+    def _screened(self, images: Tensor) -> tuple[Tensor, list[bool] | None]:
+        """Images in [0, 1] after the wrapped pipeline's watermark or safety checker, where it has one."""
+        pipeline = self.backbone.pipeline
+        if getattr(pipeline, "watermark", None) is not None:
+            return (pipeline.watermark.apply_watermark(images * 2 - 1) / 2 + 0.5).clamp(0, 1), None
+        if getattr(pipeline, "safety_checker", None) is None:
+            return images, None
+        _, unsafe = pipeline.run_safety_checker(images * 2 - 1, self.backbone.device, self.backbone.unet.dtype)
+        black = torch.tensor(unsafe, device=images.device).view(-1, 1, 1, 1)
+        return torch.where(black, torch.zeros_like(images), images), list(unsafe)
+
+
+def _assembled(components: dict[str, Any]) -> Any:
+    """A plain pipeline of components."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    if {"text_encoder_2", "tokenizer_2"} & components.keys():
+        return StableDiffusionXLPipeline(**components)
+    checked = components.get("safety_checker") is not None
+    defaults = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": checked}
+    return StableDiffusionPipeline(**{**defaults, **components})
+
+
+def _unadapted(pipeline: Any) -> Any:
+    """A pipeline of the same components whose denoiser shares the base weights and has no adapter layers."""
+    unet = pipeline.unet
+    unet = getattr(unet, "_orig_mod", unet)
+    weights = {
+        key.replace(".base_layer.", "."): value for key, value in unet.state_dict().items() if ".lora_" not in key
+    }
+    with torch.device("meta"):
+        plain = type(unet).from_config(unet.config)
+    plain.load_state_dict(weights, assign=True)
+    made = type(pipeline)(**{**pipeline.components, "unet": plain}, **pipeline.parameters)
+    made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+    return made
+
+
+def _lora_file(path: str | Path, weight_name: str | None, hub: Mapping[str, Any]) -> Path:
+    """The LoRA file of a folder, a file path, or a hub id (downloaded)."""
+    options = dict(hub)
+    subfolder = options.pop("subfolder", None) or ""
+    local = Path(path).expanduser() / subfolder
+    if local.is_file():
+        return local
+    if local.is_dir() or str(path).count("/") != 1:
+        return local if weight_name is None else local / weight_name
+    from huggingface_hub import hf_hub_download
+
+    try:
+        found = hf_hub_download(str(path), weight_name or WEIGHTS_NAME, subfolder=subfolder or None, **options)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no LoRA at {str(path)!r}: neither a local folder nor a hub repository with {weight_name or WEIGHTS_NAME} "
+            f"({type(error).__name__}); give the exported folder, or weight_name="
+        ) from error
+    return Path(found)

@@ -211,6 +211,21 @@ class Run:
             self, conditioning=self.conditioning.rows(index), plan=plan, prompts=prompts, _arranged={}, _copied={}
         )
 
+    def changed(self, state: State, change: Change | None) -> State:
+        """The state to go on from; a prediction made ahead is dropped when what it was made of has changed."""
+        if change is None:
+            return state
+        if change.conditioning is not None:
+            self.conditioning = change.conditioning
+            self._copied.clear()
+            state = State(state.latents)
+        if change.guidance_scale is not None:
+            self.guidance_scale = change.guidance_scale
+            state = State(state.latents)
+        if change.latents is not None and change.latents is not state.latents:
+            state = State(change.latents.to(state.latents.dtype))
+        return state
+
     def predict(self, latents: Tensor, step_index: int) -> Tensor:
         """The blended prediction for B · copies rows, an image's copies side by side: float32, latents' shape."""
         copies = len(latents) // self.batch
@@ -312,8 +327,17 @@ class Unsteered(Steering):
         return output, State(run.solver.step(output, state.latents, step_index, run.noise))
 
 
-#: called after each step with (step_index, latents, model output, next latents); may return latents to go on with
-OnStep = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
+class Change(NamedTuple):
+    """What a callback changes for the steps to come; None leaves a thing as it is."""
+
+    latents: Tensor | None = None  # shape of the next latents
+    conditioning: Conditioning | None = None  # B rows
+    guidance_scale: float | None = None
+
+
+#: called after each step with (step_index, latents, model output, next latents); may return latents to go on with, or
+#: a :class:`Change`
+OnStep = Callable[[int, Tensor, Tensor, Tensor], Tensor | Change | None]
 
 
 def denoise_loop(
@@ -372,9 +396,8 @@ def denoise_loop(
         before = state.latents
         output, state = steering.step(run, step_index, state)
         if on_step is not None:
-            replaced = on_step(step_index, before, output, state.latents)
-            if replaced is not None and replaced is not state.latents:
-                state = State(replaced.to(before.dtype))
+            change = on_step(step_index, before, output, state.latents)
+            state = run.changed(state, Change(latents=change) if isinstance(change, Tensor) else change)
     return state.latents
 
 

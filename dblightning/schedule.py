@@ -143,6 +143,8 @@ def ddim_scheduler(scheduler_config: Mapping[str, Any]) -> Any:
             f"{name} has no noise schedule of β's (it is made for flow matching or EDM), and DDIM needs one; use a "
             "base model whose scheduler_config.json names beta_start, beta_end and beta_schedule"
         )
+    if name in ("DDIMScheduler", "DDIMParallelScheduler"):  # every value is this scheduler's, also a changed default
+        config.pop("_use_default_values", None)
     # what the scheduler itself did where its file said nothing, which from_config would forget
     own = {key: bool(config.get(key, False)) for key in ("clip_sample", "thresholding", "set_alpha_to_one")}
     unsaid = {key for key in config.get("_use_default_values", ()) if key in own}

@@ -154,17 +154,27 @@ class DiffusersSolver:
         scheduler: a diffusers scheduler; it is copied, so one object can serve many runs.
         num_inference_steps: number T of denoising steps.
         eta: noise of a scheduler whose step takes it (DDIM, TCD, …); None is 0, which diffusers' pipelines pass.
+        custom: instead of the number, ``timesteps=[…]`` or ``sigmas=[…]``, which some schedulers take.
 
     Raises:
-        ValueError: a number of steps out of range, or an eta above 0 for a scheduler that has none.
+        ValueError: a number of steps out of range, custom steps that the scheduler does not take, or an eta above 0
+            for a scheduler that has none.
     """
 
-    def __init__(self, scheduler: Any, num_inference_steps: int, eta: float | None = None) -> None:
+    def __init__(
+        self, scheduler: Any, num_inference_steps: int | None = None, eta: float | None = None, **custom: Any
+    ) -> None:
         kind = type(scheduler)
-        self.scheduler = kind.from_config(scheduler.config)
-        check_num_inference_steps(num_inference_steps, int(self.scheduler.config.get("num_train_timesteps", 1000)))
-        self.num_inference_steps = num_inference_steps
-        self.scheduler.set_timesteps(num_inference_steps)
+        # every value as it is: `from_config` alone would replace those that were defaults, even if changed since
+        self.scheduler = kind.from_config({k: v for k, v in scheduler.config.items() if k != "_use_default_values"})
+        refused = [name for name in custom if name not in inspect.signature(self.scheduler.set_timesteps).parameters]
+        if refused:
+            raise ValueError(f"{kind.__name__} takes no custom {refused[0]}; give num_inference_steps alone")
+        if not custom:
+            trained = int(self.scheduler.config.get("num_train_timesteps", 1000))
+            check_num_inference_steps(num_inference_steps, trained)  # type: ignore[arg-type]
+        self._steps = custom or {"num_inference_steps": num_inference_steps}
+        self.scheduler.set_timesteps(**self._steps)
         self.timesteps: Tensor = self.scheduler.timesteps
         taken = inspect.signature(self.scheduler.step).parameters
         self._takes_generator = "generator" in taken
@@ -178,7 +188,7 @@ class DiffusersSolver:
         self._options = {"eta": eta} if "eta" in taken else {}
 
     def initial(self, noise: Tensor) -> Tensor:
-        self.scheduler.set_timesteps(self.num_inference_steps)  # forget an earlier run's history
+        self.scheduler.set_timesteps(**self._steps)  # forget an earlier run's history
         return noise * float(self.scheduler.init_noise_sigma)
 
     def scale(self, latents: Tensor, step_index: int) -> Tensor:

@@ -58,7 +58,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def latents_of(pipe: Any, prompt: Any = "a red circle", weights: Any = BLEND, **options: Any) -> torch.Tensor:
-    settings = {"num_inference_steps": STEPS, "generator": seeded(), "output_type": "latent", **options}
+    settings = {"num_inference_steps": STEPS, "generator": seeded(), "eta": 1.0, "output_type": "latent", **options}
     return pipe(prompt, weights, **settings).images
 
 
@@ -122,7 +122,7 @@ def test_pil_images_are_the_plain_pipelines(pipe: Any, plain: Any) -> None:
     import numpy as np
 
     expected = plain("a red circle", num_inference_steps=STEPS, generator=seeded(), eta=1.0).images[0]
-    got = pipe("a red circle", method="base", num_inference_steps=STEPS, generator=seeded()).images[0]
+    got = pipe("a red circle", method="base", num_inference_steps=STEPS, generator=seeded(), eta=1.0).images[0]
     assert got.size == expected.size and got.mode == expected.mode
     # one level: float noise of 1e-4 can cross a rounding boundary of 1/255
     assert np.abs(np.asarray(got, int) - np.asarray(expected, int)).max() <= 1
@@ -181,7 +181,8 @@ def test_images_of_one_prompt_stand_side_by_side(pipe: Any) -> None:
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
 def test_outputs_have_the_shape_diffusers_gives_them(pipe: Any, output_type: str) -> None:
-    (images,) = pipe(["x", "y"], BLEND, num_inference_steps=1, output_type=output_type, return_dict=False)
+    images, unsafe = pipe(["x", "y"], BLEND, num_inference_steps=1, output_type=output_type, return_dict=False)
+    assert unsafe is None  # StableDiffusionPipeline's second value
     shapes = {"np": (2, 16, 16, 3), "pt": (2, 3, 16, 16), "latent": (2, 4, 8, 8)}
     assert len(images) == 2 if output_type == "pil" else images.shape == shapes[output_type]
 
