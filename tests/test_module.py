@@ -297,7 +297,7 @@ def in_float32(module: RewardRLModule, folder: Path) -> RewardRLModule:
     weights = {key: each.float() for key, each in module.backbone.unet.state_dict().items()}  # type: ignore[union-attr]
     wide.backbone.unet.load_state_dict(weights)  # type: ignore[union-attr]
     encode = module.backbone.encode
-    wide.backbone.encode = lambda *texts: type(got := encode(*texts))(*(each.float() for each in got))  # type: ignore[method-assign]
+    wide.backbone.encode = lambda *texts: encode(*texts).to(torch.float32)  # type: ignore[method-assign]
     wide.prompts = module.prompts
     return wide
 
