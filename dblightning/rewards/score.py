@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ def list_images(folder: Path) -> list[Path]:
         FileNotFoundError: no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"--images: {folder} is no folder")
+        raise FileNotFoundError(f"--images: {folder} is not a folder")
     files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise FileNotFoundError(f"--images: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
@@ -48,41 +49,104 @@ def read_prompts(path: Path, images: Sequence[Path]) -> list[str]:
             object with "prompt", and with "file" (an image's name) unless the lines are in the order of the images.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: another number of prompts, or an image without one.
+        FileNotFoundError: no such file. ValueError: another number of prompts, an image without one or named twice, or
+            text that is not UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--prompts: no file {path}")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if path.suffix != ".jsonl":
+    try:
+        # not splitlines: it splits at characters that are part of a prompt too, such as U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    if lines[-1] == "":
+        lines.pop()  # the file ends with a newline
+    if path.suffix.lower() != ".jsonl":
         return _in_order(lines, images, path)
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            records.append((record.get("file"), record["prompt"]))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f'{path}:{number}: expected {{"prompt": …, "file": …}}: {error!r}') from error
+    records = [_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
     if any(file is None for file, _ in records):
         return _in_order([prompt for _, prompt in records], images, path)
-    by_name = dict(records)
+    by_name: dict[str | None, str] = {}
+    for file, prompt in records:
+        if file in by_name:
+            raise ValueError(f"{path} names {file} twice; keep one line per image")
+        by_name[file] = prompt
     if missing := [image.name for image in images if image.name not in by_name]:
         raise ValueError(f"{path} names no prompt for {len(missing)} images, such as {missing[0]}")
     return [by_name[image.name] for image in images]
 
 
+def _record(line: str, place: str) -> tuple[str | None, str]:
+    """(file, prompt) of a JSON line."""
+    try:
+        record = json.loads(line)
+        file, prompt = record.get("file"), record["prompt"]
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f'{place}: expected {{"prompt": …, "file": …}}: {error!r}') from error
+    if not isinstance(prompt, str) or not isinstance(file, str | None):
+        raise ValueError(f"{place}: prompt and file must be strings, got {prompt!r} and {file!r}")
+    return file, prompt
+
+
 def read_image(path: Path) -> np.ndarray:
-    """8-bit RGB pixels (H, W, 3); transparency is dropped.
+    """8-bit RGB pixels (H, W, 3), turned upright as EXIF says; transparency is dropped, 16-bit levels are rounded.
 
     Raises:
-        ValueError: not an image.
+        ValueError: not an image, or one whose levels have no known white: 32-bit integers or floats.
     """
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some damaged files
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format == "PNG"):
+                # Pillow clips 16-bit grey at 255; 65535 / 257 = 255
+                grey = np.rint(np.asarray(upright) / 257).clip(0, 255).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=2)
+            if upright.mode in ("I", "F"):
+                raise ValueError("its pixels are 32-bit numbers; convert it to 8 bits per channel")
+            return np.asarray(upright.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: damaged files
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def check_images_of(paths: Sequence[Path]) -> None:
+    """Refuse files that are no images, or damaged where that shows without decoding them.
+
+    Raises:
+        ValueError: such a file.
+    """
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image.verify()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def csv_cell(value: object) -> object:
+    """``value`` as a cell of a CSV file that a spreadsheet shows and does not compute: text that it would take for a
+    formula gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a ``.parquet`` or ``.csv`` file whole or not at all; what was there before stays until then.
+
+    Raises:
+        OSError: it could not be written, on a full disk for instance.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.suffix == ".parquet":
+            table.to_parquet(aside, index=False)
+        else:
+            table.map(csv_cell).rename(columns=csv_cell).to_csv(aside, index=False)
+        os.replace(aside, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def score_files(
@@ -103,8 +167,10 @@ def score_files(
         device: where the rewards run.
 
     Raises:
-        ValueError: a file that is no image, or another number of prompts than images.
+        ValueError: a file that is not an image, or another number of prompts than images.
     """
+    if len(images) != len(prompts):
+        raise ValueError(f"got {len(prompts)} prompts for {len(images)} images")
     columns: dict[str, list[float]] = {name: [] for name in rewards}
     for reward in rewards.values():
         reward.to(device)
@@ -146,7 +212,8 @@ def score_main(argv: Sequence[str] | None = None) -> None:
     try:
         _score_command(arguments)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"score: {error}") from error
+        sentence = error.strerror if isinstance(error, OSError) and error.filename is None else None
+        raise SystemExit(f"score: {' '.join((sentence or str(error)).split())}") from error
 
 
 def _score_command(arguments: argparse.Namespace) -> None:
@@ -158,6 +225,8 @@ def _score_command(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{out} exists; choose another name or pass --overwrite")
     if not out.parent.is_dir():
         raise ValueError(f"--out: the folder {out.parent} does not exist")
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out: no permission to write in the folder {out.parent}")
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be >= 1, got {arguments.batch_size}")
     names = [name.strip() for name in arguments.rewards.split(",") if name.strip()]
@@ -166,12 +235,10 @@ def _score_command(arguments: argparse.Namespace) -> None:
     options = read_options(arguments.options, names)
     images = list_images(arguments.images)
     prompts = read_prompts(arguments.prompts, images)
+    check_images_of(images)
     rewards = {name: build_reward(name, **options[name]) for name in names}
     table = score_files(rewards, images, prompts, arguments.batch_size, arguments.device)
-    if out.suffix == ".parquet":
-        table.to_parquet(out, index=False)
-    else:
-        table.to_csv(out, index=False)
+    write_table(table, out)
     for name in names:
         print(f"{name}: mean {table[name].mean():.4f}, from {table[name].min():.4f} to {table[name].max():.4f}")
     print(f"{out}: {len(table)} images")
