@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -23,9 +24,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from dblightning.distributed import Ranks
+from dblightning.lightning_internals import finish_logging_of_batch
 
 #: exit code of a run that a signal stopped after it had saved itself: EX_TEMPFAIL of sysexits.h, "try again later"
 PREEMPTED = 75
@@ -46,6 +48,51 @@ class Preempted(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGUSR1, so that the work in progress can be finished and saved first.
+
+    SLURM sends them before a time limit or a pre-emption. Lightning's own handling ends a process with exit code 0.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""  # of the signal received; empty while there is none
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Note signals from now on. Outside the main thread, where Python sets no handlers, there is nothing to note.
+
+        Call it once Lightning's own handlers are set (``on_train_start``, ``on_test_start``), to replace them.
+        """
+        self.name = ""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                before = signal.signal(number, self._note)
+                self._before.setdefault(number, before)
+
+    def release(self) -> None:
+        """Put back the handlers that were there before; harmless when repeated."""
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def check(self, state: str) -> None:
+        """End the process with exit code 75 if a signal was received.
+
+        Args:
+            state: what is saved and how to go on, for the message.
+
+        Raises:
+            Preempted: a signal was received.
+        """
+        if self.name:
+            message = f"stopped by {self.name}: {state}"
+            print(message, file=sys.stderr, flush=True)
+            raise Preempted(message)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.name = signal.Signals(number).name
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -105,22 +152,22 @@ def read_whole(path: str | Path) -> Any:
     try:
         return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise DamagedCheckpointError(f"{path} is no whole checkpoint ({type(error).__name__}: {error})") from error
+        raise DamagedCheckpointError(f"{path} is not an intact checkpoint ({type(error).__name__}: {error})") from error
 
 
-def newest_whole(folder: str | Path, besides: str | Path | None = None) -> Path | None:
-    """The checkpoint of a folder written last that is whole, shards included; None where there is none.
+def newest_whole(folder: str | Path, exclude: str | Path | None = None) -> Path | None:
+    """The latest intact checkpoint of a folder, shards included; None where there is none.
 
     Args:
         folder: where to look for ``*.ckpt``.
-        besides: a file to leave out.
+        exclude: a file to leave out.
     """
-    files = [file for file in Path(folder).glob("*.ckpt") if besides is None or file != Path(besides)]
+    files = [file for file in Path(folder).glob("*.ckpt") if exclude is None or file != Path(exclude)]
     for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True):
         try:
             _check_shards(file, read_whole(file))
         except (OSError, DamagedCheckpointError) as error:
-            warnings.warn(f"passing over a checkpoint: {error}", stacklevel=2)
+            warnings.warn(f"skipping a checkpoint: {error}", stacklevel=2)
         else:
             return file
     return None
@@ -191,7 +238,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         """The checkpoint; its folder is noted in it, for the shards.
 
         Raises:
-            DamagedCheckpointError: naming the newest whole checkpoint in the same folder.
+            DamagedCheckpointError: naming the latest intact checkpoint in the same folder.
         """
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
@@ -199,8 +246,8 @@ class CheckedCheckpointIO(TorchCheckpointIO):
             checkpoint: dict[str, Any] = read_whole(path)
             _check_shards(Path(path), checkpoint)
         except DamagedCheckpointError as error:
-            other = newest_whole(Path(path).parent, besides=path)
-            advice = f"the newest whole one is {other}: --ckpt_path {other}" if other else "no other is in its folder"
+            other = newest_whole(Path(path).parent, exclude=path)
+            advice = f"the latest intact one is {other}: --ckpt_path {other}" if other else "no other is in its folder"
             raise DamagedCheckpointError(f"{error}; {advice}") from error
         if "dblightning" in checkpoint:
             checkpoint["dblightning"]["folder"] = str(Path(path).parent)
@@ -211,9 +258,9 @@ class CheckedCheckpointIO(TorchCheckpointIO):
 
 
 class RunCheckpoint(Checkpoint):
-    """Save the run every few rollouts, at its end and when it is told to stop; ``fit`` adds one by default.
+    """Save the run every few rollouts, at its end and on a stop signal; ``fit`` adds one by default.
 
-    SIGTERM and SIGUSR1 (SLURM's warning before a time limit or pre-emption), on any rank, let the rollout at hand end,
+    SIGTERM and SIGUSR1 (SLURM's warning before a time limit or pre-emption), on any rank, let the current rollout end,
     save, and end every process with exit code 75. In an epoch's last rollout the validation is still done.
 
     Args:
@@ -231,8 +278,8 @@ class RunCheckpoint(Checkpoint):
         self.folder = folder
         self.every_n_rollouts = every_n_rollouts
         self.keep = keep
-        self.told_to_stop = ""  # the signal this process got
-        self._agreed = ""  # the signal any process got, as all know since the last rollout
+        self.stop_signal = StopSignal()
+        self._agreed = ""  # the signal that any process received, as all know since the last rollout
         self._saved = -1
         self._due = False
 
@@ -241,17 +288,17 @@ class RunCheckpoint(Checkpoint):
         return Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
 
     def find(self, trainer: L.Trainer) -> Path | None:
-        """The newest whole checkpoint of earlier runs, None where there is none.
+        """The latest intact checkpoint of earlier runs, None where there is none.
 
         Raises:
             ValueError: the folder is named anew by each run, so earlier runs cannot be found.
-            DamagedCheckpointError: there are checkpoints and none is whole.
+            DamagedCheckpointError: there are checkpoints and none is intact.
         """
         folder = self.path(trainer)
         if self.folder is None and folder.parent.name.startswith("version_"):
             raise ValueError(
-                f"each run logs to a new folder (now {folder.parent}), so the last run's checkpoint cannot be told; "
-                "give RunCheckpoint a folder, or the logger a fixed version, or name the file in --ckpt_path"
+                f"each run logs to a new folder (now {folder.parent}), so the last run's checkpoint cannot be "
+                "determined; give RunCheckpoint a folder, or the logger a fixed version, or name a file in --ckpt_path"
             )
         found = newest_whole(folder)
         if found is None and any(folder.glob("*.ckpt")):
@@ -263,45 +310,36 @@ class RunCheckpoint(Checkpoint):
             trainer.strategy.checkpoint_io = CheckedCheckpointIO()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = self.path(trainer)
-        if not trainer.ckpt_path and any(folder.glob("*.ckpt")):
-            rank_zero_warn(
-                f"{folder} holds checkpoints of an earlier run, which this new run will replace by its own; "
-                "to go on from them use --ckpt_path auto"
-            )
-        self.told_to_stop, self._agreed, self._due = "", "", False
+        self._agreed, self._due = "", False
         self._saved = _rollouts(pl_module)
-        if threading.current_thread() is threading.main_thread():
-            # after Lightning has set its handlers, which exchange with the other ranks from inside the handler
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, self._note)
+        self.stop_signal.listen()
 
-    def _note(self, number: int, frame: Any) -> None:
-        self.told_to_stop = signal.Signals(number).name
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.stop_signal.release()
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         _flush(trainer)  # a killed run resumes after its last checkpoint, and its curves must reach that far
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         rollouts = _rollouts(pl_module)
-        self._agreed = next(filter(None, _ranks(pl_module).gather(self.told_to_stop)), "")
+        self._agreed = next(filter(None, _ranks(pl_module).gather(self.stop_signal.name)), "")
         self._due = bool(self._agreed) or rollouts - self._saved >= self.every_n_rollouts
         # An epoch's last rollout is saved after the epoch's validation, which a resumed run would leave out otherwise
         if self._due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             if self._agreed:  # the exception below ends the batch before Lightning logs it
-                trainer._logger_connector.on_batch_end()
-                trainer._logger_connector.update_train_step_metrics()
-            self._save_and_obey(trainer, pl_module)
+                finish_logging_of_batch(trainer)
+            self._save_and_stop(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._due:
-            self._save_and_obey(trainer, pl_module)
+            self._save_and_stop(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _rollouts(pl_module) != self._saved:
             self.save(trainer, pl_module)
+        self.stop_signal.release()
 
-    def _save_and_obey(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _save_and_stop(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._due = False
         saved = self.save(trainer, module)
         last = trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs
@@ -310,15 +348,27 @@ class RunCheckpoint(Checkpoint):
             rank_zero_info(message)
             raise Preempted(message)
 
-    def save(self, trainer: L.Trainer, module: L.LightningModule) -> Path:
+    def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> dict[Path, list[Path]]:
+        """What a run's checkpoints would replace, for ``RunGuard``."""
+        folder = self.path(trainer)
+        return {folder: sorted(folder.glob("*.ckpt"))}
+
+    def save(self, trainer: L.Trainer, module: L.LightningModule, name: str | None = None) -> Path:
         """Save now; older checkpoints than the last ``keep`` are removed. A collective call.
+
+        Args:
+            trainer, module: the run; one of ``fast_dev_run`` is not saved.
+            name: of the file; None names it after the rollouts done.
 
         Raises:
             OSError, RankError: a rank could not write; every rank stops, and earlier checkpoints are untouched.
+            NonFiniteError: the weights or the optimisers' state are NaN or infinite; nothing is written.
         """
-        _flush(trainer)
         ranks, rollouts = _ranks(module), _rollouts(module)
-        path = self.path(trainer) / f"rollout-{rollouts:06d}.ckpt"
+        path = self.path(trainer) / (name or f"rollout-{rollouts:06d}.ckpt")
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's debugging flags
+            return path
+        _flush(trainer)
         file_access = trainer.strategy.checkpoint_io
         if isinstance(file_access, CheckedCheckpointIO):
             with _shards(module, path), file_access.holding_errors_back() as errors:
@@ -328,10 +378,24 @@ class RunCheckpoint(Checkpoint):
                     raise errors[0]
         else:  # the user's own plugin
             trainer.save_checkpoint(path)
-        self._saved = rollouts
-        if trainer.is_global_zero:
-            remove_all_but(self.path(trainer), self.keep)
+        if name is None:
+            self._saved = rollouts
+            if trainer.is_global_zero:
+                remove_all_but(self.path(trainer), self.keep)
         return path
+
+
+def save_last_good_state(trainer: L.Trainer, module: L.LightningModule, name: str) -> str:
+    """Save a run that is about to stop on an error, where ``--ckpt_path auto`` looks. A collective call.
+
+    Returns:
+        The file, as the end of a sentence: "saved in …", or that ``fast_dev_run`` saves nothing.
+    """
+    savers = [each for each in trainer.callbacks if isinstance(each, RunCheckpoint)]  # type: ignore[attr-defined]
+    saver = savers[0] if savers else RunCheckpoint()
+    saver.setup(trainer, module, "fit")
+    path = saver.save(trainer, module, name)
+    return "not saved, as in every fast_dev_run" if trainer.fast_dev_run else f"saved in {path}"  # type: ignore[attr-defined]
 
 
 @contextmanager

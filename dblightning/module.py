@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -18,14 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 from dblightning.adapters import ATTENTION
 from dblightning.backbone import Backbone, Conditioning
 from dblightning.blending import Blend, Single
+from dblightning.checkpointing import save_last_good_state
 from dblightning.distributed import Ranks
 from dblightning.fitting import CudaMeter, largest_batch
+from dblightning.lightning_internals import logged_step, validate_now
+from dblightning.loggers import log_by_prompt
 from dblightning.noise import ImageNoise, image_seed
 from dblightning.policy_gradient import OBJECTIVES, PromptStatistics, clip_fraction, explained_variance
 from dblightning.precision import computes_in_float32, float32_arithmetic
+from dblightning.progress import RolloutProgress
 from dblightning.replay import ReplayBuffer, Transitions
 from dblightning.rewards.base import RewardMetric
 from dblightning.rewards.worker import RewardWorker
+from dblightning.run_folder import RunGuard
 from dblightning.run_state import RunState
 from dblightning.sampling import Execution, Trajectory, denoise_loop, rollout
 from dblightning.schedule import GaussianStep, gaussian_kl, gaussian_log_prob, to_epsilon
@@ -121,6 +127,7 @@ class RewardRLModule(RunState):
         buffer_size: replay capacity in single steps (paper: 1000), rounded down to whole trajectories; None keeps the
             latest rollout only.
         statistics_window: how many of a prompt's latest rewards its mean and deviation are taken over.
+        validate_first: validate before the first rollout too, so that curves of ``val/…`` start at step 0.
 
     Raises:
         ValueError: settings out of range, each named.
@@ -169,6 +176,7 @@ class RewardRLModule(RunState):
         value_width: int = 256,
         buffer_size: int | None = 1000,
         statistics_window: int = 32,
+        validate_first: bool = True,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone", "reward", "eval_rewards"])
@@ -204,6 +212,7 @@ class RewardRLModule(RunState):
         self._share = 1.0  # of this rank's gradient: its stored steps by the ranks' mean
         self._evaluated: dict[str, list[Tensor]] = {}
         self._failure: Exception | None = None
+        self._worker: RewardWorker | None = None
         self._fitting: int | None = None  # images that fit into memory at once, where that is asked
         self.rollouts_done = 0
         self.images_done = 0
@@ -223,33 +232,24 @@ class RewardRLModule(RunState):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One rollout and the updates that follow it."""
-        profile = self.trainer.profiler.profile  # type: ignore[attr-defined]  # set by Lightning's connector
         start = time.perf_counter()
-        with self.ranks.together("a rollout or its reward"), ExitStack() as stack:
-            worker = stack.enter_context(RewardWorker(self.reward)) if self.hparams["overlap_reward"] else None
-            parts: list[Future] = []
-            with profile("rollout"), self._no_ddp_sync(), torch.no_grad():
-                trajectory, images = self.roll_out(
-                    batch, None if worker is None else lambda *part: parts.append(worker.submit(*part))
-                )
-            sampled = time.perf_counter()
-            with profile("reward"):
-                waited = [part.result() for part in parts]
-                reward = torch.cat(waited) if parts else self.reward.score(images, batch["prompt"]).detach()
-                reward = reward.where(torch.isfinite(trajectory.log_probs).all(0).to(reward.device), torch.nan)
-        scored = time.perf_counter()
-        self.latest_images = (images, list(batch["prompt"]), reward)
-        count = len(reward) * self.ranks.size
-        self._store(trajectory, batch, reward)
-        with self._no_ddp_sync(), profile("update"):
-            updates = [self.update_value()] if self.uses_value else []
-            updates.append(self.update_policy())
+        with self.last_good_state():
+            trajectory, images, reward, sampled = self._scored_rollout(batch)
+            scored = time.perf_counter()
+            self.latest_images = (images, list(batch["prompt"]), reward)
+            count = len(reward) * self.ranks.size
+            self._store(trajectory, batch, reward)
+            with self._no_ddp_sync(), self._profile("update"):
+                updates = [self.update_value()] if self.uses_value else []
+                updates.append(self.update_policy())
         metrics = self._over_ranks({name: value for update in updates for name, value in update.items()})
         done = time.perf_counter()
         metrics["train/kl_weight"] = self.kl_weight
         self._adapt_kl_weight(metrics["train/kl"])
         self.rollouts_done += 1
         self.images_done += count
+        self.set_learning_rate()
+        self.stop_at_the_last_rollout()
         metrics |= {
             "time/sampling_s": sampled - start,
             "time/reward_s": scored - sampled,
@@ -262,6 +262,45 @@ class RewardRLModule(RunState):
             metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         self.log_dict(metrics, batch_size=len(reward))
         self.log("kl", metrics["train/kl"], prog_bar=True, logger=False, batch_size=len(reward))
+
+    def _scored_rollout(self, batch: dict[str, Any]) -> tuple[Trajectory, Tensor, Tensor, float]:
+        """Trajectory, images, rewards (B,), and when sampling ended (``time.perf_counter``)."""
+        with self.ranks.together("a rollout or its reward"), self._reward_worker() as worker:
+            parts: list[Future] = []
+            with self._profile("rollout"), self._no_ddp_sync(), torch.no_grad():
+                trajectory, images = self.roll_out(
+                    batch, None if worker is None else lambda *part: parts.append(worker.submit(*part))
+                )
+                if self.device.type == "cuda":
+                    # decoding is still in progress there; of this stream alone, as a worker scores on its own
+                    torch.cuda.current_stream(self.device).synchronize()
+            sampled = time.perf_counter()
+            with self._profile("reward"):
+                waited = [part.result() for part in parts]
+                reward = torch.cat(waited) if parts else self.reward.score(images, batch["prompt"]).detach()
+                reward = reward.where(torch.isfinite(trajectory.log_probs).all(0).to(reward.device), torch.nan)
+        return trajectory, images, reward, sampled
+
+    @contextmanager
+    def _reward_worker(self) -> Iterator[RewardWorker | None]:
+        """The run's one worker where ``overlap_reward`` asks for it; an error ends it."""
+        if self.hparams["overlap_reward"] and self._worker is None:
+            self._worker = RewardWorker(self.reward)
+        try:
+            yield self._worker
+        except BaseException:
+            self._close_worker(cancel=True)
+            raise
+
+    def _close_worker(self, cancel: bool = False) -> None:
+        if self._worker is not None:
+            self._worker.close(cancel)
+            self._worker = None
+
+    def _profile(self, name: str) -> AbstractContextManager[None]:
+        profiler: Any = self.trainer.profiler  # type: ignore[attr-defined]  # set by Lightning's connector
+        context: AbstractContextManager[None] = profiler.profile(name)
+        return context
 
     def roll_out(
         self, batch: dict[str, Any], take: Callable[[Tensor, list[str]], None] | None = None
@@ -373,7 +412,8 @@ class RewardRLModule(RunState):
                 if not logged.keys() - {"train/grad_norm"}:
                     self._backward_of_nothing(self.backbone.adapters.parameters(self.adapter_name))
             norm = self._step(optimizer, self.backbone.adapters.parameters(self.adapter_name))
-            logged.setdefault("train/grad_norm", []).append(norm)
+            if norm is not None:
+                logged.setdefault("train/grad_norm", []).append(norm)
         worst = {name: torch.stack(logged.pop(name)).max() for name in WORST if name in logged}
         return {name: torch.stack(values).mean() for name, values in logged.items()} | worst
 
@@ -546,9 +586,13 @@ class RewardRLModule(RunState):
         rate = float(self.hparams["learning_rate"])
         if self.hparams["learning_rate_schedule"] == "constant":
             return rate
-        epochs, rollouts = self.trainer.max_epochs, self.trainer.num_training_batches
-        check(epochs is not None and epochs > 0, "a linear learning rate needs --trainer.max_epochs to know its end")
-        return rate * max(0.0, 1 - self.rollouts_done / (int(epochs or 1) * rollouts))
+        total = self.total_rollouts
+        check(total is not None, "a linear learning rate needs --trainer.max_epochs or max_steps to know its end")
+        return rate * max(0.0, 1 - self.rollouts_done / int(total or 1))
+
+    def set_learning_rate(self) -> None:
+        """Give the policy's optimiser the rate of the coming rollout, before callbacks log it."""
+        _set(self._optimizers()[0], lr=self.learning_rate)
 
     @property
     def trained_steps(self) -> int:
@@ -596,23 +640,20 @@ class RewardRLModule(RunState):
         self.log("reward", scores.mean(), prog_bar=True, logger=False, batch_size=size)
         self.log_dict({"train/reward": scores.mean(), "train/reward_std": scores.std(correction=0)}, batch_size=size)
         by_prompt = {
-            f"prompt/{self.prompts[prompt_id]}": scores[prompt_ids[finite] == prompt_id].mean().item()
+            self.prompts[prompt_id]: scores[prompt_ids[finite] == prompt_id].mean().item()
             for prompt_id in prompt_ids[finite].unique().tolist()
         }
         # to the loggers themselves: Lightning would log a prompt's value again in every later rollout of the epoch
-        for logger in self.trainer.loggers:
-            logger.log_metrics(by_prompt, self.trainer.fit_loop.epoch_loop._batches_that_stepped)
+        log_by_prompt(self.trainer, by_prompt, logged_step(self.trainer))
 
     def _stop_if_none(self, kept: int) -> None:
         """Every rank stops, with a checkpoint saved, when no rank has a finite reward."""
         if kept > 0:
             return
-        folder = self.trainer.log_dir or self.trainer.default_root_dir
-        path = f"{folder}/checkpoints/before_nan_rewards.ckpt"
-        self.trainer.save_checkpoint(path)
+        saved = save_last_good_state(self.trainer, self, "before_nan_rewards.ckpt")
         raise RuntimeError(
             f"every reward of rollout {self.rollouts_done + 1} is NaN or infinite ({self.reward.name}); "
-            f"the state before it is saved in {path}. Check the images and the reward on them"
+            f"the state before it is {saved}. Check the images and the reward on them"
         )
 
     def _over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -622,7 +663,8 @@ class RewardRLModule(RunState):
 
     def _adapt_kl_weight(self, kl: float) -> None:
         target = self.hparams["kl_target"]
-        if target is not None and self.rollouts_done >= self.hparams["kl_warmup"]:
+        # a step that a float16 loss scaler skipped may have measured no KL
+        if target is not None and math.isfinite(kl) and self.rollouts_done >= self.hparams["kl_warmup"]:
             self.kl_weight = adapted_kl_weight(self.kl_weight, kl, target)
 
     def _buffer(self, batch_size: int) -> ReplayBuffer:
@@ -719,8 +761,15 @@ class RewardRLModule(RunState):
         optimizers: Any = self.optimizers()
         return optimizers
 
-    def _step(self, optimizer: Any, parameters: Any) -> Tensor:
-        """Average the gradients over ranks, once; then clip, step, reset. Returns the norm before clipping."""
+    def _step(self, optimizer: Any, parameters: Any) -> Tensor | None:
+        """Average the gradients over ranks, once; then clip, step, reset.
+
+        Returns:
+            The norm before clipping; None where a float16 loss scaler skipped the step.
+
+        Raises:
+            NonFiniteError: the gradients are NaN or infinite; on every rank, before the step.
+        """
         self.ranks.average_gradients(list(parameters), self._share)
         optimizer.step()
         optimizer.zero_grad()
@@ -735,7 +784,8 @@ class RewardRLModule(RunState):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         policy = parameters[0] is self.backbone.adapters.parameters(self.adapter_name)[0]
         limit = self.hparams["clip_grad_norm"] if policy else float("inf")
-        self._norm = nn.utils.clip_grad_norm_(parameters, limit)
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        self._norm = norm if self.gradients_are_finite(norm, parameters, "policy" if policy else "value") else None
 
     def _check_precision(self) -> None:
         """Refuse precisions in which the adapter cannot learn."""
@@ -756,6 +806,21 @@ class RewardRLModule(RunState):
         """DDP's own gradient exchange is off: :meth:`_step` exchanges once per optimiser step."""
         model = self.trainer.strategy.model if self._trainer is not None else None
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What every training run has, where the trainer was given none of it."""
+        given = self.trainer.callbacks  # type: ignore[attr-defined]
+        own = (RunGuard, RolloutProgress)
+        return [kind() for kind in own if not any(isinstance(each, kind) for each in given)]
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.set_learning_rate()
+        if self.hparams["validate_first"] and self.rollouts_done == 0:
+            validate_now(self.trainer)
+
+    def on_fit_end(self) -> None:
+        self._close_worker()
 
     def setup(self, stage: str) -> None:
         self.ranks.timeout = getattr(self.trainer.strategy, "_timeout", None)

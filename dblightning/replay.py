@@ -66,6 +66,7 @@ class ReplayBuffer:
         self.size = 0  # trajectories held
         self.cursor = 0  # where the next one goes
         self.rollouts = 0  # calls of add
+        self._overwritten: dict[str, Any] | None = None  # by the latest add
 
     def add(
         self,
@@ -84,12 +85,15 @@ class ReplayBuffer:
             rows: place of each in the rollout's batch, int64 (B,); None: 0 … B−1.
         """
         rows = torch.arange(len(reward)) if rows is None else rows
+        before = {"size": self.size, "cursor": self.cursor, "rollouts": self.rollouts}
         self.rollouts += 1
         latents = trajectory.latents.transpose(0, 1)
         facts = torch.stack([reward, baseline, scale], dim=1)
         keep = slice(max(0, len(reward) - self.capacity), None)
         slots = (self.cursor + torch.arange(len(reward))[: self.capacity]) % self.capacity
         at = slots.to(self.latents.device)
+        kept = {name: getattr(self, name)[at.to(getattr(self, name).device)] for name in TENSORS if before["size"]}
+        self._overwritten = {**before, "slots": at, "tensors": kept}
         self.latents[at] = latents[keep].to(self.latents)
         self.log_probs[at] = trajectory.log_probs.T[keep].to(self.log_probs)
         self.facts[at] = facts[keep].to(self.facts)
@@ -114,6 +118,20 @@ class ReplayBuffer:
         }
         moved = {name: part.to(device, non_blocking=True) for name, part in gathered.items()}
         return Transitions(step_index=step_index, prompt_id=self.prompt_ids[trajectory], **moved)
+
+    def take_back(self) -> None:
+        """Undo the latest :meth:`add`: what it overwrote is there again. An update that failed is none.
+
+        Raises:
+            RuntimeError: there is no add to undo.
+        """
+        if self._overwritten is None:
+            raise RuntimeError("nothing to take back: no rollout was added since the last time")
+        for name, tensor in self._overwritten["tensors"].items():
+            own = getattr(self, name)
+            own[self._overwritten["slots"].to(own.device)] = tensor
+        self.size, self.cursor = self._overwritten["size"], self._overwritten["cursor"]
+        self.rollouts, self._overwritten = self._overwritten["rollouts"], None
 
     def clear(self) -> None:
         """Forget every trajectory."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import random
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
 from dblightning.adapters import fingerprint
 from dblightning.backbone import Backbone
-from dblightning.checkpointing import read_shard
+from dblightning.checkpointing import read_shard, save_last_good_state
 from dblightning.distributed import Ranks
 from dblightning.policy_gradient import PromptStatistics
 from dblightning.replay import ReplayBuffer
@@ -34,6 +38,14 @@ FIXED = (
 )
 
 
+#: consecutive optimiser steps that a float16 loss scaler may skip: from 65,536 halved so often, the scale is 1.5e-5
+MOST_SKIPPED = 32
+
+
+class NonFiniteError(ArithmeticError):
+    """Gradients, weights or an optimiser's state are NaN or infinite."""
+
+
 class RunState(L.LightningModule):
     """The part of ``RewardRLModule`` that saves and restores: LoRA, value function, replay, statistics, random state.
 
@@ -53,6 +65,11 @@ class RunState(L.LightningModule):
     rollouts_done: int
     images_done: int
     kl_weight: float
+    _max_rollouts: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._skipped = {"policy": 0, "value": 0}  # optimiser steps in a row
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained tensors: ``adapter.*`` and ``value_function.*``."""
@@ -89,6 +106,9 @@ class RunState(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        with self.ranks.together("saving a checkpoint"):
+            check_finite(checkpoint["state_dict"], "a checkpoint")
+            check_finite(checkpoint.get("optimizer_states", []), "a checkpoint")
         own = {
             # without a buffer_size the next rollout clears it: nothing of it would be read
             "replay": None if self.replay is None else self.replay.state_dict(self.hparams["buffer_size"] is not None),
@@ -108,9 +128,10 @@ class RunState(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["dblightning"]
         fitting = self._trainer is None or self._trainer.state.fn == "fit"
+        check_finite(checkpoint["state_dict"], "the checkpoint", "take an earlier one")
         check_same_run(state["facts"], self.facts(), adapter_only=not fitting)
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        changed = changed_settings(saved, dict(self.hparams), besides=FIXED)
+        changed = changed_settings(saved, dict(self.hparams), exclude=FIXED)
         if fitting and changed:
             what = ", ".join(f"{name} was {then!r} and is {now!r}" for name, (then, now) in changed.items())
             warnings.warn(f"resuming with other settings than the checkpoint's: {what}", stacklevel=2)
@@ -122,6 +143,9 @@ class RunState(L.LightningModule):
         self._resumed = state
 
     def on_fit_start(self) -> None:
+        # Lightning would count optimiser steps, of which a rollout has several
+        loop = self.trainer.fit_loop.epoch_loop
+        self._max_rollouts, loop.max_steps = (None if loop.max_steps == -1 else loop.max_steps), -1
         state = getattr(self, "_resumed", None)
         rollouts = self.ranks.gather(self.rollouts_done)
         check(len(set(rollouts)) == 1, f"the ranks resumed from different checkpoints, after {rollouts} rollouts")
@@ -143,13 +167,142 @@ class RunState(L.LightningModule):
         del self._resumed
 
     def export_adapter(self, folder: str, **facts: Any) -> str:
-        """Write the adapter as diffusers LoRA safetensors, the run's facts as metadata; returns the file's path."""
+        """Write the adapter as diffusers LoRA safetensors, the run's facts as metadata; returns the file's path.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite; nothing is written.
+        """
+        check_finite(self.backbone.adapters.state_dict(self.adapter_name), f"the adapter in {folder}")
         hparams = {key: value for key, value in self.hparams.items() if value is not None}
         made = {"reward": self.reward.name, "images": self.images_done, "hyperparameters": hparams}
         if getattr(self.backbone, "pretrained", None) == "miniature":
             made["base"] = "miniature"  # its folder's name says nothing
         pipeline: Any = self.backbone.pipeline
         return str(self.backbone.adapters.export(self.adapter_name, folder, pipeline, {**made, **facts}))
+
+    # ── how long ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def total_rollouts(self) -> int | None:
+        """Rollouts after which the run ends, earlier ones of a resumed run included; None where nothing says so.
+
+        ``--trainer.max_epochs`` and ``max_steps`` set it; a step of ``max_steps`` and of ``fast_dev_run`` is a rollout.
+        """
+        epochs, batches = self.trainer.max_epochs, self.trainer.num_training_batches
+        by_epochs = None if epochs is None or epochs < 0 else int(epochs * batches)
+        return min((end for end in (by_epochs, self._max_rollouts) if end is not None), default=None)
+
+    def stop_at_the_last_rollout(self) -> None:
+        """Let Lightning end the fit where ``max_steps`` rollouts are done."""
+        if self._max_rollouts is not None and self.rollouts_done >= self._max_rollouts:
+            self.trainer.should_stop = True
+
+    def on_train_start(self) -> None:
+        self.stop_at_the_last_rollout()
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit" and self._max_rollouts is not None:
+            self.trainer.fit_loop.epoch_loop.max_steps = self._max_rollouts  # as the trainer was given
+
+    # ── an update that fails ─────────────────────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def last_good_state(self) -> Iterator[None]:
+        """A rollout and its update: one that ends in NaN or infinity stops the run, saved as it was before the rollout.
+
+        All ranks stop alike, because gradients are averaged before they are checked and weights are the same.
+
+        Raises:
+            NonFiniteError: saying what was not finite, and where the state before it is.
+        """
+        before = self._snapshot()
+        try:
+            yield
+            check_finite(dict(self._trained()), "a run")
+        except NonFiniteError as error:
+            self._restore(before)
+            saved = save_last_good_state(self.trainer, self, "before_non_finite_update.ckpt")
+            raise NonFiniteError(
+                f"rollout {self.rollouts_done + 1}: {error}; the state before that rollout is {saved}. Resume it with "
+                "a smaller learning_rate or clip_grad_norm, or in a wider precision"
+            ) from error
+
+    def gradients_are_finite(self, norm: Tensor, parameters: list[Tensor], name: str) -> bool:
+        """Whether an optimiser step may be taken; False where a float16 loss scaler skips it and lowers its scale.
+
+        Args:
+            norm: of the gradients, before clipping.
+            parameters: with their clipped gradients.
+            name: "policy" or "value".
+
+        Raises:
+            NonFiniteError: gradients are NaN or infinite without a scaler, or after ``MOST_SKIPPED`` skipped steps.
+        """
+        if torch.isfinite(norm):
+            self._skipped[name] = 0
+            return True
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        # a norm may overflow though each gradient is finite; that the scaler does not see
+        skips = any(not torch.isfinite(each.grad).all() for each in parameters if each.grad is not None)
+        self._skipped[name] += 1
+        if scaler is not None and skips and self._skipped[name] <= MOST_SKIPPED:
+            return False
+        again = f" in {self._skipped[name]} steps in a row, at a loss scale of {scaler.get_scale():g}" if scaler else ""
+        raise NonFiniteError(f"the {name} gradient's norm is {norm.item()}{again}")
+
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        """What the optimisers change."""
+        for index, parameter in enumerate(self.backbone.adapters.parameters(self.adapter_name)):
+            yield f"adapter {self.adapter_name}, parameter {index}", parameter
+        yield from self.value_function.named_parameters("value_function")
+
+    def _snapshot(self) -> dict[str, Any]:
+        """A copy of what a rollout and its update change, on the device; the replay buffer takes back its own."""
+        return {
+            "weights": [parameter.detach().clone() for _, parameter in self._trained()],
+            "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self.trainer.optimizers],
+            "statistics": copy.deepcopy(self.statistics),
+            "replay": None if self.replay is None else self.replay.rollouts,
+            "random": random_state(self.device),
+            "kl_weight": self.kl_weight,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for (_, parameter), saved in zip(self._trained(), state["weights"], strict=True):
+                parameter.copy_(saved)
+        for optimizer, saved in zip(self.trainer.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+            optimizer.zero_grad()
+        self.statistics, self.kl_weight = state["statistics"], state["kl_weight"]
+        if state["replay"] is None:
+            self.replay = None
+        elif self.replay is not None and self.replay.rollouts > state["replay"]:
+            self.replay.take_back()
+        restore_random_state(state["random"], self.device)
+
+
+def check_finite(state: Any, what: str, remedy: str = "") -> None:
+    """Refuse NaN and infinity in tensors, through dicts and lists.
+
+    Raises:
+        NonFiniteError: naming the first such tensor.
+    """
+    named = list(_tensors(state))
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for _, tensor in named:
+        by_device.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
+    if not all(bool(torch.stack(finite).all()) for finite in by_device.values()):  # one read per device
+        first = next(name for name, tensor in named if not torch.isfinite(tensor).all())
+        raise NonFiniteError(f"{what} would hold NaN or infinity ({first})" + (f"; {remedy}" if remedy else ""))
+
+
+def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(state, Tensor):
+        yield name, state.detach()
+    elif isinstance(state, dict | list | tuple):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def check_same_run(saved: dict[str, Any], own: dict[str, Any], adapter_only: bool = False) -> None:
@@ -185,9 +338,9 @@ def check_same_run(saved: dict[str, Any], own: dict[str, Any], adapter_only: boo
 SAMPLING = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt", "scheduler")
 
 
-def changed_settings(saved: dict[str, Any], own: dict[str, Any], besides: Iterable[str]) -> dict[str, tuple[Any, Any]]:
+def changed_settings(saved: dict[str, Any], own: dict[str, Any], exclude: Iterable[str]) -> dict[str, tuple[Any, Any]]:
     """Hyperparameters with another value than in the checkpoint: name → (then, now)."""
-    names = [name for name in own if name in saved and name not in besides and not name.startswith("_")]
+    names = [name for name in own if name in saved and name not in exclude and not name.startswith("_")]
     return {name: (saved[name], own[name]) for name in names if not _same(saved[name], own[name])}
 
 
@@ -200,17 +353,31 @@ def _same(one: Any, other: Any, tolerance: float = 0.0) -> bool:
     return bool(one == other)
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """State of torch's global generators, which this package does not draw from but a reward may."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """State of the global generators of torch, NumPy and Python: this package draws from none, but a reward may."""
     cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
+    _, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # the generator a reward shares with us
+    version, internal, gauss_next = random.getstate()
+    return {
+        "cpu": torch.get_rng_state(),
+        **cuda,
+        # as tensors and plain numbers: a checkpoint is read with weights_only=True
+        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)],
+        "python": [version, torch.tensor(internal, dtype=torch.long), gauss_next],
+    }
 
 
-def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Go on from a :func:`random_state`."""
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Resume from a :func:`random_state`; one of an earlier version holds torch's alone."""
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    if "numpy" in state:
+        keys, position, has_gauss, gauss = state["numpy"]
+        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    if "python" in state:
+        version, internal, gauss_next = state["python"]
+        random.setstate((version, tuple(internal.tolist()), gauss_next))
 
 
 def _plain(value: Any) -> Any:

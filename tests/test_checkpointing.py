@@ -58,7 +58,7 @@ def test_a_cut_file_is_recognised(tmp_path: Path, kept: float) -> None:
     file = saved(tmp_path / "run.ckpt")
     data = file.read_bytes()
     file.write_bytes(data[: int(kept * len(data))])
-    with pytest.raises(DamagedCheckpointError, match="run.ckpt is no whole checkpoint"):
+    with pytest.raises(DamagedCheckpointError, match="run.ckpt is not an intact checkpoint"):
         read_whole(file)
 
 
@@ -134,11 +134,11 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
     newest = saved(tmp_path / "rollout-000001.ckpt")
     assert newest_whole(tmp_path) == newest
     newest.write_bytes(newest.read_bytes()[:-1000])
-    with pytest.warns(UserWarning, match="passing over a checkpoint: .*rollout-000001"):
+    with pytest.warns(UserWarning, match="skipping a checkpoint: .*rollout-000001"):
         assert newest_whole(tmp_path) == middle
-    assert newest_whole(tmp_path, besides=newest) == middle
+    assert newest_whole(tmp_path, exclude=newest) == middle
     middle.unlink()
-    assert newest_whole(tmp_path, besides=newest) == old
+    assert newest_whole(tmp_path, exclude=newest) == old
 
 
 def test_loading_a_damaged_checkpoint_offers_the_newest_whole_one(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_scoring_a_checkpoint_may_sample_in_another_way() -> None:
 def test_changed_settings_are_named_with_both_values() -> None:
     then = {"learning_rate": 1e-5, "seed": 0, "rank": 4, "_class_path": "a"}
     now = {"learning_rate": 3e-5, "seed": 0, "rank": 8, "_class_path": "b", "new": 1}
-    assert changed_settings(then, now, besides=["rank"]) == {"learning_rate": (1e-5, 3e-5)}
+    assert changed_settings(then, now, exclude=["rank"]) == {"learning_rate": (1e-5, 3e-5)}
 
 
 # ── sizes ────────────────────────────────────────────────────────────────────────────────────────────────────────────

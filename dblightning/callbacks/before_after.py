@@ -6,18 +6,19 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from dblightning.blending import Base
 from dblightning.figures import before_after_figure
+from dblightning.loggers import log_image
 from dblightning.module import RewardRLModule
 
 
 class BeforeAfterGrid(L.Callback):
     """At the end of the fit, draw test prompts with the base model and with the adapter, same noise, with rewards.
 
-    Needs a DataModule with ``test_prompts``. Writes ``before_after.png`` and logs the figure to TensorBoard.
+    Needs a DataModule with ``test_prompts``. Writes ``before_after.png`` and gives the figure to the loggers; not in a
+    ``fast_dev_run``.
 
     Args:
         num_prompts: test prompts to draw.
@@ -30,19 +31,27 @@ class BeforeAfterGrid(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RewardRLModule)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         prompts = list(getattr(trainer, "datamodule").test_prompts[: self.num_prompts])  # noqa: B009 (not in its type)
         ids = torch.arange(len(prompts))
         seeds = torch.zeros_like(ids)
         before = pl_module.generate(prompts, ids, seeds, Base())
         after = pl_module.generate(prompts, ids, seeds)
+        path = self._path(trainer)
         if not trainer.is_global_zero:
             return
         scores: list[Tensor] = [pl_module.reward.score(images, prompts).cpu() for images in (before, after)]
         figure = before_after_figure(before.cpu(), after.cpu(), prompts, scores[0], scores[1], pl_module.reward.name)
-        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "before_after.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
         print(f"before and after, same prompts and noise: {path}")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("before_after", figure, pl_module.rollouts_done)
+        log_image(trainer, "before_after", figure, pl_module.rollouts_done)
+
+    def _path(self, trainer: L.Trainer) -> Path:
+        return Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "before_after.png")
+
+    def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> dict[Path, list[Path]]:
+        """What the picture would replace, for ``RunGuard``."""
+        path = self._path(trainer)
+        return {path: [path] if path.exists() else []}

@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from dblightning.evaluation.sampler import BlendSampler, adapter_folders, load_a
 from dblightning.evaluation.specs import BlendSpec, BlendSweep, expand
 from dblightning.evaluation.table import preference_rewards, reward_names, weight_names, with_defaults, write_scores
 from dblightning.figures import blend_grid_figure
+from dblightning.loggers import log_image
 from dblightning.module import RewardRLModule
 from dblightning.rewards.base import RewardMetric
 
@@ -36,7 +36,7 @@ class BlendSamplingCallback(L.Callback):
     is left as it was to the last bit: the noise comes from generators of its own, other adapters are loaded for an
     evaluation and taken out after it, and nothing is kept on the device in between.
 
-    Scores go to TensorBoard (``blend/<reward>/<blend>``), with an image grid and the Pareto picture, and as a score
+    Scores go to the loggers (``blend/<reward>/<blend>``), with an image grid and the Pareto picture, and as a score
     table per evaluation to ``out``; ``python -m dblightning report`` reads those.
 
     Args:
@@ -149,8 +149,9 @@ class BlendSamplingCallback(L.Callback):
             return
         start = time.monotonic()
         scores, grids = self.evaluate(trainer, module)
+        folder = self._folder(trainer)  # the ranks agree on it
         if scores is not None:
-            self._write(trainer, module, scores, grids)
+            self._write(trainer, module, folder, scores, grids)
         self._last = time.monotonic() - start
         self._spent += self._last
 
@@ -171,7 +172,7 @@ class BlendSamplingCallback(L.Callback):
         shown = set(prompts.prompt_ids[: self.grid_prompts])
         rows: list[dict[str, Any]] = []
         grids: dict[tuple[str, int], Tensor] = {}
-        with self._guests(module, specs), self._on_device(module.device):
+        with self._temporary_adapters(module, specs), self._on_device(module.device):
             sampler = self._sampler(module)
             for batch in loader:
                 for order, spec in enumerate(specs):
@@ -226,7 +227,7 @@ class BlendSamplingCallback(L.Callback):
         )
 
     @contextmanager
-    def _guests(self, module: RewardRLModule, specs: list[BlendSpec]) -> Iterator[None]:
+    def _temporary_adapters(self, module: RewardRLModule, specs: list[BlendSpec]) -> Iterator[None]:
         """The other adapters are in the denoiser inside, and it is as it was afterwards."""
         bank = module.backbone.adapters
         before = bank.names
@@ -257,23 +258,30 @@ class BlendSamplingCallback(L.Callback):
         self,
         trainer: L.Trainer,
         module: RewardRLModule,
+        folder: Path,
         scores: pd.DataFrame,
         grids: dict[tuple[str, int], Tensor],
     ) -> None:
         step = module.rollouts_done
-        folder = Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "blend_sampling")
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         record = {"adapter_in_training": module.adapter_name, "rollouts": step, "images": module.images_done}
         write_scores(folder / f"rollout-{step:06d}.parquet", scores, record)
         names = reward_names(scores)
         means = scores.groupby("blend", sort=False)[[f"reward/{name}" for name in names]].mean()
-        figures = self._figures(scores, grids)
+        values = {f"blend/{name}/{label}": row[f"reward/{name}"] for label, row in means.iterrows() for name in names}
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for label, row in means.iterrows():
-                    for name in names:
-                        logger.experiment.add_scalar(f"blend/{name}/{label}", row[f"reward/{name}"], step)
-                for title, figure in figures.items():
-                    logger.experiment.add_figure(f"blend/{title}", figure, step)
+            logger.log_metrics(values, step)
+        for title, figure in self._figures(scores, grids).items():
+            log_image(trainer, f"blend/{title}", figure, step)
+
+    def _folder(self, trainer: L.Trainer) -> Path:
+        return Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "blend_sampling")
+
+    def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> dict[Path, list[Path]]:
+        """What the score tables would replace, for ``RunGuard``."""
+        folder = self._folder(trainer)
+        return {folder: sorted(folder.glob("rollout-*.parquet"))}
 
     def _figures(self, scores: pd.DataFrame, grids: dict[tuple[str, int], Tensor]) -> dict[str, Any]:
         labels = list(dict.fromkeys(scores["blend"]))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 
+from dblightning.adapters import WEIGHTS_NAME
 from dblightning.module import RewardRLModule
 
 
@@ -19,19 +20,32 @@ class ExportAdapter(L.Callback):
     Args:
         folder: where it goes; None takes ``adapter/<name>`` under the run's log directory.
         every_n_epochs: also export in between, to ``<folder>-epoch<N>``; 0 only at the end.
+
+    A ``fast_dev_run`` exports nothing.
     """
 
     def __init__(self, folder: str | None = None, every_n_epochs: int = 0) -> None:
         self.folder = folder
         self.every_n_epochs = every_n_epochs
 
+    def _folder(self, trainer: L.Trainer, module: RewardRLModule) -> str:
+        return self.folder or str(Path(trainer.log_dir or trainer.default_root_dir) / "adapter" / module.adapter_name)
+
     def _export(self, trainer: L.Trainer, module: RewardRLModule, suffix: str = "") -> None:
-        folder = self.folder or str(Path(trainer.log_dir or trainer.default_root_dir) / "adapter" / module.adapter_name)
-        if trainer.is_global_zero:
+        folder = self._folder(trainer, module)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             command = "python -m dblightning " + shlex.join(sys.argv[1:])
             path = module.export_adapter(folder + suffix, rollouts=module.rollouts_done, command=command)
             if not suffix:
                 print(f"LoRA exported to {path}")
+
+    def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> dict[Path, list[Path]]:
+        """What the exported files would replace, for ``RunGuard``."""
+        assert isinstance(module, RewardRLModule)
+        folder = Path(self._folder(trainer, module))
+        between = folder.parent.glob(f"{folder.name}-epoch*") if self.every_n_epochs else []
+        files = [place / WEIGHTS_NAME for place in (folder, *sorted(between))]
+        return {folder: [file for file in files if file.exists()]}
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RewardRLModule)

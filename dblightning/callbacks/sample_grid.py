@@ -1,13 +1,13 @@
-"""Show the latest rollout's images in TensorBoard."""
+"""Show the latest rollout's images in the run's loggers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 from torchvision.utils import make_grid
 
+from dblightning.loggers import log_image
 from dblightning.module import RewardRLModule
 
 
@@ -37,9 +37,6 @@ class SampleGrid(L.Callback):
         assert pl_module.latest_images is not None
         images, prompts, reward = pl_module.latest_images
         best = reward.nan_to_num(float("-inf")).argsort(descending=True)[: self.max_images]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                grid = make_grid(images[best].float().cpu(), nrow=4, padding=1)
-                logger.experiment.add_image("samples", grid, step)
-                lines = [f"{reward[index].item():+.2f}  {prompts[index]}" for index in best.tolist()]
-                logger.experiment.add_text("samples", "  \n".join(lines), step)
+        grid = make_grid(images[best].float().cpu(), nrow=4, padding=1)
+        lines = [f"{reward[index].item():+.2f}  {prompts[index]}" for index in best.tolist()]
+        log_image(trainer, "samples", grid, step, "\n".join(lines))

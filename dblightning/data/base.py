@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch.distributed as dist
@@ -181,6 +182,8 @@ class PromptDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """``rollouts_per_epoch`` batches of the endless stream; each pass goes on where the last one stopped.
 
+        With ``Trainer(overfit_batches=N)`` every pass has the prompts of the first N batches, with new noise.
+
         Raises:
             ValueError: a checkpoint was loaded whose stream is another than this module's.
         """
@@ -189,6 +192,8 @@ class PromptDataModule(LightningDataModule):
         sampler = PromptSampler(
             len(self.train_set), self.batch_size, self.samples_per_prompt, self.seed, rank, world_size
         )
+        if overfitted := self._overfit_batches():
+            sampler = replace(sampler, repeat_after=overfitted * sampler.prompts_per_step)
         self._train_loader = TrainLoader(
             self.train_set, sampler, self.rollouts_per_epoch, self._cursor, self._batches_in_flight
         )
@@ -235,6 +240,13 @@ class PromptDataModule(LightningDataModule):
                 f"the checkpoint's stream of training prompts is another one: it has {was}, this run {now}; "
                 "resume with the same prompts, seed and samples_per_prompt, or start a new run from its weights"
             )
+
+    def _overfit_batches(self) -> int:
+        """The trainer's ``overfit_batches`` as a number of batches; 0 is off."""
+        wanted = 0 if self.trainer is None else self.trainer.overfit_batches  # type: ignore[attr-defined]
+        if isinstance(wanted, float):
+            return max(1, int(wanted * self.rollouts_per_epoch)) if wanted else 0
+        return min(wanted, self.rollouts_per_epoch)
 
     def _batches_in_flight(self) -> int:
         """Batches the trainer has taken and not worked off: 1 inside a training step, else 0."""

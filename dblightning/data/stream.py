@@ -137,6 +137,8 @@ class PromptSampler:
         samples_per_prompt: images of one prompt that sit side by side in a batch, each with its own seed index.
         seed: of the shuffling, ≥ 0.
         rank, world_size: this process among all.
+        repeat_after: prompts drawn by all ranks, a number of steps' worth, after which the same ones come again with
+            new seed indices; None never repeats (``overfit_batches``).
 
     Raises:
         ValueError: a number out of its range.
@@ -148,6 +150,7 @@ class PromptSampler:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    repeat_after: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "batch_size", "samples_per_prompt", "world_size"):
@@ -176,8 +179,13 @@ class PromptSampler:
         first = position + self.rank * self.prompts_per_rank
         keys: list[Key] = []
         for draw in range(first, first + self.prompts_per_rank):
+            visit = 0
+            if self.repeat_after is not None:
+                visit, draw = divmod(draw, self.repeat_after)
             epoch, place = divmod(draw, self.num_prompts)
             prompt_id = int(_shuffled(self.num_prompts, self.seed, epoch)[place])
+            if self.repeat_after is not None:
+                epoch += visit * -(-self.repeat_after // self.num_prompts)  # beyond the seeds of earlier visits
             keys += [(prompt_id, epoch * self.samples_per_prompt + sample) for sample in range(self.samples_per_prompt)]
         return keys
 

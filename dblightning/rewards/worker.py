@@ -88,7 +88,9 @@ class RewardWorker:
             if ready is None:
                 with torch.autocast(images.device.type, dtype, enabled):
                     return self._score(images, prompts)
-            stream = self._streams.setdefault(images.device, torch.cuda.Stream(images.device))
+            if images.device not in self._streams:
+                self._streams[images.device] = torch.cuda.Stream(images.device)
+            stream = self._streams[images.device]
             with torch.cuda.stream(stream), torch.autocast(images.device.type, dtype, enabled):
                 stream.wait_event(ready)
                 images.record_stream(stream)

@@ -1,0 +1,93 @@
+"""What goes to a run's loggers beside scalars: pictures to each that takes them, and one reward per prompt."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+
+def log_image(trainer: L.Trainer, name: str, image: Tensor | Figure, step: int, caption: str = "") -> None:
+    """Give a picture to every logger that takes pictures.
+
+    TensorBoard gets it as an image or figure, with the caption as text; CSVLogger as a PNG file (and a text file) under
+    ``images/`` in its folder; any other logger through its ``log_image(key, images, step)``, as W&B's and Trackio's
+    have it. Call it on rank 0.
+
+    Args:
+        trainer: whose loggers; in a ``fast_dev_run`` nothing is logged.
+        name: for example "samples" or "blend/pareto".
+        image: (3, H, W) in [0, 1], or a figure.
+        step: rollouts done.
+        caption: what the picture shows, one line per image; logged where the logger takes it.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            if isinstance(image, Figure):
+                logger.experiment.add_figure(name, image, step)
+            else:
+                logger.experiment.add_image(name, image, step)
+            if caption:
+                logger.experiment.add_text(name, "  \n".join(caption.splitlines()), step)
+        elif isinstance(logger, CSVLogger):
+            path = Path(logger.log_dir) / "images" / f"{name.replace('/', '_')}-{step:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            as_pil(image).save(path)
+            if caption:
+                path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+        elif callable(log := getattr(logger, "log_image", None)):
+            options: dict[str, Any] = {"caption": [caption]} if caption and _takes(log, "caption") else {}
+            log(key=name, images=[as_pil(image)], step=step, **options)
+
+
+def log_by_prompt(trainer: L.Trainer, rewards: dict[str, float], step: int) -> None:
+    """Log each prompt's mean reward as ``prompt/<prompt>``.
+
+    CSVLogger's table gets no column per prompt: it writes the whole file anew whenever there is a new one. The values
+    are in ``prompts.csv`` beside it, one row each.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            if trainer.is_global_zero:
+                _append(Path(logger.log_dir) / "prompts.csv", rewards, step)
+        else:
+            logger.log_metrics({f"prompt/{prompt}": reward for prompt, reward in rewards.items()}, step)
+
+
+def _append(path: Path, rewards: dict[str, float], step: int) -> None:
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["step", "prompt", "reward"])
+        writer.writerows([step, prompt, reward] for prompt, reward in rewards.items())
+
+
+def as_pil(image: Tensor | Figure) -> Image.Image:
+    """A picture of (3, H, W) in [0, 1], or of a figure."""
+    if isinstance(image, Tensor):
+        return to_pil_image(image.float().clamp(0, 1).cpu())
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(image)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _takes(function: Any, name: str) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(each.name == name or each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
