@@ -30,7 +30,7 @@ from dblightning.checkpointing import RunCheckpoint
 from dblightning.data import MiniatureDataModule
 from dblightning.evaluation import BlendEvaluationModule, BlendSpec, BlendSweep
 from dblightning.miniature.rewards import ShapeAesthetic, ShapeAlignment
-from dblightning.rewards import JPEGCompressibility, WeightedReward
+from dblightning.rewards import JPEGCompressibility, RewardMetric, WeightedReward
 from tests.conftest import randomize
 
 HERE = Path(__file__).parent
@@ -164,11 +164,10 @@ def rewards_of_pictures() -> dict[str, Tensor]:
     pictures = torch.rand(3, 3, 32, 32, generator=generator)
     pictures[1] = pictures[1] * 0.2 + torch.tensor([0.8, 0.1, 0.1])[:, None, None]
     prompts = ["A red colored circle.", "A red square and a blue ring.", "A green colored star."]
-    alignment, aesthetic = ShapeAlignment(), ShapeAesthetic()
-    found = {
-        "alignment": alignment,
+    found: dict[str, RewardMetric] = {
+        "alignment": ShapeAlignment(),
         "strict alignment": ShapeAlignment(strict=True),
-        "aesthetic": aesthetic,
+        "aesthetic": ShapeAesthetic(),
         "jpeg": JPEGCompressibility(scale_kb=0.5, offset_kb=1.0),
         "weighted": WeightedReward(
             {"alignment": alignment, "aesthetic": aesthetic}, {"alignment": 0.3, "aesthetic": 0.7}
