@@ -169,10 +169,10 @@ def rewards_of_pictures() -> dict[str, Tensor]:
         "strict alignment": ShapeAlignment(strict=True),
         "aesthetic": ShapeAesthetic(),
         "jpeg": JPEGCompressibility(scale_kb=0.5, offset_kb=1.0),
-        "weighted": WeightedReward(
-            {"alignment": alignment, "aesthetic": aesthetic}, {"alignment": 0.3, "aesthetic": 0.7}
-        ),
     }
+    found["weighted"] = WeightedReward(
+        {name: found[name] for name in ("alignment", "aesthetic")}, {"alignment": 0.3, "aesthetic": 0.7}
+    )
     return {name: reward.score(pictures.clamp(0, 1), prompts).double() for name, reward in found.items()}
 
 
