@@ -109,8 +109,6 @@ def one_sentence(error: BaseException | str) -> str:
 
 
 def _lightning(command: str, arguments: list[str], debug: bool = False) -> None:
-    import warnings
-
     import torch
     from lightning.pytorch import LightningDataModule
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -118,8 +116,10 @@ def _lightning(command: str, arguments: list[str], debug: bool = False) -> None:
     from dblightning.checkpointing import RunCheckpoint
     from dblightning.evaluation import BlendEvaluationModule
     from dblightning.module import RewardRLModule
+    from dblightning.progress import quiet_libraries
+    from dblightning.run_folder import RunGuard
 
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # `main` is given the process's own
+    quiet_libraries()
     torch.set_float32_matmul_precision("high")
 
     class Parser(LightningArgumentParser):
@@ -133,26 +133,46 @@ def _lightning(command: str, arguments: list[str], debug: bool = False) -> None:
             parser.add_argument(
                 "--ckpt_path",
                 type=str | None,
-                help="checkpoint to resume from or to score; 'auto' takes the run's newest whole one, if there is any",
+                help="checkpoint to resume from or to score; 'auto' takes the run's latest intact one, if there is any",
             )
+            if command == "fit":
+                parser.add_argument(
+                    "--overwrite", action="store_true", help="replace the files of an earlier run in the same folders"
+                )
 
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             """The trainer; a training run saves itself unless ``enable_checkpointing`` is false."""
             config = self.config_init["trainer"]
             given = config["callbacks"] or []
             callbacks = list(given) if isinstance(given, list | tuple) else [given]
-            wanted = training and config["enable_checkpointing"] is not False
-            if wanted and not any(isinstance(each, RunCheckpoint) for each in callbacks):
-                kwargs["callbacks"] = [*callbacks, RunCheckpoint()]
+            if training:
+                wanted = config["enable_checkpointing"] is not False
+                if wanted and not any(isinstance(each, RunCheckpoint) for each in callbacks):
+                    callbacks.append(RunCheckpoint())
+                if not any(isinstance(each, RunGuard) for each in callbacks):
+                    # first, so that a fit that it refuses has written nothing
+                    callbacks.insert(0, RunGuard(bool(self.config_init.get("overwrite"))))
+                kwargs["callbacks"] = callbacks
+            if "overwrite" in self.config:
+                self.config["overwrite"] = False  # the saved config.yaml replaces nothing when it is run again
             return super().instantiate_trainer(**kwargs)
+
+    class SaveConfig(SaveConfigCallback):
+        """Saves config.yaml once the fit is allowed to start, not before."""
+
+        def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+            """Not yet."""
+
+        def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+            super().setup(trainer, pl_module, "fit")
 
     training = command in TRAINING
     cli = CLI(
         RewardRLModule if training else BlendEvaluationModule,
         LightningDataModule,
         subclass_mode_data=True,
-        # an evaluation's settings are in the record it writes beside its results
-        save_config_callback=SaveConfigCallback if training else None,
+        # an evaluation's settings are in the record it writes beside its results; a validation would replace the fit's
+        save_config_callback=SaveConfig if command == "fit" else None,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
         parser_class=Parser,
@@ -162,7 +182,11 @@ def _lightning(command: str, arguments: list[str], debug: bool = False) -> None:
     )
     options: dict[str, Any] = {}
     if training:
-        options = {"ckpt_path": _checkpoint(cli.config["ckpt_path"], cli.trainer), "weights_only": True}
+        checkpoint = _checkpoint(cli.config["ckpt_path"], cli.trainer)
+        options = {"ckpt_path": checkpoint, "weights_only": True}
+        guards = [each for each in cli.trainer.callbacks if isinstance(each, RunGuard)]  # type: ignore[attr-defined]
+        if command == "fit" and not cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            guards[0].check(cli.trainer, cli.model, checkpoint is not None)
     run = getattr(cli.trainer, command)
     try:
         run(cli.model, datamodule=cli.datamodule, **options)

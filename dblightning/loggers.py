@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -65,6 +67,31 @@ def log_by_prompt(trainer: L.Trainer, rewards: dict[str, float], step: int) -> N
                 _append(Path(logger.log_dir) / "prompts.csv", rewards, step)
         else:
             logger.log_metrics({f"prompt/{prompt}": reward for prompt, reward in rewards.items()}, step)
+
+
+def keep_tables(trainer: L.Trainer) -> None:
+    """Start the trainer's CSVLoggers without what they begin with: removing the table of an earlier run.
+
+    A resumed run then adds to it. Call it before Lightning starts them, in ``configure_callbacks``.
+    """
+    for logger in trainer.loggers if rank_zero_only.rank == 0 else ():  # type: ignore[attr-defined]
+        if isinstance(logger, CSVLogger) and (table := Path(logger.log_dir) / "metrics.csv").exists():
+            aside = table.with_suffix(".aside")
+            os.replace(table, aside)
+            try:
+                writer = logger.experiment
+            finally:
+                os.replace(aside, table)
+            if not writer.metrics_keys:
+                with table.open(encoding="utf-8", newline="") as file:
+                    writer.metrics_keys = next(csv.reader(file), [])
+
+
+def drop_table(logger: CSVLogger) -> None:
+    """Remove the tables of an earlier run, which this one replaces."""
+    for name in ("metrics.csv", "prompts.csv"):
+        (Path(logger.log_dir) / name).unlink(missing_ok=True)
+    logger.experiment.metrics_keys = []
 
 
 def _append(path: Path, rewards: dict[str, float], step: int) -> None:

@@ -23,7 +23,7 @@ from dblightning.checkpointing import save_last_good_state
 from dblightning.distributed import Ranks
 from dblightning.fitting import CudaMeter, largest_batch
 from dblightning.lightning_internals import logged_step, validate_now
-from dblightning.loggers import log_by_prompt
+from dblightning.loggers import keep_tables, log_by_prompt
 from dblightning.noise import ImageNoise, image_seed
 from dblightning.policy_gradient import OBJECTIVES, PromptStatistics, clip_fraction, explained_variance
 from dblightning.precision import computes_in_float32, float32_arithmetic
@@ -810,6 +810,7 @@ class RewardRLModule(RunState):
     def configure_callbacks(self) -> list[L.Callback]:
         """What every training run has, where the trainer was given none of it."""
         given = self.trainer.callbacks  # type: ignore[attr-defined]
+        keep_tables(self.trainer)
         own = (RunGuard, RolloutProgress)
         return [kind() for kind in own if not any(isinstance(each, kind) for each in given)]
 

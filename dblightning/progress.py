@@ -30,6 +30,7 @@ ADVERTISEMENTS = (
 #: messages of warnings about what this package does on purpose
 WARNINGS = (
     ".*does not have many workers",
+    ".*Experiment logs directory .* exists and is not empty",
     ".*Checkpoint directory .* exists and is not empty",
     ".*The number of training batches .* is smaller than the logging interval",
     ".*LightningCLI's args parameter",

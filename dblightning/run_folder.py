@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from dblightning.adapters import WEIGHTS_NAME, read_metadata
 from dblightning.checkpointing import newest_whole, read_whole
+from dblightning.loggers import drop_table
 from dblightning.run_state import RunState, changed_settings
 
 #: seconds between two signs of life of a lock's owner
@@ -56,15 +57,23 @@ class FolderLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         own = {**_this_process(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         while not self._create(own):
-            seen = self._read()
-            if seen is not None and self._alive(seen):
-                raise FolderInUseError(
-                    f"another run (process {seen.get('pid')} on {seen.get('host')}, since {seen.get('since')}) writes "
-                    f"to {self.place}; stop it, or choose another folder"
-                )
-            self._remove(seen)
+            self._remove(self.check_free())
         self._own = own
         threading.Thread(target=self._beat, daemon=True, name="folder lock").start()
+
+    def check_free(self) -> dict[str, Any] | None:
+        """Refuse a lock that a living process holds; returns a dead one's contents.
+
+        Raises:
+            FolderInUseError: naming the process that holds it.
+        """
+        seen = self._read()
+        if seen is not None and self._alive(seen):
+            raise FolderInUseError(
+                f"another run (process {seen.get('pid')} on {seen.get('host')}, since {seen.get('since')}) writes to "
+                f"{self.place}; stop it, or choose another folder"
+            )
+        return seen
 
     def release(self) -> None:
         """Give the lock back; harmless when repeated, or when another process has taken it meanwhile."""
@@ -181,47 +190,56 @@ class RunGuard(L.Callback):
         self._own: set[Path] = set()  # places that fits of this trainer have written to
         self._replaced: list[Path] = []
 
+    def check(self, trainer: L.Trainer, module: RunState, resumes: bool) -> dict[Path, list[Path]]:
+        """Refuse a fit that may not start; what it writes: place → files there now. Nothing is written or locked.
+
+        The command line calls it before the fit, which begins with files of Lightning's loggers.
+
+        Raises:
+            FolderInUseError, ValueError: as of the class.
+        """
+        outputs = _outputs(trainer, module)
+        for place in outputs:
+            if not any(lock.place == place for lock in self._locks):
+                FolderLock(place).check_free()
+        there = [file for place, files in outputs.items() if place not in self._own for file in files]
+        if there and not self.overwrite and not resumes:
+            raise ValueError(_refusal(module, there))
+        return outputs
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # not in setup, where the trainer does not know yet whether it resumes
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, RunState)
-        outputs = _outputs(trainer, pl_module)  # on every rank: finding a log folder is an exchange
         with pl_module.ranks.together("claiming the run's folders"):
+            # on every rank: finding a log folder is an exchange
+            outputs = self.check(trainer, pl_module, bool(trainer.ckpt_path))
+        with pl_module.ranks.together("locking the run's folders"):
             if trainer.is_global_zero:
-                self._claim(trainer, pl_module, outputs)
+                self._claim(trainer, outputs)
 
-    def _claim(self, trainer: L.Trainer, module: RunState, outputs: dict[Path, list[Path]]) -> None:
-        try:
-            for place in outputs:
-                if place.parent.is_dir():  # else nobody writes there, and nothing is made before all is allowed
-                    self._lock(place)
-            there = [file for place, files in outputs.items() if place not in self._own for file in files]
-            if there and not self.overwrite and not trainer.ckpt_path:
-                raise ValueError(_refusal(module, there))
-            for place in outputs:
-                if not any(lock.place == place for lock in self._locks):
-                    self._lock(place)
-        except BaseException:
-            self._release()
-            raise
-        self._replaced = [file for file in there if file.suffix == ".ckpt"] if self.overwrite else []
-        self._own |= set(outputs)
+    def _claim(self, trainer: L.Trainer, outputs: dict[Path, list[Path]]) -> None:
         for place in outputs:
+            lock = FolderLock(place)
+            lock.acquire()
+            self._locks.append(lock)
             _remove_leftovers(place)
-
-    def _lock(self, place: Path) -> None:
-        lock = FolderLock(place)
-        lock.acquire()
-        self._locks.append(lock)
+        if self.overwrite and not trainer.ckpt_path:
+            # checkpoints when training starts: until then the earlier run can still be resumed
+            earlier = [file for place, files in outputs.items() if place not in self._own for file in files]
+            self._replaced = [file for file in earlier if file.suffix == ".ckpt"]
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger):
+                    drop_table(logger)
+        self._own |= set(outputs)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.ckpt_path:
-            return
         for file in self._replaced:  # or --ckpt_path auto would find the earlier run's
             file.unlink(missing_ok=True)
             for shard in file.parent.glob(f"{file.stem}.rank*.shard"):
                 shard.unlink(missing_ok=True)
+        self._replaced = []
 
     def _release(self) -> None:
         while self._locks:
@@ -241,7 +259,7 @@ def _outputs(trainer: L.Trainer, module: RunState) -> dict[Path, list[Path]]:
         if callable(of := getattr(callback, "outputs", None)):
             outputs |= of(trainer, module)
     for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger):  # which removes an earlier table when it starts
+        if isinstance(logger, CSVLogger):
             file = Path(logger.log_dir) / "metrics.csv"
             outputs[file] = [file] if file.exists() else []
     return {Path(os.path.abspath(place)): files for place, files in outputs.items()}
