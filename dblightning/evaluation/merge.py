@@ -48,7 +48,7 @@ def read_all(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]]
     if len(parts) > 1:
         record["commands"] = {path: each.get("command", "") for path, _, each in parts}
         record.pop("command", None)
-    columns = [name for name in frame if not name.startswith(REWARD)]
+    columns = [name for name in frame if not str(name).startswith(REWARD)]
     return frame[[*columns, *(REWARD + name for name in reward_names(frame))]], record
 
 
@@ -101,7 +101,7 @@ def _check_rows(frame: pd.DataFrame, other: pd.DataFrame, pair: str) -> None:
 
 def _check_blend(blend: str, frame: pd.DataFrame, other: pd.DataFrame, pair: str) -> None:
     """Refuse one label for two blends, such as an oracle of each of two adapters."""
-    names = sorted({name for each in (frame, other) for name in each if str(name).startswith(WEIGHT)})
+    names = sorted({name for each in (frame, other) for name in map(str, each) if name.startswith(WEIGHT)})
     defaults: dict[str, Any] = {"adapter": None} | dict.fromkeys(names, 0.0)
     first, second = (each[each["blend"] == blend].iloc[0] for each in (frame, other))
     for name in ("method", "kl_scale", "ls_schedule", "adapter", "options", *names):

@@ -114,7 +114,7 @@ def with_defaults(frame: pd.DataFrame) -> pd.DataFrame:
     frame["kl_scale"] = frame["kl_scale"].astype(float).fillna(1.0)
     frame["ls_schedule"] = frame["ls_schedule"].fillna("iid")
     frame["options"] = frame["options"].fillna("{}")
-    numbers = {name: float for name in frame if name.startswith((REWARD, WEIGHT))}
+    numbers = {name: float for name in frame if str(name).startswith((REWARD, WEIGHT))}
     return frame.astype(numbers)
 
 
@@ -171,7 +171,7 @@ def _variants(blends: pd.DataFrame) -> list[str]:
         peers = [other for method, other in zip(blends["method"], options, strict=True) if method == row.method]
         differ = [key for key in sorted(set().union(*peers)) if any(peer.get(key) != own.get(key) for peer in peers)]
         notes = [str(row.ls_schedule)] if row.method == "db-mpa-ls" and row.ls_schedule != "iid" else []
-        notes += [str(row.adapter)] if row.method in ("single", "db-kla") and not pd.isna(row.adapter) else []
+        notes += [str(row.adapter)] if row.method in ("single", "db-kla") and isinstance(row.adapter, str) else []
         notes += [f"{key}={own[key]}" for key in differ if key in own]
         name = NAMES.get(str(row.method), str(row.method)) + (f" ({', '.join(notes)})" if notes else "")
         scaled = row.method != "base" and (row.kl_scale != 1 or row.method == "db-kla")
