@@ -6,13 +6,16 @@ Everything is a pure function of the table. Intervals come from one paired, clus
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
+from dblightning.evaluation.baselines import RANDOM_METHOD, baseline_rows
 from dblightning.evaluation.intervals import (
+    SAMPLES,
     Images,
     bootstrap,
     images_of,
@@ -44,17 +47,33 @@ class Estimates:
 
     Quantities: ``reward/<name>``; ``gain/<name>``, the paired gain over the base; ``weighted``, r(w) = Σ wᵢ rᵢ of the
     blend's own weights; ``weighted_gain``; ``diversity``.
+
+    The rows are the evaluated blends, then the baselines of every preference (:mod:`dblightning.evaluation.baselines`).
     """
 
-    blends: pd.DataFrame  # one row per blend, see table.blend_table; with seconds, unet_rows, images, missing/<name>
+    rows: pd.DataFrame  # see table.blend_table and baselines.baseline_rows; with seconds, unet_rows, images, missing/…
+    evaluated: int  # the first so many rows are evaluated blends
     quantities: list[str]
-    values: np.ndarray  # (blends, quantities)
-    draws: np.ndarray  # (samples, blends, quantities)
-    low: np.ndarray  # (blends, quantities)
+    values: np.ndarray  # (rows, quantities)
+    draws: np.ndarray  # (samples, rows, quantities)
+    low: np.ndarray  # (rows, quantities)
     high: np.ndarray
     units: int
     level: float
     held_out: list[str]
+    parts: Mapping[str, Mapping[str, float]]  # baseline → {blend: share}
+    weighted_images: np.ndarray  # r(w) of every image, (rows, images)
+    starts: np.ndarray  # first image of each unit, (units,)
+    resampled: np.ndarray  # weights of the units in each draw, (samples, units)
+
+    @cached_property
+    def blends(self) -> pd.DataFrame:
+        """The evaluated blends, without the baselines."""
+        return self.rows.iloc[: self.evaluated].drop(columns="adapter_alone")
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {blend: row for row, blend in enumerate(self.rows["blend"])}
 
     @property
     def rewards(self) -> list[str]:
@@ -62,8 +81,12 @@ class Estimates:
         return [name.removeprefix(REWARD) for name in self.quantities if name.startswith(REWARD)]
 
     def row(self, blend: str) -> int:
-        """Position of a blend."""
-        return self.blends["blend"].tolist().index(blend)
+        """Position of a blend or baseline."""
+        return self._positions[blend]
+
+    def methods(self) -> dict[str, str]:
+        """Method of every blend and baseline, by label."""
+        return dict(zip(self.rows["blend"], self.rows["method"], strict=True))
 
     def of(self, blend: str, quantity: str) -> tuple[float, float, float]:
         """A blend's value of a quantity and the two ends of its interval; NaN where it has none."""
@@ -76,8 +99,26 @@ class Estimates:
         low, high = interval(self.draws[:, first, column] - self.draws[:, second, column], self.units, self.level)
         return float(self.values[first, column] - self.values[second, column]), float(low), float(high)
 
+    def win_rate(self, blend: str, other: str) -> tuple[float, float, float]:
+        """Share of images whose r(w) is higher with a blend than with another, ties counted half; with its interval.
 
-def estimate(frame: pd.DataFrame, samples: int = 1000, seed: int = 0, level: float = 0.95) -> Estimates:
+        Of a random adapter it is the expectation over the draw of the adapter.
+        """
+        wins = np.zeros(self.weighted_images.shape[1])
+        for first, share in self._drawn(blend).items():
+            for second, other_share in self._drawn(other).items():
+                gap = self.weighted_images[self.row(first)] - self.weighted_images[self.row(second)]
+                wins += share * other_share * np.where(np.isnan(gap), np.nan, (np.sign(gap) + 1) / 2)
+        means = unit_means(wins[None, :, None], self.starts)
+        value = weighted_means(np.full((1, self.units), 1 / self.units), means)[0, 0, 0]
+        low, high = interval(weighted_means(self.resampled, means)[:, 0, 0], self.units, self.level)
+        return float(value), float(low), float(high)
+
+    def _drawn(self, blend: str) -> Mapping[str, float]:
+        return self.parts[blend] if self.methods()[blend] == RANDOM_METHOD else {blend: 1.0}
+
+
+def estimate(frame: pd.DataFrame, samples: int = SAMPLES, seed: int = 0, level: float = 0.95) -> Estimates:
     """Estimate every quantity of every blend on the same resampled prompts.
 
     Args:
@@ -91,27 +132,55 @@ def estimate(frame: pd.DataFrame, samples: int = 1000, seed: int = 0, level: flo
     frame = with_defaults(frame)
     rewards = reward_names(frame)
     images, blends = images_of(frame, rewards), blend_table(frame)
-    scores = images.values
-    weighted, weighted_base = _weighted(scores, blends, rewards)
-    base = _base_row(blends)
+    evaluated = len(blends)
+    baselines, parts = baseline_rows(blends, rewards)
+    rows = pd.concat([_with_costs(blends, frame, images).assign(adapter_alone=None), baselines], ignore_index=True)
+    positions = {blend: row for row, blend in enumerate(rows["blend"])}
+    mixtures = [{positions[blend]: share for blend, share in parts[label].items()} for label in baselines["blend"]]
+    scores = _with_mixtures(images.values, mixtures)
+    weighted, weighted_base = _weighted(scores, rows, rewards)
+    base = _base_row(rows)
     gains = scores - (scores[base] if base is not None else np.nan)
     columns = [scores, gains, weighted[..., None], (weighted - weighted_base)[..., None]]
     means = unit_means(np.concatenate(columns, axis=-1), images.starts)
     one_prompt = len(np.unique(images.prompts)) == 1
-    distances = _distances(frame, images)
+    distances = _of_parts(_distances(frame, images), mixtures)
     # one prompt's seeds make one distance: it has no interval and is added after the resampling
     means = np.concatenate([means, np.full((*means.shape[:2], 1), np.nan) if one_prompt else distances], axis=-1)
     units = means.shape[1]
     values = weighted_means(np.full((1, units), 1 / units), means)[0]
     if one_prompt:
         values[:, -1] = distances[:, 0, 0]
-    draws = weighted_means(resample(units, samples, seed), means)
+    resampled = resample(units, samples, seed)
+    draws = weighted_means(resampled, means)
     low, high = interval(draws, units, level)
     quantities = [REWARD + name for name in rewards] + [GAIN + name for name in rewards]
     quantities += ["weighted", "weighted_gain", "diversity"]
-    blends = _with_costs(blends, frame, images)
-    blends[[MISSING + name for name in rewards]] = np.isnan(scores).sum(axis=1)
-    return Estimates(blends, quantities, values, draws, low, high, units, level, held_out_rewards(frame))
+    rows[[MISSING + name for name in rewards]] = np.isnan(scores).sum(axis=1)
+    seconds = rows["seconds"].to_numpy()[:evaluated, None, None]
+    unet_rows = rows["unet_rows"].to_numpy(dtype=float)[:evaluated, None, None]
+    for name, own in (("seconds", seconds), ("unet_rows", unet_rows)):
+        rows[name] = _with_mixtures(own, mixtures)[:, 0, 0]
+    return Estimates(
+        rows, evaluated, quantities, values, draws, low, high, units, level, held_out_rewards(frame), parts, weighted,
+        images.starts, resampled,
+    )  # fmt: skip
+
+
+def _with_mixtures(values: np.ndarray, mixtures: Sequence[Mapping[int, float]]) -> np.ndarray:
+    """The rows of ``values`` (blends, …), then one row per mixture: the sum of the rows before it by share."""
+    rows = list(values)
+    for mixture in mixtures:
+        rows.append(sum(share * rows[row] for row, share in mixture.items()))
+    return np.stack(rows)
+
+
+def _of_parts(values: np.ndarray, mixtures: Sequence[Mapping[int, float]]) -> np.ndarray:
+    """As :func:`_with_mixtures` for what does not add up: a mixture of one row has its values, any other NaN."""
+    rows = list(values)
+    for mixture in mixtures:
+        rows.append(rows[next(iter(mixture))] if len(mixture) == 1 else np.full_like(values[0], np.nan))
+    return np.stack(rows)
 
 
 def _base_row(blends: pd.DataFrame) -> int | None:
@@ -120,7 +189,7 @@ def _base_row(blends: pd.DataFrame) -> int | None:
 
 
 def _weighted(scores: np.ndarray, blends: pd.DataFrame, rewards: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """r(w) of every image and of the base's same image under the same weights, each (blends, images).
+    """r(w) of every image and of the base's same image under the same weights, each (rows, images).
 
     NaN for blends that weigh nothing or weigh something that was not measured.
     """
@@ -167,7 +236,7 @@ def _distances(frame: pd.DataFrame, images: Images) -> np.ndarray:
     return result
 
 
-def diversity(frame: pd.DataFrame, samples: int = 1000, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
+def diversity(frame: pd.DataFrame, samples: int = SAMPLES, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
     """How different the seeds of one prompt look, per blend.
 
     The root mean square pixel difference between two 8×8 thumbnails, in [0, 1], averaged over the pairs of a prompt's
@@ -184,7 +253,7 @@ def diversity(frame: pd.DataFrame, samples: int = 1000, seed: int = 0, level: fl
 # ── tables of numbers ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def summary(frame: pd.DataFrame | Estimates, samples: int = 1000, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
+def summary(frame: pd.DataFrame | Estimates, samples: int = SAMPLES, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
     """One row per blend with every quantity and its interval.
 
     Columns: the blend's settings and ``variant``; each quantity of :class:`Estimates` with its interval's ends ``_lo``
@@ -198,11 +267,11 @@ def summary(frame: pd.DataFrame | Estimates, samples: int = 1000, seed: int = 0,
         samples, seed, level: see :func:`estimate`.
     """
     estimates = frame if isinstance(frame, Estimates) else estimate(frame, samples, seed, level)
-    columns = {}
+    columns, own = {}, slice(estimates.evaluated)
     for index, name in enumerate(estimates.quantities):
-        columns[name] = estimates.values[:, index]
-        columns[f"{name}_lo"], columns[f"{name}_hi"] = estimates.low[:, index], estimates.high[:, index]
-    shares = oracle_shares(estimates).drop(columns="blend")
+        columns[name] = estimates.values[own, index]
+        columns[f"{name}_lo"], columns[f"{name}_hi"] = estimates.low[own, index], estimates.high[own, index]
+    shares = oracle_shares(estimates).drop(columns="blend")[own]
     table = pd.concat([estimates.blends, pd.DataFrame(columns), shares], axis=1)
     table.attrs["held_out_rewards"] = estimates.held_out
     return table
@@ -216,9 +285,9 @@ def oracle_shares(estimates: Estimates) -> pd.DataFrame:
     reaches down to 0: a share of nothing means nothing.
 
     Returns:
-        One row per blend: ``blend``, ``share_of_oracle``, ``share_of_oracle_lo``, ``share_of_oracle_hi``.
+        One row per blend and baseline: ``blend``, ``share_of_oracle``, ``share_of_oracle_lo``, ``share_of_oracle_hi``.
     """
-    blends, column = estimates.blends, estimates.quantities.index("weighted_gain")
+    blends, column = estimates.rows, estimates.quantities.index("weighted_gain")
     keys = preferences(blends)
     oracles: dict[object, int] = {}
     for row, (key, method) in enumerate(zip(keys, blends["method"], strict=True)):
@@ -238,7 +307,7 @@ def oracle_shares(estimates: Estimates) -> pd.DataFrame:
 
 
 def compare(
-    frame: pd.DataFrame, blend_a: str, blend_b: str, samples: int = 1000, seed: int = 0, level: float = 0.95
+    frame: pd.DataFrame, blend_a: str, blend_b: str, samples: int = SAMPLES, seed: int = 0, level: float = 0.95
 ) -> pd.DataFrame:
     """Paired difference of two blends, ``blend_a`` less ``blend_b``, for every reward.
 

@@ -16,6 +16,10 @@ from scipy import stats
 
 from dblightning.evaluation.table import REWARD, blend_table
 
+#: bootstrap samples: with 10,000 the end of a 95 % interval is known to about 1.5 % of its half width (with 1,000 to
+#: 5 %, and marks that hang on the sign of an end changed with the seed)
+SAMPLES = 10_000
+
 
 class Images(NamedTuple):
     """The scores as an array; images are sorted by prompt and seed, the same for every blend."""
@@ -124,7 +128,7 @@ def weighted_means(weights: np.ndarray, means: np.ndarray) -> np.ndarray:
     return result.reshape(len(weights), blends, columns)
 
 
-def bootstrap(frame: pd.DataFrame, rewards: Sequence[str], samples: int = 1000, seed: int = 0) -> Bootstrap:
+def bootstrap(frame: pd.DataFrame, rewards: Sequence[str], samples: int = SAMPLES, seed: int = 0) -> Bootstrap:
     """Means of every blend's rewards, on the prompts and on resampled prompts.
 
     Every prompt counts the same, however many of its images have a score.

@@ -6,9 +6,13 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 from tabulate import tabulate
+
+#: last row of the table of rewards: one cell per method, not one per reward
+SECONDS = "seconds / image"
 
 
 @dataclass
@@ -96,30 +100,94 @@ def to_latex(table: Table) -> str:
 
 
 def to_html(table: Table) -> str:
-    """A table element with caption, scoped headings and escaped text."""
-    columns, escape = table.cells.columns, html.escape
-    corner = f'<th scope="col">{escape(str(table.cells.index.name))}</th>'
-    if isinstance(columns, pd.MultiIndex):
-        corner = corner.replace("<th ", '<th rowspan="2" ')
-        groups = _runs([str(group) for group, _ in columns])
-        spans = [f'<th colspan="{size}" scope="colgroup">{escape(group)}</th>' for group, size in groups]
-        second = "".join(f'<th scope="col">{escape(str(heading))}</th>' for _, heading in columns)
-        head = f"<tr>{corner}{''.join(spans)}</tr><tr>{second}</tr>"
-    else:
-        single = "".join(f'<th scope="col">{escape(str(heading))}</th>' for heading in columns)
-        head = f"<tr>{corner}{single}</tr>"
+    """A table element with caption, scoped headings and escaped text, narrow enough for a page.
+
+    Columns of two levels become rows, one per row and group (:data:`SECONDS`, which is no mean, is left out); a table of
+    one level with more columns than rows is turned on its side.
+    """
+    cells, bold = table.cells, table.bold
+    if isinstance(cells.columns, pd.MultiIndex):
+        return _stacked_html(table)
+    if len(cells.columns) > len(cells):
+        turned = cells.T.rename_axis("method")
+        return to_html(Table(table.name, _on_its_side(table), turned, {(column, row) for row, column in bold}))
+    headings = "".join(f'<th scope="col">{_escape(heading)}</th>' for heading in cells.columns)
+    body = []
+    for i, (label, row) in enumerate(zip(cells.index, cells.to_numpy(), strict=True)):
+        texts = "".join(_html_cell(text, (i, j) in bold) for j, text in enumerate(row))
+        body.append(f'<tr><th scope="row">{_escape(label)}</th>{texts}</tr>')
+    head = f'<tr><th scope="col">{_escape(cells.index.name)}</th>{headings}</tr>'
+    return _html(table.caption, head, f"<tbody>{''.join(body)}</tbody>")
+
+
+def _on_its_side(table: Table) -> str:
+    name = table.cells.index.name
+    return f"{table.caption} (of {name})" if name and str(name) not in table.caption else table.caption
+
+
+def _stacked_html(table: Table) -> str:
+    """One row per row and group of columns, the rows of one label in a ``tbody`` of their own."""
+    columns = list(table.cells.columns)
+    groups = list(dict.fromkeys(group for group, _ in columns))
+    headings = list(dict.fromkeys(heading for _, heading in columns))
+    position = {column: index for index, column in enumerate(columns)}
     body = []
     for i, (label, row) in enumerate(zip(table.cells.index, table.cells.to_numpy(), strict=True)):
-        texts = [(escape(str(text)), (i, j) in table.bold) for j, text in enumerate(row)]
-        cells = "".join(f"<td><b>{text}</b></td>" if bold else f"<td>{text}</td>" for text, bold in texts)
-        body.append(f'<tr><th scope="row">{escape(str(label))}</th>{cells}</tr>')
-    caption = f"<caption>{escape(table.caption)}</caption>"
-    return f"<table>{caption}<thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
+        if label == SECONDS:
+            continue
+        lines = []
+        for group in groups:
+            at = [position.get((group, heading)) for heading in headings]
+            texts = [("–", False) if j is None else (row[j], (i, j) in table.bold) for j in at]
+            if any(text != "–" for text, _ in texts):
+                lines.append((group, "".join(_html_cell(text, bold) for text, bold in texts)))
+        for number, (group, texts) in enumerate(lines):
+            first = f'<th scope="rowgroup" rowspan="{len(lines)}">{_escape(label)}</th>' if number == 0 else ""
+            opening = "<tbody>" if number == 0 else ""
+            body.append(f'{opening}<tr>{first}<th scope="row">{_escape(group)}</th>{texts}</tr>')
+        body.append("</tbody>" if lines else "")
+    names = [table.cells.index.name, "", *headings]
+    head = "".join(f'<th scope="col">{_escape(name)}</th>' for name in names)
+    return _html(table.caption, f"<tr>{head}</tr>", "".join(body))
+
+
+def _escape(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _html_cell(text: object, bold: bool) -> str:
+    return f"<td><b>{_escape(text)}</b></td>" if bold else f"<td>{_escape(text)}</td>"
+
+
+def _html(caption: str, head: str, bodies: str) -> str:
+    return f"<table><caption>{_escape(caption)}</caption><thead>{head}</thead>{bodies}</table>"
+
+
+_FORMULA = re.compile(r"[=+\-@\t\r\n]")
+
+
+def csv_text(text: object) -> object:
+    """Text that a spreadsheet does not take for a formula: an apostrophe before =, +, -, @, tab or line end.
+
+    Numbers, with or without their interval, stay as they are.
+    """
+    if not isinstance(text, str) or not _FORMULA.match(text) or _NUMBER.fullmatch(text):
+        return text
+    return "'" + text
 
 
 def to_csv(table: Table) -> str:
-    """Comma-separated cells without bold; two levels of column names joined by a space."""
-    return table.cells.set_axis(_headings(table), axis=1).to_csv()
+    """Comma-separated cells without bold; two levels of column names joined by a space; see :func:`csv_text`."""
+    return frame_to_csv(table.cells.set_axis(_headings(table), axis=1), index=True)
+
+
+def frame_to_csv(frame: pd.DataFrame, index: bool = False, **options: Any) -> str:
+    """A frame as CSV whose text no spreadsheet takes for a formula; ``options`` are those of ``DataFrame.to_csv``."""
+    safe = frame.apply(lambda column: column.map(csv_text) if column.dtype == object else column)
+    safe = safe.set_axis([csv_text(name) for name in frame.columns], axis=1)
+    if index:
+        safe = safe.set_axis(pd.Index([csv_text(name) for name in frame.index], name=csv_text(frame.index.name)), axis=0)
+    return str(safe.to_csv(index=index, **options))
 
 
 def _runs(names: Sequence[str]) -> list[tuple[str, int]]:

@@ -1,7 +1,8 @@
 """Tables shaped like the paper's, with intervals in the cells.
 
 Cells read "0.42 ± 0.03": the mean and half the width of its interval. In a row, the best weighted reward that needed no
-retraining is bold, and so is every other whose paired difference to it has an interval that holds 0.
+retraining is bold, single adapters included, and so is every other whose paired difference to it has an interval that
+holds 0.
 """
 
 from __future__ import annotations
@@ -12,9 +13,24 @@ import numpy as np
 import pandas as pd
 
 from dblightning.evaluation.analysis import Estimates, oracle_shares
-from dblightning.evaluation.fronts import hypervolumes
-from dblightning.evaluation.table import INTERPOLATING, WEIGHT, fronts, weights_label, weights_of
-from dblightning.evaluation.table_formats import Table, to_csv, to_html, to_latex, to_markdown
+from dblightning.evaluation.baselines import BEST_SINGLE
+from dblightning.evaluation.cells import (
+    EMPTY,
+    adapter_names,
+    best_blends,
+    cell,
+    decimals,
+    decorate,
+    estimate_cell,
+    oracle_variants,
+    preference_points,
+    quantity_decimals,
+    readable_labels,
+)
+from dblightning.evaluation.comparisons import adapters_table, paired_table, win_table
+from dblightning.evaluation.fronts import hypervolume_orders, hypervolumes, reference_points
+from dblightning.evaluation.table import WEIGHT, weights_label, weights_of
+from dblightning.evaluation.table_formats import SECONDS, Table, to_csv, to_html, to_latex, to_markdown
 
 __all__ = [
     "Table",
@@ -22,6 +38,7 @@ __all__ = [
     "best_blends",
     "cell",
     "cost_table",
+    "decimals",
     "diversity_table",
     "equal_weights_table",
     "gain_table",
@@ -29,6 +46,7 @@ __all__ = [
     "hypervolume_table",
     "kl_points",
     "kl_table",
+    "preference_points",
     "reward_table",
     "share_table",
     "to_csv",
@@ -37,75 +55,6 @@ __all__ = [
     "to_markdown",
     "weighted_table",
 ]
-
-EMPTY = "–"
-
-
-# ── cells ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def decimals(halves: Sequence[float] | np.ndarray) -> int:
-    """Decimals that show one digit of the typical half width, 2 to 5; 2 where there is no interval."""
-    known = np.asarray([half for half in halves if np.isfinite(half) and half > 0])
-    return int(np.clip(np.ceil(-np.log10(np.median(known))), 2, 5)) if len(known) else 2
-
-
-def cell(values: Sequence[float] | np.ndarray, digits: int = 2, sign: bool = False) -> str:
-    """A mean with half the width of its interval: "0.42 ± 0.03", or the mean alone where there is no interval."""
-    value, low, high = values
-    if not np.isfinite(value):
-        return EMPTY
-    value = round(value, digits) + 0.0  # no minus before a zero
-    text = f"{value:{'+' if sign else ''}.{digits}f}"
-    return text if not np.isfinite(high - low) else f"{text} ± {(high - low) / 2:.{digits}f}"
-
-
-def _quantity_decimals(estimates: Estimates, quantity: str) -> int:
-    column = estimates.quantities.index(quantity)
-    return decimals((estimates.high[:, column] - estimates.low[:, column]) / 2)
-
-
-def _cell(estimates: Estimates, blend: str, quantity: str, sign: bool = False) -> str:
-    return cell(estimates.of(blend, quantity), _quantity_decimals(estimates, quantity), sign)
-
-
-def _decorate(frame: pd.DataFrame, rows: Sequence[str], name: str) -> pd.DataFrame:
-    return frame.set_axis(pd.Index(rows, name=name), axis=0).fillna(EMPTY)
-
-
-# ── preferences by methods ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def preference_points(estimates: Estimates, rewards: Sequence[str]) -> dict[str, dict[tuple[float, ...], str]]:
-    """The columns of a table by preference: variant → weights → blend label (see ``table.fronts``), less the base.
-
-    The single adapters have a column of their own only where no method interpolates them.
-    """
-    blends = estimates.blends
-    methods = dict(zip(blends["variant"], blends["method"], strict=True))
-    apart = {"base", "single"} if INTERPOLATING & set(methods.values()) else {"base"}
-    return {name: points for name, points in fronts(blends, rewards).items() if methods[name] not in apart}
-
-
-def best_blends(estimates: Estimates, blends: Sequence[str], quantity: str) -> set[str]:
-    """The blends that are best in a quantity, or not told from the best: their paired interval holds 0.
-
-    Oracles (MORL) take no part: they were trained for the very preference.
-
-    Args:
-        estimates: of the evaluation.
-        blends: labels to choose from; those without a value are left out.
-        quantity: ``weighted`` for blends of the same weights, or another name.
-    """
-    methods = dict(zip(estimates.blends["blend"], estimates.blends["method"], strict=True))
-    values = {each: estimates.of(each, quantity)[0] for each in blends if methods[each] != "morl"}
-    values = {each: value for each, value in values.items() if np.isfinite(value)}
-    if not values:
-        return set()
-    best = max(values, key=lambda each: values[each])
-    gaps = {each: estimates.difference(best, each, quantity) for each in values}
-    return {best} | {each for each, (_, low, high) in gaps.items() if low <= 0 <= high}
-
 
 def _weights_table(
     estimates: Estimates,
@@ -117,7 +66,7 @@ def _weights_table(
     base: bool = False,
 ) -> Table:
     """Rows of weights, columns of variants × quantities (heading → quantity); best weighted reward bold."""
-    points = preference_points(estimates, rewards)
+    points, oracles = preference_points(estimates, rewards), oracle_variants(estimates)
     rows = sorted({weights for each in points.values() for weights in each})
     bases = estimates.blends.loc[estimates.blends["method"] == "base", "blend"].tolist()
     columns, cells = [], []
@@ -125,22 +74,35 @@ def _weights_table(
         for heading, quantity in quantities.items():
             if quantity.startswith("reward/"):
                 columns.append(("Base", heading))
-                cells.append([_cell(estimates, bases[0], quantity)] * len(rows))
+                cells.append([estimate_cell(estimates, bases[0], quantity)] * len(rows))
     for variant, blends in points.items():
         for heading, quantity in quantities.items():
             columns.append((variant, heading))
-            cells.append([_cell(estimates, blends[row], quantity, sign) if row in blends else EMPTY for row in rows])
+            cells.append(
+                [estimate_cell(estimates, blends[row], quantity, sign) if row in blends else EMPTY for row in rows]
+            )
     bold = set()
     weighted = next((quantity for quantity in quantities.values() if quantity.startswith("weighted")), "weighted")
     for index, row in enumerate(rows):
         best = best_blends(estimates, [blends[row] for blends in points.values() if row in blends], weighted)
         for column, (variant, heading) in enumerate(columns):
-            if variant in points and quantities[heading] == weighted and points[variant].get(row) in best:
+            # an oracle's ends are single adapters, and still its column was retrained for the preference
+            if variant in points.keys() - oracles and quantities[heading] == weighted and points[variant].get(row) in best:
                 bold.add((index, column))
     frame = pd.DataFrame(dict(enumerate(cells)), index=range(len(rows)), dtype=object)
     frame.columns = pd.MultiIndex.from_tuples(columns) if columns else pd.MultiIndex.from_arrays([[], []])
     labels = [f"w = {weights_label(row)}" for row in rows]
-    return Table(name, caption, _decorate(frame, labels, " / ".join(rewards)), bold)
+    caption += _single_note(estimates, points)
+    return Table(name, caption, decorate(frame, labels, " / ".join(rewards)), bold)
+
+
+def _single_note(estimates: Estimates, points: dict[str, dict[tuple[float, ...], str]]) -> str:
+    """Which adapter the column of the best single adapter is, as the end of a caption."""
+    names: dict[str, list[str]] = {}
+    for weights, name in adapter_names(estimates, points.get(BEST_SINGLE, {})).items():
+        names.setdefault(name, []).append(weights_label(weights))
+    each = [f"{name} at w = {', '.join(weights)}" for name, weights in names.items()]
+    return f". The best single adapter: {'; '.join(each)}" if each else ""
 
 
 def reward_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
@@ -149,14 +111,15 @@ def reward_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
         estimates, rewards, "rewards", f"Rewards by preference and method; w weighs {rewards[0]}",
         {name: f"reward/{name}" for name in rewards} | {"r(w)": "weighted"}, base=True,
     )  # fmt: skip
-    seconds = []
-    shown = set()
+    seconds, shown = [], set()
+    points, rows = preference_points(estimates, rewards), estimates.rows
     for variant, _ in table.cells.columns:
-        part = estimates.blends.loc[estimates.blends["variant"] == variant, "seconds"]
+        own = rows["variant"] == variant
+        part = rows.loc[own if own.any() else rows["blend"].isin(points[variant].values()), "seconds"]
         first = variant not in shown and part.notna().any()
         seconds.append(f"{part.median():.3g}" if first else "")
         shown.add(variant)
-    table.cells.loc["seconds / image"] = seconds
+    table.cells.loc[SECONDS] = seconds
     return table
 
 
@@ -177,7 +140,7 @@ def share_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
     """Share of the retrained oracle's gain in weighted reward, by preference and method."""
     shares = oracle_shares(estimates).set_index("blend")
     points = preference_points(estimates, rewards)
-    oracles = set(estimates.blends.loc[estimates.blends["method"] == "morl", "variant"])
+    oracles = oracle_variants(estimates)
     points = {variant: blends for variant, blends in points.items() if variant not in oracles}
     known = [row for each in points.values() for row, blend in each.items() if np.isfinite(shares.loc[blend].iloc[0])]
     rows = sorted(set(known))
@@ -189,7 +152,7 @@ def share_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
     frame = pd.DataFrame(cells, index=range(len(rows)), dtype=object)
     caption = f"Share of the retrained oracle's gain in r(w): 1 is the oracle, 0 the base; w weighs {rewards[0]}"
     labels = [f"w = {weights_label(row)}" for row in rows]
-    return Table("oracle_share", caption, _decorate(frame, labels, " / ".join(rewards)))
+    return Table("oracle_share", caption, decorate(frame, labels, " / ".join(rewards)))
 
 
 # ── other tables ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -209,19 +172,23 @@ def equal_weights_table(estimates: Estimates, sets: Sequence[Sequence[str]]) -> 
             # weights of a third are written with few digits: 0.33, 0.33, 0.34
             if np.allclose(weights, equal, atol=0.011)
         }
+        oracles = oracle_variants(estimates)
         group = f"{len(rewards)} rewards: {', '.join(rewards)}"
         headings = {f"Δ{name}": f"gain/{name}" for name in rewards} | {"mean": "weighted_gain"}
         columns += [(group, heading) for heading in headings] if found else []
         winners = best_blends(estimates, list(found.values()), "weighted_gain")
         for variant, blend in found.items():
             row = cells.setdefault(variant, {})
-            row |= {(group, heading): _cell(estimates, blend, quantity, True) for heading, quantity in headings.items()}
-            best |= {(variant, (group, "mean"))} if blend in winners else set()
+            row |= {
+                (group, heading): estimate_cell(estimates, blend, quantity, True)
+                for heading, quantity in headings.items()
+            }
+            best |= {(variant, (group, "mean"))} if blend in winners and variant not in oracles else set()
     frame = pd.DataFrame([[row.get(key, EMPTY) for key in columns] for row in cells.values()], dtype=object)
     frame.columns = pd.MultiIndex.from_tuples(columns) if columns else pd.MultiIndex.from_arrays([[], []])
     variants = list(cells)
     bold = {(variants.index(variant), columns.index(key)) for variant, key in best}
-    return Table("equal_weights", "Gain over the base with equal weights", _decorate(frame, variants, "method"), bold)
+    return Table("equal_weights", "Gain over the base with equal weights", decorate(frame, variants, "method"), bold)
 
 
 def kl_points(estimates: Estimates) -> dict[tuple[str, str], dict[float, str]]:
@@ -259,7 +226,7 @@ def kl_table(estimates: Estimates) -> Table:
     curves = list(dict.fromkeys(curve for _, curve in points))
     records = []
     for name, scale in rows:
-        digits = _quantity_decimals(estimates, f"reward/{name}")
+        digits = quantity_decimals(estimates, f"reward/{name}")
         here = {curve: points.get((name, curve), {}).get(scale) for curve in curves}
         row = {
             curve: EMPTY if blend is None else cell(estimates.of(blend, f"reward/{name}"), digits)
@@ -272,14 +239,15 @@ def kl_table(estimates: Estimates) -> Table:
     frame = pd.DataFrame(records, index=range(len(rows)), dtype=object)
     caption = "Reward of one adapter at strength λ, and of models retrained with KL weight α/λ"
     labels = [f"{name}, λ = {scale:g}" for name, scale in rows]
-    return Table("kl", caption, _decorate(frame, labels, "reward, strength"))
+    return Table("kl", caption, decorate(frame, labels, "reward, strength"))
 
 
 def hypervolume_table(estimates: Estimates, rewards: Sequence[str], reference: Sequence[float] | None = None) -> Table:
     """Hypervolume of each variant's front and its paired difference to DB-MPA."""
     volumes = hypervolumes(estimates, rewards, reference)
     digits = decimals(((volumes["hi"] - volumes["lo"]) / 2).to_numpy())
-    at = ", ".join(f"{name} {value:.3f}" for name, value in volumes.attrs["reference"].items())
+    at = _point(volumes.attrs["reference"])
+    kind = volumes.attrs["reference_is"]
     frame = pd.DataFrame(
         {
             "points": volumes["points"].astype(str),
@@ -291,8 +259,27 @@ def hypervolume_table(estimates: Estimates, rewards: Sequence[str], reference: S
         },
         dtype=object,
     )
-    caption = f"Hypervolume above the reference point ({at})"
-    return Table("hypervolume", caption, _decorate(frame, volumes["variant"].tolist(), "method"))
+    caption = f"Hypervolume above the reference point ({at}{'' if kind == 'given' else f': {kind}'})"
+    caption += "" if kind == "given" else _order_note(estimates, rewards)
+    return Table("hypervolume", caption, decorate(frame, volumes["variant"].tolist(), "method"))
+
+
+def _point(reference: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in reference.items())
+
+
+def _order_note(estimates: Estimates, rewards: Sequence[str]) -> str:
+    """How the order of the variants changes with the reference point, as the end of a caption."""
+    orders, points = hypervolume_orders(estimates, rewards), reference_points(estimates, rewards)
+    (_, first), (other, second) = orders.items()
+    if len(first) < 2:
+        return ""
+    at = f"({_point(dict(zip(rewards, points[other].tolist(), strict=True)))}: {other})"
+    if first == second:
+        return f". The order is the same above {at}"
+    moves = [f"{name} {first.index(name) + 1} → {second.index(name) + 1}" for name in first
+             if first.index(name) != second.index(name)]  # fmt: skip
+    return f". The order depends on the point: above {at} the ranks change: {', '.join(moves)}"
 
 
 def cost_table(estimates: Estimates) -> Table:
@@ -308,15 +295,15 @@ def cost_table(estimates: Estimates) -> Table:
     columns = {heading: groups[name].agg(span) for name, heading in
                {"seconds": "seconds / image", "unet_rows": "UNet rows / image"}.items()}  # fmt: skip
     frame = pd.DataFrame(columns, dtype=object)
-    return Table("cost", "Cost per image", _decorate(frame, frame.index.tolist(), "method"))
+    return Table("cost", "Cost per image", decorate(frame, frame.index.tolist(), "method"))
 
 
 def blend_rows_table(estimates: Estimates, name: str, caption: str, quantities: dict[str, str], sign: bool) -> Table:
     """One row per blend, one column per quantity (heading → quantity)."""
-    blends = estimates.blends["blend"].tolist()
-    cells = {heading: [_cell(estimates, blend, quantity, sign) for blend in blends] for heading, quantity in
+    labels = readable_labels(estimates)
+    cells = {heading: [estimate_cell(estimates, blend, quantity, sign) for blend in labels] for heading, quantity in
              quantities.items()}  # fmt: skip
-    return Table(name, caption, _decorate(pd.DataFrame(cells, dtype=object), blends, "blend"))
+    return Table(name, caption, decorate(pd.DataFrame(cells, dtype=object), list(labels.values()), "blend"))
 
 
 def diversity_table(estimates: Estimates) -> Table:
@@ -348,6 +335,7 @@ def all_tables(
     by_set += [gain_table, share_table] if has_base else []
     for rewards in sets:
         parts = [make(estimates, rewards) for make in by_set]
+        parts += [paired_table(estimates, rewards), win_table(estimates, rewards), adapters_table(estimates, rewards)]
         parts.append(hypervolume_table(estimates, rewards, reference if len(sets) == 1 else None))
         for part in parts if len(sets) > 1 else []:
             part.name += "_" + "_".join(rewards)
