@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from dblightning.figure_text import figure_text, wrapped
 
 
 def _show(axis: Any, image: Tensor) -> None:
@@ -36,11 +37,12 @@ def before_after_figure(
             _show(axis, images[column])
             axis.set_xlabel(f"{scores[column].item():+.2f}", fontsize=8)
     for column, prompt in enumerate(prompts):
-        axes[0][column].set_title("\n".join(textwrap.wrap(prompt, 16)), fontsize=7)
+        axes[0][column].set_title(wrapped(prompt, 16, lines=5), fontsize=7)
     axes[0][0].set_ylabel("before")
     axes[1][0].set_ylabel("after")
     figure.suptitle(
-        f"{reward}: {before_scores.mean().item():+.2f} before, {after_scores.mean().item():+.2f} after", fontsize=9
+        f"{figure_text(reward)}: {before_scores.mean().item():+.2f} before, {after_scores.mean().item():+.2f} after",
+        fontsize=9,
     )
     return figure
 
@@ -53,14 +55,18 @@ def blend_grid_figure(images: Tensor, columns: Sequence[str], rows: Sequence[str
         columns: one title per column.
         rows: one label per row.
     """
-    figure = Figure(figsize=(1.1 * len(columns) + 1.5, 1.1 * len(rows) + 0.6), layout="constrained")
+    # a column of 1.1 inches takes 15 characters of 7 points; wrapped headings give the figure their height
+    titles = [wrapped(title, 15, lines=8) for title in columns]
+    labels = [wrapped(label, 18, lines=7) for label in rows]
+    heading = 0.14 * max((title.count("\n") + 1 for title in titles), default=1)
+    figure = Figure(figsize=(1.1 * len(columns) + 1.5, 1.1 * len(rows) + 0.5 + heading))
+    figure.set_layout_engine("constrained", h_pad=0.08)
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    for row, label in enumerate(rows):
-        for column, title in enumerate(columns):
+    for row, label in enumerate(labels):
+        for column, title in enumerate(titles):
             axis = axes[row][column]
             _show(axis, images[row, column])
             if row == 0:
-                axis.set_title(title, fontsize=8)
-        text = "\n".join(textwrap.wrap(label, 18))
-        axes[row][0].set_ylabel(text, fontsize=7, rotation=0, ha="right", va="center")
+                axis.set_title(title, fontsize=7)
+        axes[row][0].set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
     return figure

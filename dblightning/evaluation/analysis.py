@@ -69,7 +69,7 @@ class Estimates:
     @cached_property
     def blends(self) -> pd.DataFrame:
         """The evaluated blends, without the baselines."""
-        return self.rows.iloc[: self.evaluated].drop(columns="adapter_alone")
+        return self.rows.iloc[: self.evaluated].drop(columns="adapter_alone").astype({"order": int, "images": int})
 
     @cached_property
     def _positions(self) -> dict[str, int]:
@@ -253,7 +253,9 @@ def diversity(frame: pd.DataFrame, samples: int = SAMPLES, seed: int = 0, level:
 # ── tables of numbers ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def summary(frame: pd.DataFrame | Estimates, samples: int = SAMPLES, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
+def summary(
+    frame: pd.DataFrame | Estimates, samples: int = SAMPLES, seed: int = 0, level: float = 0.95
+) -> pd.DataFrame:
     """One row per blend with every quantity and its interval.
 
     Columns: the blend's settings and ``variant``; each quantity of :class:`Estimates` with its interval's ends ``_lo``

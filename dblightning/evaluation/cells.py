@@ -9,7 +9,7 @@ import pandas as pd
 
 from dblightning.evaluation.analysis import Estimates
 from dblightning.evaluation.baselines import BEST_SINGLE, RANDOM, single_blends
-from dblightning.evaluation.table import INTERPOLATING, WEIGHT, fronts, weights_of, within
+from dblightning.evaluation.table import INTERPOLATING, WEIGHT, fronts, weight_names, weights_of, within
 
 EMPTY = "–"
 
@@ -110,10 +110,10 @@ def adapter_names(estimates: Estimates, points: Points) -> dict[tuple[float, ...
 
 def readable_labels(estimates: Estimates) -> dict[str, str]:
     """What a reader calls each blend: its variant, then its weights; the label itself where two would read alike."""
-    names = [column for column in estimates.blends if column.startswith(WEIGHT)]
+    names = weight_names(estimates.blends)
     found = {}
     for _, row in estimates.blends.iterrows():
-        weights = {name.removeprefix(WEIGHT): row[name] for name in names if row[name] > 0}
+        weights = {name: row[WEIGHT + name] for name in names if row[WEIGHT + name] > 0}
         if row["method"] == "single" and pd.isna(row["adapter"]) and row["kl_scale"] == 1:
             found[row["blend"]] = f"{next(iter(weights), '')} adapter".strip()
         else:

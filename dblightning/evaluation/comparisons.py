@@ -1,4 +1,4 @@
-"""Every method against one, by preference: paired differences, win rates, adapters alone; and what they say in words."""
+"""Every method against one, by preference: paired differences, win rates, adapters alone; and the verdict in words."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def reference_variant(estimates: Estimates, points: dict[str, Points]) -> str | 
 
 
 def mixed(points: Points) -> Points:
-    """The points that weigh two rewards or more."""
-    return {weights: blend for weights, blend in points.items() if sum(weight > 0 for weight in weights) > 1}
+    """The points that weigh every reward; those of fewer belong to a smaller set of rewards."""
+    return {weights: blend for weights, blend in points.items() if min(weights) > 0}
 
 
 def compare_all(estimates: Estimates, rewards: Sequence[str]) -> list[Comparison]:
@@ -100,6 +100,7 @@ def adapters_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
         (variant, weights): cell(estimates.of(blend, "weighted"), digits)
         for weights, part in baselines_by_weights(estimates, rewards).items()
         for variant, blend in part.items()
+        if min(weights) > 0
     }
     caption = "r(w) of one adapter alone and of an adapter drawn with probability w for each image"
     return _by_weights("adapters_alone", caption, rewards, cells)
@@ -149,7 +150,7 @@ def _by_weights(
 
 
 class Verdict(NamedTuple):
-    """What the comparisons say: (what, about which) pairs, the one that hurts first."""
+    """What the comparisons say: (what, about which) pairs, the lost ones first."""
 
     title: str
     lines: list[tuple[str, str]]
@@ -158,14 +159,14 @@ class Verdict(NamedTuple):
 def verdict(estimates: Estimates, rewards: Sequence[str]) -> Verdict:
     """What the reference variant beats and what it loses to, and at which preference, from the paired intervals.
 
-    Lost comparisons come first, and among them the baselines: a blend that one adapter alone beats was not worth making.
+    Lost comparisons come first, and among them the baselines: a blend that one adapter alone beats is of no use.
     """
     points = preference_points(estimates, rewards)
     reference, oracles = reference_variant(estimates, points), oracle_variants(estimates)
     title = " and ".join(rewards) if len(rewards) == 2 else ", ".join(rewards)
     found = [each for each in compare_all(estimates, rewards) if np.isfinite(each.low)]
-    if reference is None or not found:
-        return Verdict(title, [("No comparison", "no blend of these rewards was evaluated beside another method.")])
+    if reference is None or not mixed(points[reference]):
+        return Verdict(title, [("No comparison", "no blend of these rewards was evaluated.")])
     fair = [each for each in found if each.variant not in oracles]
     lost, won = [each for each in fair if each.high < 0], [each for each in fair if each.low > 0]
     open_ = [each for each in fair if each.low <= 0 <= each.high]
@@ -174,7 +175,7 @@ def verdict(estimates: Estimates, rewards: Sequence[str]) -> Verdict:
     lines = [
         (f"{reference} loses to", _listed(lost, total, singles)),
         (f"{reference} beats", _listed(won, total, singles)),
-        ("No difference is shown to", _listed(open_, total, {})),
+        ("Not distinguishable from", _listed(open_, total, {})),
         ("Best without retraining", _best(estimates, points, oracles)),
         (f"{reference} against a model retrained for the preference", _against_oracle(found, oracles, total)),
     ]
@@ -213,9 +214,9 @@ def _where(part: Sequence[Comparison], total: int) -> str:
 def _sizes(part: Sequence[Comparison]) -> str:
     digits = decimals([(each.high - each.low) / 2 for each in part])
     values = [each.value for each in part]
-    if len(part) > 4:
-        return f"{min(values):+.{digits}f} to {max(values):+.{digits}f}".replace("-", "−")
-    return ", ".join(f"{value:+.{digits}f}" for value in values).replace("-", "−")
+    shown = [min(values), max(values)] if len(part) > 4 else values
+    texts = [f"{round(value, digits) + 0.0:+.{digits}f}" for value in shown]
+    return (" to " if len(part) > 4 else ", ").join(texts).replace("-", "−")
 
 
 def _best(estimates: Estimates, points: dict[str, Points], oracles: set[str]) -> str:
@@ -236,7 +237,7 @@ def _against_oracle(found: Sequence[Comparison], oracles: set[str], total: int) 
     kinds = {
         "behind": [each for each in known if each.high < 0],
         "ahead": [each for each in known if each.low > 0],
-        "no difference shown": [each for each in known if each.low <= 0 <= each.high],
+        "not distinguishable": [each for each in known if each.low <= 0 <= each.high],
     }
     texts = [f"{kind} {_where(part, total)} ({_sizes(part)})" for kind, part in kinds.items() if part]
     return "; ".join(texts) + "." if texts else ""

@@ -60,7 +60,7 @@ def hypervolume(points: np.ndarray, reference: Sequence[float] | np.ndarray) -> 
 def drawn_hypervolumes(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Hypervolume of many point sets at once.
 
-    In two dimensions the staircase in order of the first reward: Σ (xᵢ − xᵢ₊₁) · max(y₁ … yᵢ); in three, slices of it.
+    In two dimensions the staircase in order of the first reward: Σ (xᵢ − xᵢ₊₁) · max(y₁ … yᵢ); in more, slices of it.
 
     Args:
         points: (samples, n, m), m ≥ 2.
@@ -69,7 +69,8 @@ def drawn_hypervolumes(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
     Returns:
         (samples,).
     """
-    if points.shape[2] > 3:  # slices of slices would take longer than one call each
+    _, count, rewards = points.shape
+    if count ** (rewards - 2) > 30:  # as many slices take longer than one call per sample
         return np.array([hypervolume(each, reference) for each in points])
     return _staircase(np.clip(points - reference, 0, None))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dblightning.evaluation.table import REWARD, blend_table
+from dblightning.evaluation.table import REWARD, blend_table, reward_names
 
 #: bootstrap samples: with 10,000 the end of a 95 % interval is known to about 1.5 % of its half width (with 1,000 to
 #: 5 %, and marks that hang on the sign of an end changed with the seed)
@@ -49,7 +49,7 @@ def images_of(frame: pd.DataFrame, rewards: Sequence[str]) -> Images:
     """
     unknown = [name for name in rewards if REWARD + name not in frame]
     if unknown:
-        measured = [name.removeprefix(REWARD) for name in frame if name.startswith(REWARD)]
+        measured = reward_names(frame)
         raise ValueError(f"reward {unknown[0]!r} was not measured; the table has {measured}")
     blends = blend_table(frame)["blend"].tolist()
     keys = frame[["prompt_id", "seed"]].drop_duplicates().sort_values(["prompt_id", "seed"], ignore_index=True)

@@ -11,20 +11,28 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from dblightning.evaluation.analysis import Estimates
+from dblightning.evaluation.baselines import BEST_SINGLE, RANDOM, single_blends
+from dblightning.evaluation.cells import preference_points
+from dblightning.evaluation.comparisons import mixed, reference_variant
 from dblightning.evaluation.fronts import pareto
 from dblightning.evaluation.table import front, weights_label, weights_of, within
-from dblightning.evaluation.tables import kl_points, preference_points
+from dblightning.evaluation.tables import kl_points
+from dblightning.figure_text import figure_text
 
-#: Okabe and Ito's colours, told apart with any colour vision
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#8856A7", "#666666")
+#: Okabe and Ito's colours, distinct with any colour vision
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#8856A7", "#A0305A")
 MARKERS = "osD^vP*Xhd"
+#: the baselines are grey, and their lines dashed
+BASELINES = {BEST_SINGLE: ("#333333", "p"), RANDOM: ("#999999", "8")}
 
 
 def variant_styles(estimates: Estimates) -> dict[str, tuple[str, str]]:
     """Colour and marker of every variant, the same in every figure of an evaluation; the base is a black star."""
-    styles, number = {}, 0
+    styles: dict[str, tuple[str, str]] = dict(BASELINES)
+    number = 0
     methods = dict(zip(estimates.blends["variant"], estimates.blends["method"], strict=True))
     for variant, method in methods.items():
         if method == "base":
@@ -83,8 +91,19 @@ def _bars(points: pd.DataFrame, axis: str) -> np.ndarray | None:
     return None if np.isnan(half).all() else half
 
 
+def chord(estimates: Estimates, rewards: Sequence[str], points: pd.DataFrame) -> pd.DataFrame:
+    """The two single adapters, between which a random adapter per image lies; empty where they were not evaluated."""
+    singles = single_blends(estimates.blends)
+    ends = [singles[name] for name in rewards if name in singles]
+    found = points[points["blend"].isin(ends)]
+    return found if len(rewards) == len(found) == 2 else found.head(0)
+
+
 def _plane(axis: Any, estimates: Estimates, rewards: Sequence[str], x: str, y: str, gains: bool) -> None:
     points, styles = plane_points(estimates, rewards, x, y, gains), variant_styles(estimates)
+    between = chord(estimates, rewards, points)
+    if len(between):
+        axis.plot(between["x"], between["y"], "--", color=styles[RANDOM][0], linewidth=1, zorder=1.5, label=RANDOM)
     for variant, own in points.groupby("variant", sort=False):
         colour, marker = styles[str(variant)]
         if len(rewards) == 2:  # with more rewards the weights have no order to follow
@@ -94,20 +113,54 @@ def _plane(axis: Any, estimates: Estimates, rewards: Sequence[str], x: str, y: s
         axis.errorbar(own["x"], own["y"], xerr=_bars(own, "x"), yerr=_bars(own, "y"), fmt="none", ecolor=colour,
                       elinewidth=0.7, alpha=0.4, zorder=1)  # fmt: skip
         size = 110 if own["method"].iloc[0] == "base" else 28
-        axis.scatter([], [], s=28, marker=marker, color=colour, label=variant)  # the legend's, never hollow
+        label = figure_text(variant)
+        axis.scatter([], [], s=28, marker=marker, color=colour, label=label)  # the legend's, never hollow
         for flag in (False, True):
             part = own[own["dominated"] == flag]
             axis.scatter(part["x"], part["y"], s=size, marker=marker, edgecolors=colour, zorder=3,
                          facecolors="white" if flag else colour, alpha=0.6 if flag else 1.0)  # fmt: skip
-    axis.set_xlabel(f"gain in {x}" if gains else x)
-    axis.set_ylabel(f"gain in {y}" if gains else y)
+    axis.set_xlabel(figure_text(f"gain in {x}" if gains else x))
+    axis.set_ylabel(figure_text(f"gain in {y}" if gains else y))
     axis.grid(alpha=0.25)
+
+
+#: where a label may stand around its point, in points
+_PLACES = ((4, 3), (4, -9), (-4, 3), (-4, -9), (8, -3), (-8, -3), (0, 8), (0, -14))
+
+
+def _write_weights(axis: Any, estimates: Estimates, rewards: Sequence[str], points: pd.DataFrame) -> None:
+    """Write w beside the points, where there is room; the reference variant and the single adapters come first."""
+    reference = reference_variant(estimates, preference_points(estimates, rewards))
+    styles, scale = variant_styles(estimates), axis.figure.dpi / 72
+    rank = [0 if row.variant == reference else 1 if row.method == "single" else 2 for row in points.itertuples()]
+    marks = [tuple(axis.transData.transform((row.x, row.y)) / scale) for row in points.itertuples()]
+    taken = [(x - 2.5, y - 2.5, x + 2.5, y + 2.5) for x, y in marks]
+    for index in np.argsort(rank, kind="stable"):
+        point, (x, y) = points.iloc[index], marks[index]
+        text = str(point["label"]).removeprefix("w = ")
+        if point["method"] == "base" or not np.isfinite([x, y]).all():
+            continue
+        width = 3.7 * len(text)
+        for dx, dy in _PLACES:
+            left = x + dx - (width if dx < 0 else width / 2 if dx == 0 else 0)
+            box = (left, y + dy, left + width, y + dy + 6)
+            if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+                side = "left" if dx > 0 else "right" if dx < 0 else "center"
+                colour = styles[point["variant"]][0]
+                at = {"xy": (point["x"], point["y"]), "xytext": (dx, dy), "textcoords": "offset points"}
+                note = axis.annotate(
+                    figure_text(text), **at, fontsize=6.5, ha=side, va="bottom", color=colour, zorder=4
+                )
+                note.set_in_layout(False)
+                taken.append(box)
+                break
 
 
 def pareto_figure(estimates: Estimates, rewards: Sequence[str], gains: bool = False) -> Figure:
     """Every blend in the plane of two rewards, one line per variant in order of w; a grid of pairs for more rewards.
 
-    Hollow points are dominated (:func:`plane_points`); bars are intervals; the base is a star.
+    Hollow points are dominated (:func:`plane_points`); bars are intervals; the base is a star. Of two rewards, w stands
+    beside the points, and a dashed line is where a random adapter per image lies.
 
     Args:
         estimates: of the evaluation.
@@ -129,8 +182,65 @@ def pareto_figure(estimates: Estimates, rewards: Sequence[str], gains: bool = Fa
     for axis in axes[len(pairs) :]:
         axis.set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8, title="hollow: dominated", title_fontsize=8)
+    title = "hollow: dominated" + ("\nnumbers: w" if len(rewards) == 2 else "")
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, title=title, title_fontsize=8)
+    if len(rewards) == 2:
+        figure.draw_without_rendering()  # places the axes, so that labels can be kept apart
+        _write_weights(axes[0], estimates, rewards, plane_points(estimates, rewards, rewards[0], rewards[1], gains))
     return figure
+
+
+def cost_figure(estimates: Estimates, rewards: Sequence[str], panels: int = 4) -> Figure | None:
+    """Gain in weighted reward against seconds per image, one panel per preference; None where nothing was timed.
+
+    Args:
+        estimates: of the evaluation, with a base.
+        rewards: measured names.
+        panels: preferences shown at most: those that the most variants have, the evenest first.
+    """
+    points, styles, rows = preference_points(estimates, rewards), variant_styles(estimates), estimates.rows
+    seconds = dict(zip(rows["blend"], rows["seconds"], strict=True))
+    shown = _preferences({name: mixed(each) for name, each in points.items()}, panels)
+    if not shown or not any(
+        seconds[each[weights]] > 0 for each in points.values() for weights in shown if weights in each
+    ):
+        return None
+    figure = Figure(figsize=(2.6 * len(shown) + 2.4, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
+    for axis, weights in zip(axes, shown, strict=True):
+        for variant, blends in points.items():
+            blend = blends.get(weights)
+            if blend is None or not seconds[blend] > 0:
+                continue
+            value, low, high = estimates.of(blend, "weighted_gain")
+            half = None if np.isnan(low) else [[value - low], [high - value]]
+            colour, marker = styles[variant]
+            axis.errorbar(seconds[blend], value, half, fmt=marker, color=colour, markersize=5, elinewidth=0.8,
+                          label=figure_text(variant))  # fmt: skip
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.axhline(0, color="#000000", linewidth=0.8)
+        axis.set_title(f"w = {weights_label(weights)}", fontsize=9)
+        axis.set_xlabel("seconds / image")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("gain in r(w) over the base")
+    _shared_legend(figure, axes)
+    return figure
+
+
+def _preferences(points: dict[str, Any], panels: int) -> list[tuple[float, ...]]:
+    """The preferences that the most variants have, the evenest first, at most so many; in order of weight."""
+    counts = pd.Series([weights for blends in points.values() for weights in blends], dtype=object).value_counts()
+    order = sorted(counts.index, key=lambda weights: (-counts[weights], max(weights)))
+    return sorted(order[:panels])
+
+
+def _shared_legend(figure: Figure, axes: Iterable[Any]) -> None:
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if found:
+        figure.legend(list(found.values()), list(found), loc="outside right upper", fontsize=8)
 
 
 def weighted_figure(estimates: Estimates, rewards: Sequence[str]) -> Figure:
@@ -144,10 +254,11 @@ def weighted_figure(estimates: Estimates, rewards: Sequence[str]) -> Figure:
         colour, marker = styles[variant]
         w = [weights[0] for weights in blends]
         values = np.array([estimates.of(blend, "weighted_gain") for blend in blends.values()])
-        axis.plot(w, values[:, 0], f"{marker}-", color=colour, markersize=4, linewidth=1.2, label=variant)
+        line = "--" if variant in BASELINES else "-"
+        axis.plot(w, values[:, 0], marker + line, color=colour, markersize=4, linewidth=1.2, label=figure_text(variant))
         axis.fill_between(w, values[:, 1], values[:, 2], color=colour, alpha=0.12, linewidth=0)
     axis.axhline(0, color="#000000", linewidth=0.8)
-    axis.set_xlabel(f"w, the weight of {rewards[0]} (1 − w: {rewards[1]})")
+    axis.set_xlabel(figure_text(f"w, the weight of {rewards[0]} (1 − w: {rewards[1]})"))
     axis.set_ylabel("gain in r(w) over the base")
     axis.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=8)
@@ -163,9 +274,7 @@ def gain_bars_figure(estimates: Estimates, rewards: Sequence[str], panels: int =
         panels: preferences shown at most: those that the most variants have, the evenest first.
     """
     points, styles = preference_points(estimates, rewards), variant_styles(estimates)
-    counts = pd.Series([weights for blends in points.values() for weights in blends], dtype=object).value_counts()
-    order = sorted(counts.index, key=lambda weights: (-counts[weights], max(weights)))
-    shown = sorted(order[:panels], reverse=True)
+    shown = _preferences(points, panels)[::-1]
     figure = Figure(figsize=(7.5, 2.1 * max(1, len(shown)) + 0.4), layout="constrained")
     axes = figure.subplots(max(1, len(shown)), 1, squeeze=False)[:, 0]
     width = 0.8 / max(1, len(points))
@@ -177,14 +286,12 @@ def gain_bars_figure(estimates: Estimates, rewards: Sequence[str], panels: int =
             half = np.abs(np.stack([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]))
             place = np.arange(len(rewards)) + (number - (len(points) - 1) / 2) * width
             axis.bar(place, values[:, 0], width, yerr=None if np.isnan(half).all() else half, color=styles[variant][0],
-                     error_kw={"elinewidth": 0.8}, label=variant)  # fmt: skip
+                     error_kw={"elinewidth": 0.8}, label=figure_text(variant))  # fmt: skip
         axis.axhline(0, color="#000000", linewidth=0.8)
-        axis.set_xticks(range(len(rewards)), rewards)
+        axis.set_xticks(range(len(rewards)), [figure_text(name) for name in rewards])
         axis.set_title(f"w = {weights_label(weights)}", fontsize=9)
         axis.set_ylabel("gain over base")
-    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    if found:
-        figure.legend(list(found.values()), list(found), loc="outside right upper", fontsize=8)
+    _shared_legend(figure, axes)
     return figure
 
 
@@ -199,10 +306,10 @@ def strength_figure(estimates: Estimates) -> Figure | None:
         curves = [(curve, blends) for (reward, curve), blends in points.items() if reward == name]
         for (curve, blends), colour, marker in zip(curves, COLOURS, MARKERS, strict=False):
             values = np.array([estimates.of(blend, f"gain/{name}") for blend in blends.values()])
-            axis.plot(list(blends), values[:, 0], f"{marker}-", color=colour, markersize=4, label=curve)
+            axis.plot(list(blends), values[:, 0], f"{marker}-", color=colour, markersize=4, label=figure_text(curve))
             axis.fill_between(list(blends), values[:, 1], values[:, 2], color=colour, alpha=0.12, linewidth=0)
         axis.set_xlabel("λ")
-        axis.set_ylabel(f"gain in {name}")
+        axis.set_ylabel(figure_text(f"gain in {name}"))
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
     return figure

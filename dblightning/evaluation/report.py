@@ -6,6 +6,7 @@ python -m dblightning report runs/blend/scores.parquet
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,54 +18,78 @@ from tabulate import tabulate
 
 from dblightning.evaluation import plots
 from dblightning.evaluation.analysis import Estimates, estimate, summary
+from dblightning.evaluation.cells import cell, readable_labels
+from dblightning.evaluation.comparisons import category_column, category_table, compare_all, verdict
+from dblightning.evaluation.intervals import SAMPLES
 from dblightning.evaluation.merge import read_all
 from dblightning.evaluation.report_parts import data_uri, image_grids, pareto_plots, record_lines
 from dblightning.evaluation.table import preference_rewards, preference_sets
-from dblightning.evaluation.tables import Table, all_tables, cell, to_csv, to_html, to_latex, to_markdown
+from dblightning.evaluation.table_formats import Table, frame_to_csv, to_csv, to_html, to_latex, to_markdown
+from dblightning.evaluation.tables import all_tables
 
 
 def write_report(
     scores: str | Path | Sequence[str | Path],
     out: str | Path,
     images: str | Path | None = None,
-    samples: int = 1000,
+    samples: int = SAMPLES,
     seed: int = 0,
     level: float = 0.95,
+    show: bool = False,
 ) -> list[Path]:
     """Write ``report.html``, ``pareto.png`` and further figures, ``tables/`` and ``summary.csv``.
 
     Args:
-        scores: a score table, or several that are put together (:func:`merge.read_all`).
+        scores: a score table, or several that are merged (:func:`merge.read_all`).
         out: folder to write to; files of the same names are replaced.
         images: folder of ``<blend label>/<prompt_id>-<seed>.png``; None looks in ``images`` beside each score table.
         samples, seed, level: of the bootstrap; see :func:`analysis.estimate`.
+        show: also print the summary, from the same draws.
 
     Returns:
         What was written, ``report.html`` first.
 
     Raises:
-        FileNotFoundError, ValueError: score tables that are missing, unfinished or not comparable.
+        FileNotFoundError, ValueError: score tables that are missing, unfinished or not comparable; ``out`` that is no
+            folder to write to; ``images`` that is no folder.
     """
     files = [Path(each) for each in ([scores] if isinstance(scores, str | Path) else scores)]
+    out = Path(out)
+    _check_folders(out, None if images is None else Path(images))
     frame, record = read_all(files)
     estimates = estimate(frame, samples, seed, level)
     folders = [Path(images)] if images is not None else [file.parent / "images" for file in files]
-    out, sets = Path(out), preference_sets(frame)
+    sets = preference_sets(frame)
     tables = all_tables(estimates, sets)
+    if category_column(frame) is not None:
+        tables += [category_table(frame, rewards, samples, level) for rewards in sets[-1:]]
     fronts, curves = _figures(estimates, preference_rewards(frame), sets)
     written = [file for name, figure in (fronts | curves).items() for file in plots.save_figure(figure, out / name)]
     written += _write_tables(tables, out / "tables")
     numbers = out / "summary.csv"
-    summary(estimates).to_csv(numbers, index=False, float_format="%.6g")
+    numbers.write_text(frame_to_csv(summary(estimates), float_format="%.6g"), encoding="utf-8")
     page = out / "report.html"
     content = _page(frame, record, estimates, sets, tables, out, list(curves), folders)
     page.write_text(content, encoding="utf-8")
+    if show:
+        print_summary(estimates)
     return [page, numbers, *written]
 
 
-def print_summary(scores: pd.DataFrame) -> None:
+def _check_folders(out: Path, images: Path | None) -> None:
+    """Refuse what would fail after the work; the nearest folder that is there has to be writable."""
+    if images is not None and not images.is_dir():
+        raise ValueError(f"--images {images} is not a folder; name the one that holds <blend>/<prompt_id>-<seed>.png")
+    nearest = next(each for each in (out, *out.absolute().parents) if os.path.lexists(each))
+    if not nearest.is_dir():
+        raise ValueError(f"--out {out}: {nearest} is not a folder; name a folder to write the report to")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out}: {nearest} is not writable; name another folder")
+
+
+def print_summary(scores: pd.DataFrame | Estimates) -> None:
     """Print every blend's rewards, gain in weighted reward and seconds, with intervals."""
-    estimates = estimate(scores)
+    estimates = scores if isinstance(scores, Estimates) else estimate(scores)
     headings = {name: f"reward/{name}" for name in estimates.rewards} | {"gain in r(w)": "weighted_gain"}
     rows = [
         [blend, *(cell(estimates.of(blend, quantity), 3) for quantity in headings.values()), f"{seconds:.3g}"]
@@ -76,10 +101,10 @@ def print_summary(scores: pd.DataFrame) -> None:
 def report_main(arguments: Sequence[str] | None = None) -> None:
     """The command ``python -m dblightning report``; None takes the process's arguments."""
     parser = argparse.ArgumentParser(prog="dblightning report", description="Write the report of an evaluation.")
-    parser.add_argument("scores", nargs="+", type=Path, help="scores.parquet; several are put together")
+    parser.add_argument("scores", nargs="+", type=Path, help="scores.parquet; several are merged")
     parser.add_argument("--out", type=Path, help="folder to write to; default: beside the first score table")
     parser.add_argument("--images", type=Path, help="folder of images; default: images beside each score table")
-    parser.add_argument("--samples", type=int, default=1000, help="bootstrap samples (default 1000)")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"bootstrap samples (default {SAMPLES})")
     parser.add_argument("--level", type=float, default=0.95, help="level of the intervals (default 0.95)")
     options = parser.parse_args(arguments)
     if options.samples < 1 or not 0 < options.level < 1:
@@ -89,7 +114,7 @@ def report_main(arguments: Sequence[str] | None = None) -> None:
             options.scores, options.out or options.scores[0].parent, options.images, options.samples,
             level=options.level,
         )  # fmt: skip
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"report: {written[0]}")
 
@@ -115,6 +140,8 @@ def _figures(
         if has_base:
             draw = plots.weighted_figure if len(rewards) == 2 else plots.gain_bars_figure
             curves[f"gain_by_weight{ending}"] = draw(estimates, rewards)
+            cost = plots.cost_figure(estimates, rewards)
+            curves |= {f"gain_by_cost{ending}": cost} if cost is not None else {}
     strength = plots.strength_figure(estimates) if has_base else None
     return fronts, curves | ({"gain_by_strength": strength} if strength is not None else {})
 
@@ -149,6 +176,7 @@ def _page(
         for rewards, gains, file in planes
     ]
     prompts, seeds = frame["prompt_id"].nunique(), frame["seed"].nunique()
+    shown = sorted(tables, key=lambda table: _first(table.name))
     commands = record.get("commands") or {"": record.get("command", "")}
     facts = [(name, value) for name, value in record_lines(record) if name.split(".")[0] not in ("command", "commands")]
     loader = jinja2.Environment(
@@ -162,17 +190,29 @@ def _page(
         facts=facts,
         interval_note=_interval_note(estimates, prompts),
         notes=_missing_notes(estimates),
+        verdicts=[verdict(estimates, rewards) for rewards in sets],
+        chance_note=_chance_note(estimates, sets),
+        absent=_absent(frame, estimates, tables),
         fronts=fronts,
-        tables=[to_html(table) for table in tables],
+        tables=[to_html(table) for table in shown],
         held_out=estimates.held_out,
         curves=[(_picture(out / f"{name}.svg"), _CAPTIONS[name.split("_")[2]]) for name in curves],
         grids=image_grids(frame, estimates, sets, folders),
     )
 
 
-#: by the last word of ``gain_by_…``
+#: tables that answer "which method?", in the order of the page; the others follow
+_LEADING = ("paired", "win_rates", "weighted", "adapters_alone", "categories")
+
+
+def _first(name: str) -> int:
+    return next((rank for rank, each in enumerate(_LEADING) if name.startswith(each)), len(_LEADING))
+
+
+#: by the third word of ``gain_by_…``
 _CAPTIONS = {
     "weight": "Gain over the base by preference; bands and bars are intervals.",
+    "cost": "Gain over the base in weighted reward against the seconds an image takes, by preference.",
     "strength": "Gain over the base by strength λ of one adapter; bands are intervals.",
 }
 
@@ -189,10 +229,35 @@ def _interval_note(estimates: Estimates, prompts: int) -> str:
     )
 
 
+def _chance_note(estimates: Estimates, sets: Sequence[Sequence[str]]) -> str:
+    count = sum(len(compare_all(estimates, rewards)) for rewards in sets)
+    expected = count * (1 - estimates.level)
+    return (
+        "Numbers are differences of r(w), the reward weighed by w. A method wins or loses where the "
+        f"{estimates.level:.0%} interval of the paired difference leaves out 0; of {count} comparisons between equals "
+        f"about {expected:.1f} would. The best single adapter is chosen on these prompts."
+    )
+
+
+def _absent(frame: pd.DataFrame, estimates: Estimates, tables: Sequence[Table]) -> list[str]:
+    """What the page lacks, and what it would take."""
+    names, methods = {table.name.split("_")[0] for table in tables}, set(estimates.blends["method"])
+    lines = {
+        "diversity": "Diversity: the score table has no thumbnails (or one seed per prompt), from which it is derived.",
+        "categories": "Results by category: the score table has no category of the prompts.",
+    }
+    found = [text for name, text in lines.items() if name not in names]
+    found += ["Gains: no base was evaluated; add {method: base}."] if "base" not in methods else []
+    if "morl" not in methods:
+        found.append("Share of the oracle's gain: no retrained model (morl) was evaluated.")
+    return found
+
+
 def _missing_notes(estimates: Estimates) -> list[str]:
     """One sentence for every blend with images that a reward could not score."""
+    labels = readable_labels(estimates)
     return [
-        f"{blend}: {int(count)} of {images} images have no score of {name}; its means leave them out."
+        f"{labels[blend]}: {int(count)} of {images} images have no score of {name}; its means leave them out."
         for name in estimates.rewards
         for blend, images, count in estimates.blends[["blend", "images", f"missing/{name}"]].itertuples(index=False)
         if count

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dblightning.evaluation.analysis import Estimates
-from dblightning.evaluation.plots import line_of, plane_points, variant_styles
+from dblightning.evaluation.baselines import RANDOM
+from dblightning.evaluation.cells import cell, preference_points, readable_labels
+from dblightning.evaluation.plots import chord, line_of, plane_points, variant_styles
 from dblightning.evaluation.table import weights_label
-from dblightning.evaluation.tables import cell, kl_points, preference_points
+from dblightning.evaluation.tables import kl_points
 
 #: plotly's names of matplotlib's markers
 SYMBOLS = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "P": "cross",
-           "*": "star", "X": "x", "h": "hexagon", "d": "diamond-tall"}  # fmt: skip
+           "*": "star", "X": "x", "h": "hexagon", "d": "diamond-tall", "p": "pentagon", "8": "octagon"}  # fmt: skip
 #: bytes of all images before base64: with plotly's 4.8 MB the page stays below 8 MB
 IMAGE_BYTES = 1_700_000
 IMAGE_SIDE = 128
@@ -39,6 +41,10 @@ def pareto_plots(estimates: Estimates, rewards: Sequence[str], gains: bool = Fal
 def _pareto_plot(estimates: Estimates, rewards: Sequence[str], x: str, y: str, gains: bool) -> go.Figure:
     points, styles = plane_points(estimates, rewards, x, y, gains), variant_styles(estimates)
     figure = go.Figure()
+    between = chord(estimates, rewards, points)
+    if len(between):
+        figure.add_scatter(x=between["x"], y=between["y"], name=RANDOM, mode="lines", hoverinfo="skip",
+                           line={"color": styles[RANDOM][0], "width": 1, "dash": "dash"})  # fmt: skip
     for variant, own in points.groupby("variant", sort=False):
         colour, marker = styles[str(variant)]
         line = line_of(estimates, rewards, str(variant), points) if len(rewards) == 2 else own
@@ -46,7 +52,10 @@ def _pareto_plot(estimates: Estimates, rewards: Sequence[str], x: str, y: str, g
         shown = line if joined else own
         symbol = SYMBOLS[marker]
         figure.add_scatter(
-            x=shown["x"], y=shown["y"], name=_plain(str(variant)), mode="lines+markers" if joined else "markers",
+            x=shown["x"], y=shown["y"], name=_plain(str(variant)),
+            mode="lines+markers+text" if joined else "markers+text", textposition="top right",
+            text=[_weight_text(row, len(rewards)) for _, row in shown.iterrows()],
+            textfont={"size": 10, "color": colour},
             line={"color": colour, "width": 1.5},
             marker={"color": colour, "size": 14 if marker == "*" and colour == "#000000" else 9,
                     "symbol": [f"{symbol}-open" if flag else symbol for flag in shown["dominated"]]},
@@ -55,10 +64,16 @@ def _pareto_plot(estimates: Estimates, rewards: Sequence[str], x: str, y: str, g
         )  # fmt: skip
     prefix = "gain in " if gains else ""
     figure.update_layout(
-        template="plotly_white", height=520, margin={"l": 60, "r": 20, "t": 20, "b": 50},
+        template="plotly_white", height=560, margin={"l": 60, "r": 20, "t": 20, "b": 50},
+        legend={"orientation": "h", "y": -0.15},
         xaxis_title=_plain(prefix + x), yaxis_title=_plain(prefix + y),
     )  # fmt: skip
     return figure
+
+
+def _weight_text(point: pd.Series, rewards: int) -> str:
+    """w beside a point of two rewards; of more, the weights are shown on hovering."""
+    return _plain(str(point["label"]).removeprefix("w = ")) if rewards == 2 and point["method"] != "base" else ""
 
 
 def _errors(points: pd.DataFrame, axis: str, colour: str) -> dict[str, Any]:
@@ -118,6 +133,7 @@ def image_grids(
     layouts = [_preference_layout(estimates, rewards, bases) for rewards in sets]
     layouts += [_strength_layout(estimates)]
     layouts = [layout for layout in layouts if layout[2]]
+    labels = readable_labels(estimates)
     images = frame.sort_values(["prompt_id", "seed"]).drop_duplicates("prompt_id")
     grids: list[Grid] = []
     room = IMAGE_BYTES
@@ -127,7 +143,9 @@ def image_grids(
         for prompt_id, prompt, seed in images[["prompt_id", "prompt", "seed"]].itertuples(index=False):
             if len(found) == prompts:
                 break
-            cells = [(name, [_cell(folders, blend, prompt_id, seed) for blend in blends]) for name, blends in rows]
+            cells = [
+                (name, [_cell(folders, blend, prompt_id, seed, labels) for blend in blends]) for name, blends in rows
+            ]
             size = sum(len(each.source) * 3 // 4 for _, row in cells for each in row)
             if size > share:
                 break
@@ -142,7 +160,7 @@ Layout = tuple[str, list[str], list[tuple[str, list[str | None]]]]
 
 
 def _preference_layout(estimates: Estimates, rewards: Sequence[str], bases: list[str]) -> Layout:
-    points = preference_points(estimates, rewards)
+    points = _pictured(estimates, preference_points(estimates, rewards))
     weights = sorted({each for blends in points.values() for each in blends})
     # a simplex of weights has too many columns; the evenest preferences say most
     weights = sorted(sorted(weights, key=max)[:11]) if len(rewards) > 2 else weights
@@ -151,6 +169,18 @@ def _preference_layout(estimates: Estimates, rewards: Sequence[str], bases: list
     ]
     columns = ["Base"] * len(bases) + [f"w = {weights_label(each)}" for each in weights]
     return f"{' / '.join(rewards)}, w weighs {rewards[0]}", columns, rows
+
+
+def _pictured(
+    estimates: Estimates, points: dict[str, dict[tuple[float, ...], str]]
+) -> dict[str, dict[tuple[float, ...], str]]:
+    """The points with images: the best single adapter's are that adapter's, a random adapter has none of its own."""
+    found = {}
+    for variant, blends in points.items():
+        parts = {weights: estimates.parts.get(blend, {blend: 1.0}) for weights, blend in blends.items()}
+        if variant != RANDOM:
+            found[variant] = {weights: next(iter(part)) for weights, part in parts.items()}
+    return found
 
 
 def _strength_layout(estimates: Estimates) -> Layout:
@@ -162,22 +192,23 @@ def _strength_layout(estimates: Estimates) -> Layout:
     return "Strength λ of one adapter", [f"λ = {scale:g}" for scale in scales], rows
 
 
-def _cell(folders: Sequence[Path], blend: str | None, prompt_id: int, seed: int) -> Cell:
+def _cell(folders: Sequence[Path], blend: str | None, prompt_id: int, seed: int, labels: Mapping[str, str]) -> Cell:
     if blend is None:
         return Cell("", "not evaluated")
     for folder in folders:
         path = folder / blend / f"{prompt_id}-{seed}.png"
-        if path.is_file():
+        # a label is text from a score file: "/home/me/x" or "../.." must not put another file into the page
+        if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
             try:
-                return Cell(image_uri(path), blend)
-            except UnidentifiedImageError:
+                return Cell(image_uri(path), labels[blend])
+            except (OSError, Image.DecompressionBombError):  # not an image, cut short, or far too large
                 return Cell("", "unreadable")
     return Cell("", "no image")
 
 
 def image_uri(path: Path, side: int = IMAGE_SIDE) -> str:
     """A picture as a data URI: small ones as they are, larger ones as JPEG of at most ``side`` pixels."""
-    with Image.open(path) as opened:
+    with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as opened:
         image = opened.convert("RGB")
     kind, options = ("PNG", {"optimize": True}) if max(image.size) <= 64 else ("JPEG", {"quality": 82})
     image.thumbnail((side, side))

@@ -264,4 +264,4 @@ def _by_weights(blends: pd.DataFrame, rewards: Sequence[str]) -> dict[tuple[floa
 
 def weights_label(weights: Sequence[float]) -> str:
     """A preference in short: "0.2" is w of two rewards (the first's weight), "0.5 / 0.3 / 0.2" is all of three."""
-    return f"{weights[0]:g}" if len(weights) == 2 else " / ".join(f"{weight:g}" for weight in weights)
+    return f"{weights[0]:.3g}" if len(weights) == 2 else " / ".join(f"{weight:.3g}" for weight in weights)

@@ -102,15 +102,16 @@ def to_latex(table: Table) -> str:
 def to_html(table: Table) -> str:
     """A table element with caption, scoped headings and escaped text, narrow enough for a page.
 
-    Columns of two levels become rows, one per row and group (:data:`SECONDS`, which is no mean, is left out); a table of
-    one level with more columns than rows is turned on its side.
+    Columns of two levels become rows, one per row and group. A table of one
+    level with more columns than rows is transposed.
     """
     cells, bold = table.cells, table.bold
     if isinstance(cells.columns, pd.MultiIndex):
-        return _stacked_html(table)
+        if cells.columns.get_level_values(1).nunique() != 1:
+            return _stacked_html(table)
+        cells = cells.set_axis(cells.columns.get_level_values(0), axis=1)
     if len(cells.columns) > len(cells):
-        turned = cells.T.rename_axis("method")
-        return to_html(Table(table.name, _on_its_side(table), turned, {(column, row) for row, column in bold}))
+        return to_html(Table(table.name, table.caption, cells.T.rename_axis("method"), {(j, i) for i, j in bold}))
     headings = "".join(f'<th scope="col">{_escape(heading)}</th>' for heading in cells.columns)
     body = []
     for i, (label, row) in enumerate(zip(cells.index, cells.to_numpy(), strict=True)):
@@ -120,31 +121,27 @@ def to_html(table: Table) -> str:
     return _html(table.caption, head, f"<tbody>{''.join(body)}</tbody>")
 
 
-def _on_its_side(table: Table) -> str:
-    name = table.cells.index.name
-    return f"{table.caption} (of {name})" if name and str(name) not in table.caption else table.caption
-
-
 def _stacked_html(table: Table) -> str:
     """One row per row and group of columns, the rows of one label in a ``tbody`` of their own."""
-    columns = list(table.cells.columns)
-    groups = list(dict.fromkeys(group for group, _ in columns))
-    headings = list(dict.fromkeys(heading for _, heading in columns))
-    position = {column: index for index, column in enumerate(columns)}
+    levels = [[str(name) for name in table.cells.columns.get_level_values(level)] for level in (0, 1)]
+    groups, headings = (list(dict.fromkeys(level)) for level in levels)
+    position = {column: index for index, column in enumerate(zip(*levels, strict=True))}
     body = []
     for i, (label, row) in enumerate(zip(table.cells.index, table.cells.to_numpy(), strict=True)):
-        if label == SECONDS:
-            continue
         lines = []
         for group in groups:
             at = [position.get((group, heading)) for heading in headings]
-            texts = [("–", False) if j is None else (row[j], (i, j) in table.bold) for j in at]
-            if any(text != "–" for text, _ in texts):
-                lines.append((group, "".join(_html_cell(text, bold) for text, bold in texts)))
-        for number, (group, texts) in enumerate(lines):
+            texts = ["–" if j is None else str(row[j]) for j in at]
+            cells = "".join(_html_cell(text, (i, j) in table.bold) for text, j in zip(texts, at, strict=True))
+            if label == SECONDS:
+                texts = ["".join(text for text in texts if text != "–")]
+                cells = f'<td colspan="{len(headings)}">{_escape(texts[0])}</td>'
+            if set(texts) - {"–", ""}:
+                lines.append((group, cells))
+        for number, (group, cells) in enumerate(lines):
             first = f'<th scope="rowgroup" rowspan="{len(lines)}">{_escape(label)}</th>' if number == 0 else ""
             opening = "<tbody>" if number == 0 else ""
-            body.append(f'{opening}<tr>{first}<th scope="row">{_escape(group)}</th>{texts}</tr>')
+            body.append(f'{opening}<tr>{first}<th scope="row">{_escape(group)}</th>{cells}</tr>')
         body.append("</tbody>" if lines else "")
     names = [table.cells.index.name, "", *headings]
     head = "".join(f'<th scope="col">{_escape(name)}</th>' for name in names)
@@ -169,11 +166,11 @@ _FORMULA = re.compile(r"[=+\-@\t\r\n]")
 def csv_text(text: object) -> object:
     """Text that a spreadsheet does not take for a formula: an apostrophe before =, +, -, @, tab or line end.
 
-    Numbers, with or without their interval, stay as they are.
+    Numbers, with or without their interval, stay as they are. A carriage return, which ends a row for some, is a space.
     """
     if not isinstance(text, str) or not _FORMULA.match(text) or _NUMBER.fullmatch(text):
-        return text
-    return "'" + text
+        return text.replace("\r", " ") if isinstance(text, str) else text
+    return "'" + text.replace("\r", " ")
 
 
 def to_csv(table: Table) -> str:
@@ -183,10 +180,12 @@ def to_csv(table: Table) -> str:
 
 def frame_to_csv(frame: pd.DataFrame, index: bool = False, **options: Any) -> str:
     """A frame as CSV whose text no spreadsheet takes for a formula; ``options`` are those of ``DataFrame.to_csv``."""
-    safe = frame.apply(lambda column: column.map(csv_text) if column.dtype == object else column)
+    safe = frame.apply(lambda column: column if pd.api.types.is_numeric_dtype(column) else column.map(csv_text))
     safe = safe.set_axis([csv_text(name) for name in frame.columns], axis=1)
     if index:
-        safe = safe.set_axis(pd.Index([csv_text(name) for name in frame.index], name=csv_text(frame.index.name)), axis=0)
+        safe = safe.set_axis(
+            pd.Index([csv_text(name) for name in frame.index], name=csv_text(frame.index.name)), axis=0
+        )
     return str(safe.to_csv(index=index, **options))
 
 

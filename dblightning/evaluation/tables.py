@@ -56,6 +56,7 @@ __all__ = [
     "weighted_table",
 ]
 
+
 def _weights_table(
     estimates: Estimates,
     rewards: Sequence[str],
@@ -87,7 +88,11 @@ def _weights_table(
         best = best_blends(estimates, [blends[row] for blends in points.values() if row in blends], weighted)
         for column, (variant, heading) in enumerate(columns):
             # an oracle's ends are single adapters, and still its column was retrained for the preference
-            if variant in points.keys() - oracles and quantities[heading] == weighted and points[variant].get(row) in best:
+            if (
+                variant in points.keys() - oracles
+                and quantities[heading] == weighted
+                and points[variant].get(row) in best
+            ):
                 bold.add((index, column))
     frame = pd.DataFrame(dict(enumerate(cells)), index=range(len(rows)), dtype=object)
     frame.columns = pd.MultiIndex.from_tuples(columns) if columns else pd.MultiIndex.from_arrays([[], []])
@@ -113,7 +118,7 @@ def reward_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
     )  # fmt: skip
     seconds, shown = [], set()
     points, rows = preference_points(estimates, rewards), estimates.rows
-    for variant, _ in table.cells.columns:
+    for variant in table.cells.columns.get_level_values(0):
         own = rows["variant"] == variant
         part = rows.loc[own if own.any() else rows["blend"].isin(points[variant].values()), "seconds"]
         first = variant not in shown and part.notna().any()

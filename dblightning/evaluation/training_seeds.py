@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dblightning.evaluation.analysis import summary
-from dblightning.evaluation.table import preferences, read_scores
+from dblightning.evaluation.analysis import Estimates, estimate, oracle_shares, summary
+from dblightning.evaluation.cells import baseline_points
+from dblightning.evaluation.table import preference_sets, preferences, read_scores, weights_label
 
 #: quantity → heading
 QUANTITIES = {
@@ -27,16 +28,41 @@ QUANTITIES = {
 def of_one_seed(frame: pd.DataFrame) -> pd.DataFrame:
     """Each blend's quantities (columns of :data:`QUANTITIES`) in one evaluation, by blend; NaN where there is none.
 
+    The baselines of each preference, the best single adapter and a random adapter per image, are rows too.
+
     Args:
         frame: one row per image.
     """
-    table = summary(frame)
+    estimates = estimate(frame)
+    table = summary(estimates)
     asked, gains = preferences(table), table["weighted_gain"]
     of_db_mpa = {
         each: gain for each, gain, method in zip(asked, gains, table["method"], strict=True) if method == "db-mpa"
     }
     table["minus_db_mpa"] = [gain - of_db_mpa.get(each, np.nan) for each, gain in zip(asked, gains, strict=True)]
-    return table.set_index("blend")[list(QUANTITIES)]
+    return pd.concat([table.set_index("blend")[list(QUANTITIES)], _baselines(frame, estimates)])
+
+
+def _baselines(frame: pd.DataFrame, estimates: Estimates) -> pd.DataFrame:
+    """The quantities of the baselines, by name and preference."""
+    shares = oracle_shares(estimates).set_index("blend")["share_of_oracle"]
+    blends = estimates.blends
+    of_db_mpa = {
+        asked: blend
+        for asked, blend, method in zip(preferences(blends), blends["blend"], blends["method"], strict=True)
+        if method == "db-mpa"
+    }
+    asked = dict(zip(estimates.rows["blend"], preferences(estimates.rows), strict=True))
+    rows: dict[str, tuple[float, float, float]] = {}
+    for rewards in preference_sets(frame):
+        for variant, points in baseline_points(estimates, rewards).items():
+            for weights, blend in points.items():
+                if min(weights) > 0:
+                    other = of_db_mpa.get(asked[blend])
+                    less = np.nan if other is None else estimates.difference(blend, other, "weighted_gain")[0]
+                    name = f"{variant}, w = {weights_label(weights)} ({', '.join(rewards)})"
+                    rows[name] = estimates.of(blend, "weighted_gain")[0], less, float(shares[blend])
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(QUANTITIES), dtype=float)
 
 
 def across_training_seeds(frames: Sequence[pd.DataFrame], level: float = 0.95) -> pd.DataFrame:
@@ -49,7 +75,7 @@ def across_training_seeds(frames: Sequence[pd.DataFrame], level: float = 0.95) -
     Returns:
         One row per blend that at least two tables have and quantity that at least two have a value of: ``blend``,
         ``quantity``, ``mean``, ``half_width``, ``seeds`` (their number), ``values`` (each seed's, in the order of the
-        tables, NaN where a table lacks it).
+        tables, NaN where a table lacks it). ``attrs["one_seed"]`` names the blends that one table alone has.
 
     Raises:
         ValueError: fewer than two tables, or no blend in common.
@@ -57,8 +83,8 @@ def across_training_seeds(frames: Sequence[pd.DataFrame], level: float = 0.95) -
     if len(frames) < 2:
         raise ValueError(f"several training seeds need at least two score tables, got {len(frames)}")
     each = [of_one_seed(frame) for frame in frames]
-    rows = []
-    for blend in dict.fromkeys(label for table in each for label in table.index):
+    rows, labels = [], dict.fromkeys(label for table in each for label in table.index)
+    for blend in labels:
         for quantity in QUANTITIES:
             values = [float(table[quantity].get(blend, np.nan)) for table in each]
             known = [value for value in values if np.isfinite(value)]
@@ -69,20 +95,28 @@ def across_training_seeds(frames: Sequence[pd.DataFrame], level: float = 0.95) -
             rows.append((blend, quantity, float(np.mean(known)), width, len(known), values))
     if not rows:
         raise ValueError("the score tables have no blend in common: evaluate the same blends for each training seed")
-    return pd.DataFrame(rows, columns=["blend", "quantity", "mean", "half_width", "seeds", "values"])
+    found = pd.DataFrame(rows, columns=["blend", "quantity", "mean", "half_width", "seeds", "values"])
+    gained = [
+        label for label in labels if any(np.isfinite(table["weighted_gain"].get(label, np.nan)) for table in each)
+    ]
+    found.attrs["one_seed"] = [label for label in gained if label not in set(found["blend"])]
+    return found
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """One line per blend, each quantity as mean ± half width (each seed's value)."""
+    """One line per blend, each quantity as mean ± half width, number of seeds (each seed's value)."""
 
     def cell(row: pd.Series) -> str:
         values = ", ".join("–" if np.isnan(value) else f"{value:.3f}" for value in row["values"])
-        return f"{row['mean']:.3f} ± {row['half_width']:.3f} ({values})".replace("-", "−")
+        text = f"{row['mean'] + 0.0:.3f} ± {row['half_width']:.3f}, {row['seeds']} seeds ({values})"
+        return text.replace("-", "−")
 
     lines = ["| blend | " + " | ".join(QUANTITIES.values()) + " |", "|" + "---|" * (1 + len(QUANTITIES))]
     for blend, rows in table.groupby("blend", sort=False):
         cells = {row["quantity"]: cell(row) for _, row in rows.iterrows()}
         lines.append(f"| {blend} | " + " | ".join(cells.get(quantity, "") for quantity in QUANTITIES) + " |")
+    alone = table.attrs.get("one_seed", [])
+    lines += ["", f"Evaluated for one training seed only, so left out: {', '.join(alone)}."] if alone else []
     return "\n".join(lines)
 
 
@@ -96,6 +130,6 @@ def seeds_main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--level must be between 0 and 1")
     try:
         table = across_training_seeds([read_scores(file)[0] for file in options.scores], options.level)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     print(to_markdown(table))

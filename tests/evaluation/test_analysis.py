@@ -11,7 +11,14 @@ import pytest
 from scipy import stats
 
 from dblightning.evaluation.analysis import bootstrap, compare, diversity, estimate, held_out_rewards, summary
-from dblightning.evaluation.fronts import default_reference, hypervolume, hypervolumes, pareto
+from dblightning.evaluation.fronts import (
+    default_reference,
+    drawn_hypervolumes,
+    hypervolume,
+    hypervolume_orders,
+    hypervolumes,
+    pareto,
+)
 from dblightning.evaluation.intervals import interval
 from dblightning.evaluation.table import RECORD_KEY, blend_table, front, preference_sets, read_scores, write_scores
 from tests.evaluation.synthetic import blend, evaluation, preference, score_table
@@ -321,14 +328,47 @@ def test_a_variants_hypervolume_takes_the_single_adapters_as_the_ends_of_methods
     assert table.loc["DB-MPA", ["difference", "difference_lo", "difference_hi"]].tolist() == [0, 0, 0]
 
 
-def test_the_default_reference_follows_the_base_so_a_level_that_all_share_adds_no_uncertainty() -> None:
+def test_the_default_reference_is_the_base_and_a_level_that_all_share_adds_no_uncertainty() -> None:
     table = hypervolumes(exact_front(), ["a", "b"])
     reference = table.attrs["reference"]
-    assert reference == pytest.approx({"a": 0 - 0.1 * 3, "b": 0 - 0.1 * 2})  # DB-KLA's 3 widens the range of a
-    np.testing.assert_allclose(table["lo"], table["hypervolume"])
-    np.testing.assert_allclose(table["hi"], table["hypervolume"])
-    fixed = hypervolumes(exact_front(), ["a", "b"], reference=list(reference.values()))
-    assert (fixed["hi"] - fixed["lo"] > 0.1).all()
+    assert reference == pytest.approx({"a": 0, "b": 0}, abs=1e-12)
+    assert table.attrs["reference_is"] == "the base"
+    # the staircase (0, 2), (1.5, 1.5), (2, 0) above the base: the ends, which gain in one reward alone, enclose nothing
+    volumes = table.set_index("variant")["hypervolume"]
+    assert volumes["DB-MPA"] == pytest.approx(1.5**2) and volumes["single adapter"] == pytest.approx(0, abs=1e-12)
+    np.testing.assert_allclose(table["lo"], table["hypervolume"], atol=1e-12)
+    np.testing.assert_allclose(table["hi"], table["hypervolume"], atol=1e-12)
+    fixed = hypervolumes(exact_front(), ["a", "b"], reference=list(reference.values())).set_index("variant")
+    assert (fixed.loc[["DB-MPA", "CoDe"], "hi"] - fixed.loc[["DB-MPA", "CoDe"], "lo"] > 0.1).all()
+
+
+def test_without_a_base_the_reference_is_the_lowest_mean_of_each_reward() -> None:
+    frame = exact_front()
+    table = hypervolumes(frame[frame["method"] != "base"], ["a", "b"])
+    assert table.attrs["reference"] == pytest.approx({"a": 0, "b": 0}, abs=1e-12)
+    assert table.attrs["reference_is"] == "the lowest means"
+
+
+@pytest.mark.parametrize(("rewards", "count"), [(2, 9), (3, 9), (3, 40), (4, 4)])
+def test_hypervolumes_of_many_samples_at_once_are_those_of_each_alone(rewards: int, count: int) -> None:
+    rng = np.random.default_rng(rewards)
+    points, reference = rng.normal(size=(20, count, rewards)), rng.normal(size=rewards) - 0.7
+    points[:, 1] = points[:, 0]  # ties
+    expected = [hypervolume(each, reference) for each in points]
+    # sums of some dozen products of order 1 in double precision
+    np.testing.assert_allclose(drawn_hypervolumes(points, reference), expected, atol=1e-12)
+
+
+def test_the_order_of_hypervolumes_is_stated_for_two_reference_points() -> None:
+    """CoDe (0.5, 0.5) and RGG (0.2, 4) gain in both rewards, DB-MPA (40, −0.0001) in one alone."""
+    half = preference(0.5, ("a", "b"))
+    points = {"base": (0, 0), "code": (0.5, 0.5), "rgg": (0.2, 4), "db-mpa": (40, -0.0001)}
+    blends = [(blend(each, half if each != "base" else None), {"a": a, "b": b}) for each, (a, b) in points.items()]
+    # above the base: 0.25, 0.8 and 0; above (−4, −0.4): 4.5 · 0.9 = 4.05, 4.2 · 4.4 = 18.5 and 44 · 0.4 = 17.6
+    assert hypervolume_orders(estimate(score_table(blends, 3, names=("a", "b"))), ["a", "b"]) == {
+        "the base": ["RGG", "CoDe", "DB-MPA"],
+        "a tenth of the range below the lowest means": ["RGG", "DB-MPA", "CoDe"],
+    }
 
 
 def test_the_default_reference_lies_a_tenth_of_the_range_below_the_lowest_mean() -> None:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
 from dblightning.evaluation import plots
 from dblightning.evaluation.analysis import Estimates, estimate
+from dblightning.figures import before_after_figure, blend_grid_figure
 from tests.evaluation.synthetic import blend, evaluation, preference, score_table
 
 NAMES = ["alignment", "aesthetic"]
@@ -51,7 +56,65 @@ def test_the_pareto_figure_joins_a_methods_points_in_order_of_w_ends_included(es
 def test_the_pareto_figure_names_every_variant_once(estimates: Estimates) -> None:
     figure = plots.pareto_figure(estimates, NAMES)
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert sorted(shown) == sorted(set(estimates.blends["variant"]))
+    assert sorted(shown) == sorted({*estimates.blends["variant"], "random adapter per image"})
+
+
+def test_w_stands_beside_the_points_of_the_pareto_figure(estimates: Estimates) -> None:
+    axis = plots.pareto_figure(estimates, NAMES).axes[0]
+    notes = {(note.get_text(), tuple(np.round(note.xy, 9))) for note in axis.texts}
+    for w in (0.2, 0.5, 0.8):
+        place = tuple(round(estimates.of(f"db-mpa_{w}", f"reward/{name}")[0], 9) for name in NAMES)
+        assert (f"{w:g}", place) in notes
+    ends = [tuple(round(estimates.of(f"single_{each}-1", f"reward/{name}")[0], 9) for name in NAMES) for each in NAMES]
+    assert {("1", ends[0]), ("0", ends[1])} <= notes
+
+
+def test_a_dashed_line_between_the_single_adapters_is_where_a_random_adapter_lies(estimates: Estimates) -> None:
+    axis = plots.pareto_figure(estimates, NAMES).axes[0]
+    (line,) = [line for line in axis.get_lines() if line.get_linestyle() == "--"]
+    ends = [[estimates.of(f"single_{each}-1", f"reward/{name}")[0] for name in NAMES] for each in reversed(NAMES)]
+    np.testing.assert_allclose(np.asarray(line.get_xydata()), ends)
+
+
+def test_the_cost_figure_draws_the_gain_against_seconds_at_each_preference(estimates: Estimates) -> None:
+    figure = plots.cost_figure(estimates, NAMES)
+    assert figure is not None
+    assert [axis.get_title() for axis in figure.axes] == ["w = 0.2", "w = 0.5", "w = 0.8"]
+    colour = plots.variant_styles(estimates)["CoDe"][0]
+    place = lines(figure.axes[1])[colour][0]
+    row = estimates.blends["blend"].tolist().index("code_0.5")
+    expected = estimates.blends["seconds"].iloc[row], estimates.of("code_0.5", "weighted_gain")[0]
+    assert place == pytest.approx(expected)
+    assert "best single adapter" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize("text", [r"$\frac{", "$a$ costs $5", "a_b^c", "\x07bell \x00", r"\$"])
+def test_any_text_is_drawn_as_it_is(text: str, tmp_path: Path) -> None:
+    images = torch.zeros(1, 2, 3, 8, 8)
+    grid = blend_grid_figure(images, [text, "b"], [text])
+    before = before_after_figure(images[0], images[0], [text] * 2, torch.zeros(2), torch.zeros(2), text)
+    half = preference(0.5, (text, "b"))
+    settings = [blend("base"), blend("single", {text: 1.0}), blend("db-mpa", half), blend("db-kla", {text: 1.0})]
+    frame = score_table([(each, {text: 1.0 + n, "b": 1.0}) for n, each in enumerate(settings)], 2, names=(text, "b"))
+    estimates, names = estimate(frame), [text, "b"]
+    drawn = [plots.pareto_figure(estimates, names), plots.weighted_figure(estimates, names),
+             plots.gain_bars_figure(estimates, names), plots.strength_figure(estimates)]  # fmt: skip
+    for number, figure in enumerate([grid, before, *drawn]):
+        assert figure is not None
+        for file in plots.save_figure(figure, tmp_path / str(number)):  # raised ValueError: no closing brace
+            if file.suffix == ".svg":
+                ElementTree.parse(file)
+    # an escaped dollar is drawn as a dollar; control characters as spaces, of which none ends a line
+    assert re.sub(r"\\\$", "$", grid.axes[0].get_title()) == re.sub(r"[^ -~]", " ", text).rstrip()
+
+
+def test_headings_of_a_grid_stay_within_their_columns() -> None:
+    labels = ["db-mpa-ls_aesthetic-0.333333_alignment-0.333333_compressibility-0.333334", "code_" + "x" * 40, "base"]
+    figure = blend_grid_figure(torch.zeros(1, 3, 3, 8, 8), labels, ["a prompt"])
+    figure.draw_without_rendering()
+    boxes = [axis.title.get_window_extent() for axis in figure.axes]
+    assert all(left.x1 <= right.x0 for left, right in pairwise(boxes))
+    assert all(box.y1 <= figure.bbox.y1 for box in boxes)
 
 
 def test_gains_are_drawn_with_the_base_at_the_origin(estimates: Estimates) -> None:

@@ -122,9 +122,15 @@ def test_tables_have_captions_and_scoped_headings_and_images_a_text(page: Page) 
 
 def test_a_row_of_images_shows_the_blends_of_its_weights(folder: Path, page: Page) -> None:
     shown = [str(image["alt"]) for image in page.all("img") if str(image["src"]).startswith("data:image/png")]
-    assert shown[:6] == ["base", "single_aesthetic-1", "db-mpa_0.2", "db-mpa_0.5", "db-mpa_0.8", "single_alignment-1"]
+    # the first row is the best single adapter's, whose images are that adapter's: at w ≠ 0.5 the one that w favours
+    assert [shown[each] for each in (0, 1, 2, 4, 5)] == ["Base", *["aesthetic adapter"] * 2, *["alignment adapter"] * 2]
+    assert shown[6:12] == [
+        "Base", "aesthetic adapter", "DB-MPA: alignment 0.2, aesthetic 0.8", "DB-MPA: alignment 0.5, aesthetic 0.5",
+        "DB-MPA: alignment 0.8, aesthetic 0.2", "alignment adapter",
+    ]  # fmt: skip
     # pictures of 32 pixels are embedded as they are
-    first = next(str(image["src"]) for image in page.all("img") if image["alt"] == "db-mpa_0.5")
+    named = "DB-MPA: alignment 0.5, aesthetic 0.5"
+    first = next(str(image["src"]) for image in page.all("img") if image["alt"] == named)
     assert first == image_uri(folder / "images" / "db-mpa_0.5" / "0-0.png")
 
 
@@ -176,7 +182,89 @@ def test_without_images_or_record_the_page_says_so(tmp_path: Path) -> None:
     text = Page((tmp_path / "report" / "report.html").read_text(encoding="utf-8")).text
     assert "No images were found" in text and "holds no record" in text
     assert "A front needs two measured rewards" in text
-    assert "single_a-1: 1 of 4 images have no score of a" in text
+    assert "no thumbnails" in text and "no base was evaluated" in text
+    assert "a adapter: 1 of 4 images have no score of a" in text
+
+
+def test_a_label_that_is_a_path_puts_no_other_file_into_the_page(tmp_path: Path) -> None:
+    secret = tmp_path / "elsewhere" / "0-0.png"
+    secret.parent.mkdir()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(secret)
+    folder = tmp_path / "evaluation" / "images"
+    (folder / "base").mkdir(parents=True)
+    (folder / "linked").symlink_to(secret.parent)
+    half = preference(0.5, ("a", "b"))
+    for label in (str(secret.parent), "../../elsewhere", "linked"):
+        blends = [(blend("base"), {"a": 0.0, "b": 0.0}), (blend("db-mpa", half, label), {"a": 1.0, "b": 1.0})]
+        frame = score_table(blends, 1)
+        assert image_grids(frame, estimate(frame), preference_sets(frame), [folder]) == []
+
+
+def test_a_file_that_is_no_picture_of_a_browsers_is_left_out(tmp_path: Path) -> None:
+    half = preference(0.5, ("a", "b"))
+    frame = score_table([(blend("base"), {"a": 0.0, "b": 0.0}), (blend("db-mpa", half, "x"), {"a": 1.0, "b": 1.0})], 1)
+    write_images(tmp_path, frame, prompts=1)
+    whole = (tmp_path / "x" / "0-0.png").read_bytes()
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n"
+    for content in (whole[: len(whole) // 2], postscript, b""):
+        (tmp_path / "x" / "0-0.png").write_bytes(content)
+        (grid,) = image_grids(frame, estimate(frame), preference_sets(frame), [tmp_path])
+        assert [each.text for each in grid.prompts[0][1][0][1]] == ["Base", "unreadable"]
+
+
+def test_the_first_section_is_the_verdict_and_no_raw_label_is_in_the_text(folder: Path, page: Page) -> None:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert text.index('id="verdict"') < text.index('id="run"')
+    assert "DB-MPA loses to:" in page.text and "DB-MPA beats:" in page.text
+    raw = [label for label in evaluation()["blend"].unique() if "_" in label]
+    assert not [label for label in raw if label in page.text]
+
+
+def test_text_of_a_score_file_stays_text_in_the_page(tmp_path: Path) -> None:
+    bad = "<img src=x onerror=alert(1)>"
+    half = preference(0.5, (bad, "b"))
+    frame = score_table(
+        [(blend("base"), {bad: 0.0, "b": 0.0}), (blend("single", {bad: 1.0}, adapter=bad), {bad: 1.0, "b": 1.0}),
+         (blend("db-mpa", half, bad), {bad: [[1.0, np.nan], [1.0, 1.0]], "b": 1.0})], 2, 2,
+    )  # fmt: skip
+    frame["tag"], frame["prompt"] = bad, bad
+    write_scores(tmp_path / "scores.parquet", frame, {"command": bad, "adapters": {bad: {"path": bad}}})
+    write_report(tmp_path / "scores.parquet", tmp_path, samples=50)
+    parsed = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert not [image for image in parsed.all("img") if image.get("src") == "x" or "onerror" in image]
+    assert bad in parsed.text
+
+
+def test_categories_of_the_prompts_have_a_table(tmp_path: Path) -> None:
+    frame = evaluation(prompts=8)
+    frame["tag"] = np.where(frame["prompt_id"] < 4, "colors", "counting")
+    write_scores(tmp_path / "scores.parquet", frame, RECORD)
+    write_report(tmp_path / "scores.parquet", tmp_path, samples=50)
+    text = (tmp_path / "tables" / "categories.md").read_text(encoding="utf-8")
+    assert "colors (4 prompts), w = 0.5" in text
+    assert "no category of the prompts" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("mistake", ["out is a file", "out below a file", "images missing", "scores is a folder"])
+def test_a_mistake_in_a_path_is_one_sentence_before_anything_is_written(
+    tmp_path: Path, mistake: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores, file = tmp_path / "scores.parquet", tmp_path / "file"
+    write_scores(scores, evaluation(prompts=2), RECORD)
+    file.write_text("kept")
+    command = {
+        "out is a file": [str(scores), "--out", str(file)],
+        "out below a file": [str(scores), "--out", str(file / "report")],
+        "images missing": [str(scores), "--images", str(tmp_path / "nowhere")],
+        "scores is a folder": [str(tmp_path)],
+    }[mistake]
+    with pytest.raises(SystemExit) as stopped:
+        report_main(command)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and len(error.strip().splitlines()[-1]) < 400
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "scores.parquet"]
+    assert file.read_text() == "kept"
 
 
 def test_large_images_are_shrunk_and_the_grid_stops_where_the_page_has_no_room(

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import csv
+import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from dblightning.evaluation.analysis import Estimates, estimate, summary
-from dblightning.evaluation.table import preference_sets
+from dblightning.evaluation.report import write_report
+from dblightning.evaluation.table import preference_sets, write_scores
 from dblightning.evaluation.tables import (
     Table,
     all_tables,
@@ -52,8 +56,8 @@ def test_the_reward_table_has_rows_of_w_columns_of_methods_and_the_summarys_numb
     cells = reward_table(estimates, NAMES).cells
     assert cells.index.tolist() == ["w = 0", "w = 0.2", "w = 0.5", "w = 0.8", "w = 1", "seconds / image"]
     assert list(dict.fromkeys(variant for variant, _ in cells.columns)) == [
-        "Base", "DB-MPA", "DB-MPA-LS", "Rewarded Soup (factors)", "CoDe", "RGG", "MORL (oracle)",
-        "DB-MPA-LS (systematic)",
+        "Base", "best single adapter", "random adapter per image", "DB-MPA", "DB-MPA-LS", "Rewarded Soup (factors)",
+        "CoDe", "RGG", "MORL (oracle)", "DB-MPA-LS (systematic)",
     ]  # fmt: skip
     for heading, column in {**{name: f"reward/{name}" for name in NAMES}, "r(w)": "weighted"}.items():
         shown = leading(cells.loc["w = 0.2", ("DB-MPA", heading)])
@@ -100,7 +104,7 @@ def bold_example() -> Estimates:
     return estimate(score_table(blends, 40, names=("a", "b")))
 
 
-def test_bold_is_the_best_weighted_reward_without_the_oracle_and_what_is_not_told_from_it() -> None:
+def test_bold_is_the_best_weighted_reward_without_the_oracle_and_what_is_indistinguishable_from_it() -> None:
     estimates = bold_example()
     assert best_blends(estimates, ["db-mpa", "rewarded-soup", "code", "morl"], "weighted") == {
         "db-mpa",
@@ -170,6 +174,9 @@ def test_the_equal_weights_table_has_a_group_of_columns_for_each_number_of_rewar
 def test_the_hypervolume_table_states_its_reference_point(estimates: Estimates) -> None:
     table = hypervolume_table(estimates, NAMES, [-1.0, -2.5])
     assert "alignment -1.000, aesthetic -2.500" in table.caption
+    assert "order" not in table.caption
+    default = hypervolume_table(estimates, NAMES).caption
+    assert ": the base)" in default and "a tenth of the range below the lowest means" in default
     assert table.cells.loc["DB-MPA", "difference to DB-MPA"] == "+0.00 ± 0.00"
 
 
@@ -178,7 +185,7 @@ def test_every_writer_carries_every_mean_and_half_width_of_every_table(write, es
     tables = all_tables(estimates, preference_sets(evaluation()))
     assert {table.name for table in tables} == {
         "rewards", "weighted", "gains", "oracle_share", "hypervolume", "equal_weights", "kl", "cost", "diversity",
-        "held_out",
+        "held_out", "paired", "win_rates", "adapters_alone",
     }  # fmt: skip
     for table in tables:
         numbers = re.findall(r"\d+\.\d+", " ".join(table.cells.astype(str).to_numpy().ravel()))
@@ -201,6 +208,30 @@ def test_latex_escapes_special_characters_and_sets_numbers_in_math_bold_where_be
     assert r"\{r\_1\} & $\mathbf{0.42 \pm 0.03}$ & --" in text
     assert r"w = \$2\textasciitilde{}\textasciicircum{}\textbackslash{} & $-1.50$" in text
     assert text.index(r"\toprule") < text.index(r"\midrule") < text.index(r"\bottomrule")
+
+
+def test_csv_text_that_a_spreadsheet_would_run_has_an_apostrophe_before_it() -> None:
+    bad = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1"]
+    frame = pd.DataFrame({"=head": bad, "x": ["+0.42 ± 0.03", "-1.50", "-1e-05", "", "–", "a=b"]}, index=["=row"] * 6)
+    rows = list(csv.reader(io.StringIO(to_csv(Table("t", "c", frame.rename_axis("=corner"))))))
+    assert rows[0] == ["'=corner", "'=head", "x"]
+    assert [row[:2] for row in rows[1:]] == [["'=row", f"'{each}".replace("\r", " ")] for each in bad]
+    assert [row[2] for row in rows[1:]] == frame["x"].tolist()  # numbers stay numbers
+
+
+def test_the_summary_file_is_safe_to_open_too(tmp_path: Path) -> None:
+    frame = score_table([(blend("base", label="=HYPERLINK(1)"), {"a": -0.5})], 3)
+    write_scores(tmp_path / "scores.parquet", frame, {})
+    write_report(tmp_path / "scores.parquet", tmp_path, samples=20)
+    (row,) = csv.DictReader(io.StringIO((tmp_path / "summary.csv").read_text(encoding="utf-8")))
+    assert row["blend"] == "'=HYPERLINK(1)" and float(row["reward/a"]) == -0.5
+
+
+def test_wide_tables_are_written_as_pages_that_need_no_scrolling(estimates: Estimates) -> None:
+    for table in all_tables(estimates, preference_sets(evaluation())):
+        head = to_html(table).split("</thead>")[0]
+        # about 90 pixels a column in 1,200, the first one or two are names
+        assert head.count("<th ") <= 9, table.name
 
 
 def test_latex_groups_columns_of_two_levels_with_rules_below_their_names(estimates: Estimates) -> None:

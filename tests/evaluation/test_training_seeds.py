@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from dblightning.evaluation.table import write_scores
-from dblightning.evaluation.training_seeds import across_training_seeds, seeds_main
+from dblightning.evaluation.training_seeds import across_training_seeds, seeds_main, to_markdown
 from tests.evaluation.synthetic import blend, preference, score_table
 
 
@@ -52,8 +52,35 @@ def test_the_command_prints_every_seeds_value(tmp_path: Path, capsys: pytest.Cap
         write_scores(file, evaluation_of(gain, 0.125, 1.0), {})
     seeds_main([str(file) for file in files])
     printed = capsys.readouterr().out
-    assert "(0.250, 0.750)" in printed
+    assert ", 2 seeds (0.250, 0.750)" in printed
     assert "−0.125 ± 0.000" in printed
+
+
+def test_each_cell_says_how_many_seeds_it_has_and_blends_of_one_seed_are_named() -> None:
+    frames = [evaluation_of(0.4, 0.1, 0.8), evaluation_of(0.5, 0.0, 0.5), evaluation_of(0.9, 0.2, None)]
+    text = to_markdown(across_training_seeds(frames))
+    (line,) = [line for line in text.splitlines() if line.startswith("| db-mpa")]
+    gain, _, share = line.split("|")[2:5]
+    assert ", 3 seeds (0.400, 0.500, 0.900)" in gain and ", 2 seeds (0.500, 1.000, –)" in share
+    text = to_markdown(across_training_seeds(frames[1:]))
+    assert "one training seed only, so left out: morl_a-0.5_b-0.5_oracle." in text
+
+
+def test_the_baselines_are_compared_over_training_seeds_too() -> None:
+    """Adapters at (1 + s, 0) and (0, 1): at w = 0.5 the better one has (1 + s) / 2, DB-MPA 0.4 on both."""
+    frames = []
+    for more in (0.0, 0.2):
+        blends = [
+            (blend("base"), (0.0, 0.0)),
+            (blend("single", {"a": 1.0}), (1.0 + more, 0.0)),
+            (blend("single", {"b": 1.0}), (0.0, 1.0)),
+            (blend("db-mpa", preference(0.5, ("a", "b"))), (0.4, 0.4)),
+        ]
+        frames.append(score_table([(each, {"a": a, "b": b}) for each, (a, b) in blends], 4, names=("a", "b")))
+    table = across_training_seeds(frames).set_index(["blend", "quantity"])["values"]
+    best, drawn = "best single adapter, w = 0.5 (a, b)", "random adapter per image, w = 0.5 (a, b)"
+    assert table[best, "minus_db_mpa"] == pytest.approx([0.1, 0.2])
+    assert table[drawn, "minus_db_mpa"] == pytest.approx([0.1, 0.15])
 
 
 def test_one_table_or_tables_without_a_common_blend_are_refused(tmp_path: Path) -> None:
