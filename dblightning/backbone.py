@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dblightning.adapters import AdapterBank
+from dblightning.adapters import AdapterBank, silence_text_adapters
 from dblightning.prompt_cache import PromptCache, text_state
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -224,6 +224,7 @@ class DiffusersBackbone(Backbone):
             if self.resolution % self.size_step:
                 raise ValueError(f"resolution {self.resolution} must be a multiple of {self.size_step} for this model")
             assert self.adapters is not None  # refuses LoRAs it cannot gate
+        silence_text_adapters(pipeline)
         self.eval()
 
     # ── the components, read from the pipeline ───────────────────────────────────────────────────────────────────────
@@ -413,6 +414,7 @@ class DiffusersBackbone(Backbone):
         cache = self._prompt_cache
         keys = [(*pair, clip_skip, lora_scale) for pair in prompts]
         negative_keys = [(*pair, None, lora_scale) for pair in negatives]
+        silence_text_adapters(self.pipeline)
         with self.lock:  # a text encoder's LoRA scale is set for the length of one encoding
             cache.made_by(text_state(self.pipeline, thorough))
             missing = [key for key in dict.fromkeys([*keys, *negative_keys]) if key not in cache]

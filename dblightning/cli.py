@@ -31,6 +31,7 @@ OTHERS = {
     "report": ("dblightning.evaluation.report", "report_main"),
     "seeds": ("dblightning.evaluation.training_seeds", "seeds_main"),
     "score": ("dblightning.rewards.score", "score_main"),
+    "convert": ("dblightning.adapters.convert", "convert_main"),
     "convert-vila": ("dblightning.rewards.vila_convert", "convert_vila_main"),
 }
 

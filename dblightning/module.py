@@ -226,6 +226,7 @@ class RewardRLModule(RunState):
             )
         else:
             bank.load(self.adapter_name, hparams["init_adapter"], getattr(self.backbone, "pipeline", None))
+            hparams.update(bank.settings(self.adapter_name))  # the file's rank, lora_alpha and target_modules
         bank.train_only(self.adapter_name)
 
     # ── the algorithm ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dblightning.adapters import fingerprint
+from dblightning.adapters import Form, fingerprint
 from dblightning.backbone import Backbone
 from dblightning.checkpointing import read_shard, save_last_good_state
 from dblightning.distributed import Ranks
@@ -166,8 +166,10 @@ class RunState(L.LightningModule):
                 self.replay.load_state_dict(own["replay"])
         del self._resumed
 
-    def export_adapter(self, folder: str, **facts: Any) -> str:
-        """Write the adapter as diffusers LoRA safetensors, the run's facts as metadata; returns the file's path.
+    def export_adapter(self, folder: str, format: Form = "diffusers", **facts: Any) -> str:
+        """Write the adapter as LoRA safetensors, the run's facts as metadata; returns the file's path.
+
+        ``format`` is "diffusers", "kohya" (ComfyUI, A1111) or "peft".
 
         Raises:
             NonFiniteError: a weight is NaN or infinite; nothing is written.
@@ -178,7 +180,7 @@ class RunState(L.LightningModule):
         if getattr(self.backbone, "pretrained", None) == "miniature":
             made["base"] = "miniature"  # its folder's name says nothing
         pipeline: Any = self.backbone.pipeline
-        return str(self.backbone.adapters.export(self.adapter_name, folder, pipeline, {**made, **facts}))
+        return str(self.backbone.adapters.export(self.adapter_name, folder, pipeline, {**made, **facts}, format))
 
     # ── how long ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

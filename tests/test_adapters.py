@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from dblightning.adapters import AdapterBank, GatedLinear, read_metadata
+from dblightning.adapters import AdapterBank, GatedLayer, read_metadata
 from dblightning.backbone import DiffusersBackbone
 from tests.conftest import randomize
 
@@ -45,8 +45,8 @@ def ours(backbone: Any, gates: list[list[float]] | None, **options: Any) -> Tens
 def pefts(backbone: Any, adapters: list[str], scales: list[float] | None = None) -> Tensor:
     """The same forward by diffusers' and PEFT's own means: set_adapters, disable_adapters, PEFT's LoRA forward."""
     latents, timesteps = inputs()
-    unet = backbone.unet
-    layers = [module for module in unet.modules() if isinstance(module, GatedLinear)]
+    unet, names = backbone.unet, backbone.adapters.names
+    layers = [module for module in unet.modules() if isinstance(module, GatedLayer)]
     states = [layer.gate_state for layer in layers]
     for layer in layers:
         layer.gate_state = None  # PEFT's forward
@@ -57,7 +57,7 @@ def pefts(backbone: Any, adapters: list[str], scales: list[float] | None = None)
         unet.disable_adapters()
     output = unet(latents, timesteps, encoder_hidden_states=backbone.encode(PROMPTS).prompt_embeds).sample
     unet.enable_adapters()
-    unet.set_adapters(backbone.adapters.names, [1.0] * len(backbone.adapters.names))
+    unet.set_adapters(names, [1.0] * len(names))
     for layer, state in zip(layers, states, strict=True):
         layer.gate_state = state
     return output
@@ -272,7 +272,7 @@ def test_names_are_unique_and_targets_must_exist(pair: Any) -> None:
         pair.adapters.add("three", target_modules=["no_such_layer"])
 
 
-def test_only_linear_layers_can_be_adapted() -> None:
+def test_only_linear_layers_and_2d_convolutions_can_be_adapted() -> None:
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
@@ -280,8 +280,13 @@ def test_only_linear_layers_can_be_adapted() -> None:
         mid_block_type=None, norm_num_groups=4, layers_per_block=1,
     )  # fmt: skip
     bank = AdapterBank(unet)
-    with pytest.raises(ValueError, match="only linear layers"):
-        bank.add("conv", target_modules=["conv_in"])
+    bank.add("conv", target_modules=["conv_in"])
+    for module, reason in ((nn.Embedding(3, 4), "only linear layers"), (nn.Conv2d(4, 4, 1, groups=2), "groups")):
+        unet.extra = module
+        with pytest.raises(ValueError, match=reason):
+            bank.add("other", target_modules=["extra"])
+        assert unet.extra is module
+        assert bank.names == ["conv"]
 
 
 def test_the_seed_fixes_the_initial_adapter(sd15_folder: Path) -> None:

@@ -1,17 +1,33 @@
 """LoRA adapters of one frozen denoiser: the gated layer, the bank that holds them, their files."""
 
 from dblightning.adapters.bank import ATTENTION, AdapterBank
-from dblightning.adapters.files import METADATA_KEY, WEIGHTS_NAME, base_name, fingerprint, read_metadata
-from dblightning.adapters.gated import GatedLinear, GateState
+from dblightning.adapters.files import (
+    FORMS,
+    METADATA_KEY,
+    WEIGHTS_NAME,
+    Form,
+    base_name,
+    find_file,
+    fingerprint,
+    read_metadata,
+)
+from dblightning.adapters.gated import GatedConv2d, GatedLayer, GatedLinear, GateState
+from dblightning.adapters.text_encoders import silence_text_adapters
 
 __all__ = [
     "ATTENTION",
+    "FORMS",
     "METADATA_KEY",
     "WEIGHTS_NAME",
     "AdapterBank",
+    "Form",
     "GateState",
+    "GatedConv2d",
+    "GatedLayer",
     "GatedLinear",
     "base_name",
+    "find_file",
     "fingerprint",
     "read_metadata",
+    "silence_text_adapters",
 ]

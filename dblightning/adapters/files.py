@@ -1,38 +1,449 @@
-"""LoRA files: metadata, key names, and what tells base models apart."""
+"""LoRA files: reading every common form, writing three of them, metadata, and what tells base models apart.
+
+| form | keys | LoRA scale |
+|---|---|---|
+| diffusers | ``unet.<module>.lora_A.weight``; ``unet.<module>.lora.down.weight``, as TRL writes | header |
+| kohya (A1111, ComfyUI) | ``lora_unet_<module with underscores>.lora_down.weight`` | ``.alpha`` per module |
+| peft | ``base_model.model.<module>.lora_A.weight`` | ``adapter_config.json`` beside the file |
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from dblightning.adapters.kohya import kohya_name, module_name
+
+Form = Literal["diffusers", "kohya", "peft"]
+FORMS: tuple[Form, ...] = ("diffusers", "kohya", "peft")
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_CONFIG_NAME = "adapter_config.json"
 METADATA_KEY = "dblightning"
+#: diffusers' name of a LoRA config in a file's header
+CONFIG_KEY = "lora_adapter_metadata"
+#: PEFT settings that make of an adapter something else than LoRA or DoRA
+OTHER_VARIANTS = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "modules_to_save",
+    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
 
 
-def _with_peft_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A LoRA's keys with PEFT's endings; TRL and older diffusers write ``lora.up`` and ``to_q_lora.up``."""
-    from diffusers.utils import convert_unet_state_dict_to_peft
+@dataclass
+class LoraFactors:
+    """One module's low-rank update, (alpha / r) B A, in the file's own precision."""
 
-    old = {key for key in state if "lora.up." in key or "lora.down." in key}
-    renamed = convert_unet_state_dict_to_peft({key: state[key] for key in old})
-    return {key: tensor for key, tensor in state.items() if key not in old} | renamed
+    down: Tensor  # A: (r, in), of a convolution (r, in, kh, kw)
+    up: Tensor  # B: (out, r) or (out, r, 1, 1)
+    alpha: float  # the scale times r
+    bias: Tensor | None = None  # lora_bias: (out,)
+    magnitude: Tensor | None = None  # DoRA: (out,)
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+
+@dataclass
+class LoraFile:
+    """A LoRA, whatever form its file has.
+
+    Attributes:
+        modules: component ("unet", "text_encoder", "text_encoder_2") → module → factors.
+        facts: what :meth:`AdapterBank.export` noted; {} for a foreign file.
+        header: the file's other metadata.
+        path: where it was read.
+        assumed: why the scale is a guess, "" where it is known.
+        foreign: no key says that it is a denoiser's.
+    """
+
+    modules: dict[str, dict[str, LoraFactors]]
+    facts: dict[str, Any] = field(default_factory=dict)
+    header: dict[str, str] = field(default_factory=dict)
+    path: Path | None = None
+    assumed: str = ""
+    foreign: bool = False
+
+
+def find_file(path: str | Path) -> Path:
+    """The safetensors file that ``path`` means: itself, or the LoRA in a folder.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: a folder of several files without one of the usual names.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.is_file():
+            # a folder's usual name first: that is what a mistyped folder is after
+            raise FileNotFoundError(f"{path} does not exist; give an exported folder or a safetensors file")
+        return path
+    for name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME):
+        if (path / name).is_file():
+            return path / name
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) > 1:
+        raise ValueError(f"{path} holds {len(files)} safetensors files; name one, such as {files[0].name}")
+    if not files:
+        raise FileNotFoundError(f"{path / WEIGHTS_NAME} does not exist; give an exported folder or a safetensors file")
+    return files[0]
+
+
+def read_lora(path: str | Path, layers_per_block: int = 2) -> LoraFile:
+    """Read a LoRA of any form; see docs/adapters.md.
+
+    Args:
+        path: file or folder.
+        layers_per_block: of the denoiser, for keys that count its blocks as the original code does (SDXL by kohya).
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: not a safetensors file, or something else than LoRA in it.
+    """
+    from safetensors.torch import load_file
+
+    file = find_file(path)
+    header = _header(file)
+    tensors = load_file(file)
+    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        component, module, part = _parse(key, file, layers_per_block)
+        if part in parts.setdefault((component, module), {}):
+            raise ValueError(f"{file} holds {part} of {component}.{module} twice, the second time as {key!r}")
+        parts[component, module][part] = tensor
+    config, native = _config(file, header, any(key.startswith("base_model.model.") for key in tensors))
+    modules: dict[str, dict[str, LoraFactors]] = {}
+    for (component, module), found in parts.items():
+        modules.setdefault(component, {})[module] = _factors(file, component, module, found, config)
+    facts = json.loads(header.pop(METADATA_KEY, "{}"))
+    header.pop(CONFIG_KEY, None)
+    header.pop("format", None)
+    named = any(key.startswith(("unet.", "lora_unet_", "lycoris_", "base_model.model.")) for key in tensors)
+    return LoraFile(modules, facts, header, file, native, not named)
+
+
+def _header(file: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no readable safetensors file ({error}); export the adapter again") from error
+
+
+def _config(file: Path, header: Mapping[str, str], native: bool) -> tuple[dict[str, dict[str, Any]], str]:
+    """PEFT's configs by component, and why the scale is a guess."""
+    beside = file.parent / PEFT_CONFIG_NAME
+    if native and not beside.is_file() and CONFIG_KEY not in header:
+        return {}, f"{beside} is missing, which says lora_alpha: alpha is taken to be the rank, scale 1"
+    if native and beside.is_file():
+        flat = json.loads(beside.read_text(encoding="utf-8"))
+        configs = {"unet": flat}
+    else:
+        packed = json.loads(header.get(CONFIG_KEY, "{}"))
+        configs = {}
+        for key, value in packed.items():
+            component, dot, rest = key.partition(".")
+            configs.setdefault(component if dot else "unet", {})[rest if dot else key] = value
+    for config in configs.values():
+        kind = config.get("peft_type") or "LORA"
+        if str(kind).rpartition(".")[2] != "LORA":
+            raise ValueError(
+                f"{file} is a PEFT adapter of type {kind}; only LORA (with DoRA and lora_bias) can be loaded"
+            )
+        other = [name for name in OTHER_VARIANTS if config.get(name)]
+        if other:
+            raise ValueError(f"{file} was made with PEFT's {other[0]}, which is not plain LoRA or DoRA and has no gate")
+    return configs, ""
+
+
+_COMPONENTS = {
+    "lora_unet": "unet", "lycoris": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+}  # fmt: skip
+#: what the keys of other models' LoRAs start with
+OTHER_MODELS = ("transformer", "prior", "controlnet", "diffusion_model", "decoder")
+_KOHYA = re.compile(r"(lora_unet|lycoris|lora_te1|lora_te2|lora_te)_([^.]+)\.(.+)")
+_PARTS = {
+    "lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up",
+    "alpha": "alpha", "dora_scale": "dora_scale", "lora_up.bias": "bias", "lora_B.bias": "bias",
+}  # fmt: skip
+#: endings of dotted keys; the adapter's name may stand in PEFT's, as in a model's own state_dict
+_ENDINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern + "$"), part)
+    for pattern, part in (
+        (r"\.lora_A(\.[^.]+)?\.weight", "down"),
+        (r"\.lora_B(\.[^.]+)?\.weight", "up"),
+        (r"\.lora_B(\.[^.]+)?\.bias", "bias"),
+        (r"\.lora_magnitude_vector(\.[^.]+)?(\.weight)?", "magnitude"),
+        (r"(\.lora|\.lora_linear_layer|_lora)\.down\.weight", "down"),
+        (r"(\.lora|\.lora_linear_layer|_lora)\.up\.weight", "up"),
+        (r"\.lora_down\.weight", "down"),
+        (r"\.lora_up\.weight", "up"),
+        (r"\.dora_scale", "dora_scale"),
+        (r"\.alpha", "alpha"),
+    )
+)
+#: (pattern of a key, what it is) of network types that are not LoRA
+_NOT_LORA: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), kind)
+    for pattern, kind in (
+        (r"\.hada_", "a LoHa (Hadamard product)"),
+        (r"\.lokr_", "a LoKr (Kronecker product)"),
+        (r"\.lora_mid\.", "a Tucker-decomposed LoRA"),
+        (r"\.b?oft_", "an OFT"),
+        (r"\.[ab][12]\.weight$", "a GLoRA"),
+        (r"\.on_input$", "an IA³"),
+        (r"\.diff(_b)?$", "full weight differences"),
+        (r"\.[wb]_norm$", "a norm's weights"),
+    )
+)
+
+
+def _parse(key: str, file: Path, layers_per_block: int) -> tuple[str, str, str]:
+    """(component, module, part) of a key."""
+    for pattern, kind in _NOT_LORA:
+        if pattern.search(key):
+            raise ValueError(f"{file} holds {kind} ({key!r}), which is not LoRA; load a LoRA or DoRA file")
+    kohya = _KOHYA.fullmatch(key)
+    if kohya:
+        prefix, name, ending = kohya.groups()
+        if ending not in _PARTS:
+            raise ValueError(f"{file} holds {key!r}, which is no part of a LoRA; known endings are {sorted(_PARTS)}")
+        return _COMPONENTS[prefix], module_name(name, layers_per_block), _PARTS[ending]
+    plain = key.removeprefix("base_model.model.").replace(".processor.", ".").replace(".base_layer.", ".")
+    component, _, rest = plain.partition(".")
+    if component in OTHER_MODELS:
+        raise ValueError(
+            f"no key of {file} starts with 'unet.' or 'lora_unet_', so it holds no denoiser LoRA; {key!r} belongs to "
+            "another kind of model"
+        )
+    if component not in ("unet", "text_encoder", "text_encoder_2"):
+        component, rest = "unet", plain
+    for pattern, part in _ENDINGS:
+        found = pattern.search(rest)
+        if found:
+            module = rest[: found.start()]
+            if component == "unet":
+                module += ".0" if module.endswith(".to_out") else ""
+            else:  # diffusers' first names of the text encoder's projections
+                module = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", module)
+            return component, module, part
+    raise ValueError(f"{file} holds {key!r}, which is no part of a LoRA")
+
+
+def _factors(
+    file: Path, component: str, module: str, found: dict[str, Tensor], configs: dict[str, dict[str, Any]]
+) -> LoraFactors:
+    missing = [part for part in ("down", "up") if part not in found]
+    if missing:
+        raise ValueError(f"{file} holds {sorted(found)} of {component}.{module} but not its {missing[0]} matrix")
+    down, up = found["down"], found["up"]
+    rank = len(down)
+    if up.ndim < 2 or up.shape[1] != rank:
+        raise ValueError(f"{file}: {component}.{module} multiplies {tuple(up.shape)} by {tuple(down.shape)}")
+    alpha = float(found["alpha"]) if "alpha" in found else _alpha(configs.get(component), module, rank)
+    magnitude = found.get("magnitude", found.get("dora_scale"))
+    outputs = magnitude is None or (magnitude if "magnitude" in found else magnitude[:, :1]).numel() == len(up)
+    if magnitude is not None and (magnitude.numel() != len(up) or not outputs):
+        raise ValueError(
+            f"{file}: the DoRA magnitude of {component}.{module} is {tuple(magnitude.shape)} for {len(up)} outputs; "
+            "only DoRA with one magnitude per output (PEFT; LyCORIS' wd_on_output) can be loaded"
+        )
+    magnitude = None if magnitude is None else magnitude.flatten()
+    return LoraFactors(down, up, alpha, found.get("bias"), magnitude)
+
+
+def _alpha(config: Mapping[str, Any] | None, module: str, rank: int) -> float:
+    """Scale times rank, as PEFT finds it for a module; the rank, scale 1, where nothing is said."""
+    if not config:
+        return float(rank)
+    patterns = config.get("alpha_pattern") or {}
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return float(alpha) * (rank**0.5 if config.get("use_rslora") else 1.0)
+
+
+def lora_config(modules: Mapping[str, LoraFactors], every: Iterable[str] = ()) -> dict[str, Any]:
+    """PEFT's settings of a LoRA, as arguments of ``LoraConfig``.
+
+    Args:
+        modules: module → factors.
+        every: names of all modules of the model, to name the targets by their endings where those say the same.
+    """
+    rank = Counter(each.rank for each in modules.values()).most_common(1)[0][0]
+    alpha = Counter(each.alpha for each in modules.values()).most_common(1)[0][0]
+    return {
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "rank_pattern": {_exactly(name): each.rank for name, each in modules.items() if each.rank != rank},
+        "alpha_pattern": {_exactly(name): _number(each.alpha) for name, each in modules.items() if each.alpha != alpha},
+        "target_modules": _targets(modules, every),
+        "use_dora": any(each.magnitude is not None for each in modules.values()),
+        "lora_bias": any(each.bias is not None for each in modules.values()),
+    }
+
+
+def _exactly(module: str) -> str:
+    return "^" + re.escape(module)
+
+
+def _number(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def _targets(modules: Iterable[str], every: Iterable[str]) -> list[str]:
+    wanted = set(modules)
+    endings = sorted({re.search(r"[^.]+(\.\d+)?$", name)[0] for name in wanted})  # type: ignore[index]
+    matched = {name for name in every if any(name == each or name.endswith("." + each) for each in endings)}
+    return endings if matched == wanted else sorted(wanted)
+
+
+def left_out(file: LoraFile) -> str:
+    """What of a file is not the denoiser's, in words; "" for nothing."""
+    others = {component: len(found) for component, found in file.modules.items() if component != "unet"}
+    return " and ".join(f"{count} modules of the {component}" for component, count in others.items())
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_lora(
+    path: str | Path, lora: LoraFile, form: Form = "diffusers", configs: Mapping[str, Mapping[str, Any]] | None = None
+) -> Path:
+    """Write a LoRA. The file appears complete or not at all.
+
+    Args:
+        path: the file; for the peft form its folder also gets ``adapter_config.json``.
+        lora: what to write.
+        form: "diffusers", "kohya" or "peft".
+        configs: component → PEFT config to record (diffusers and peft); None derives it.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: something the form has no place for.
+    """
+    path = Path(path)
+    if form not in FORMS:
+        raise ValueError(f"format must be one of {FORMS}, got {form!r}")
+    header = {"format": "pt", **lora.header}
+    if lora.facts:
+        header[METADATA_KEY] = json.dumps(lora.facts, default=str)
+    configs = configs or {component: lora_config(found) for component, found in lora.modules.items()}
+    if form == "kohya":
+        tensors = _kohya_tensors(lora)
+        header |= _kohya_header(lora)
+    else:
+        components = {name: found for name, found in lora.modules.items() if form == "diffusers" or name == "unet"}
+        tensors = {}
+        for component, found in components.items():
+            prefix = f"{component}." if form == "diffusers" else "base_model.model."
+            for module, each in found.items():
+                tensors |= {prefix + key: tensor for key, tensor in peft_tensors(module, each).items()}
+        if form == "diffusers":
+            packed = {f"{component}.{key}": _jsonable(value) for component, config in configs.items()
+                      for key, value in config.items()}  # fmt: skip
+            header[CONFIG_KEY] = json.dumps(packed, indent=2, sort_keys=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if form == "peft":
+        config = {"peft_type": "LORA", **{key: _jsonable(value) for key, value in configs["unet"].items()}}
+        _replace(path.parent / PEFT_CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True).encode())
+    write_tensors(path, tensors, header)
+    return path
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write a safetensors file, completely or not at all, with the permissions of any new file (umask)."""
+    from safetensors.torch import save
+
+    _replace(path, save({key: tensor.contiguous() for key, tensor in tensors.items()}, dict(header)))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def peft_tensors(module: str, each: LoraFactors) -> dict[str, Tensor]:
+    """A module's tensors by PEFT's keys."""
+    found = {f"{module}.lora_A.weight": each.down, f"{module}.lora_B.weight": each.up}
+    if each.bias is not None:
+        found[f"{module}.lora_B.bias"] = each.bias
+    if each.magnitude is not None:
+        shape = (1, -1, 1, 1) if each.down.ndim == 4 else (-1,)
+        found[f"{module}.lora_magnitude_vector"] = each.magnitude.view(shape)
+    return found
+
+
+def _kohya_tensors(lora: LoraFile) -> dict[str, Tensor]:
+    biased = [module for found in lora.modules.values() for module, each in found.items() if each.bias is not None]
+    if biased:
+        raise ValueError(f"kohya's form has no place for lora_bias ({biased[0]}); write the diffusers or peft form")
+    xl = is_xl(lora)
+    tensors = {}
+    for component, found in lora.modules.items():
+        prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if xl else "lora_te"}.get(component, "lora_te2")
+        for module, each in found.items():
+            name = f"{prefix}_{kohya_name(module)}"
+            tensors[f"{name}.lora_down.weight"] = each.down
+            tensors[f"{name}.lora_up.weight"] = each.up
+            tensors[f"{name}.alpha"] = torch.tensor(each.alpha, dtype=torch.float64).to(_alpha_dtype(each.alpha))
+            if each.magnitude is not None:
+                tensors[f"{name}.dora_scale"] = each.magnitude.view(-1, *[1] * (each.down.ndim - 1))
+    return tensors
+
+
+def _alpha_dtype(alpha: float) -> torch.dtype:
+    """float32, which every reader knows, unless it would change the value."""
+    exact = torch.tensor(alpha, dtype=torch.float32).item() == alpha
+    return torch.float32 if exact else torch.float64
+
+
+def _kohya_header(lora: LoraFile) -> dict[str, str]:
+    config = lora_config(lora.modules["unet"]) if "unet" in lora.modules else {}
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.get("r", "")),
+        "ss_network_alpha": str(config.get("lora_alpha", "")),
+    } | {key: value for key, value in lora.header.items() if key.startswith("ss_")}
+
+
+def is_xl(lora: LoraFile) -> bool:
+    """Whether a LoRA is SDXL's: it has a second text encoder, or its cross-attention reads 2,048 channels."""
+    unet = lora.modules.get("unet", {})
+    wide = any(
+        name.endswith(("attn2.to_k", "attn2.to_v")) and each.down.shape[1] == 2048 for name, each in unet.items()
+    )
+    return wide or "text_encoder_2" in lora.modules
+
+
+# ── what is known about a file and a base ────────────────────────────────────────────────────────────────────────────
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The facts :meth:`AdapterBank.export` put into an adapter's file (or folder); {} for a foreign file."""
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
-    file = path / WEIGHTS_NAME if path.is_dir() else path
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no readable safetensors file ({error}); export the adapter again") from error
-    return json.loads(header.get(METADATA_KEY, "{}"))
+    return json.loads(_header(find_file(path)).get(METADATA_KEY, "{}"))
 
 
 def base_name(pipeline: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lightning as L
 
-from dblightning.adapters import WEIGHTS_NAME
+from dblightning.adapters import FORMS, WEIGHTS_NAME, Form
 from dblightning.module import RewardRLModule
 
 
@@ -16,15 +16,24 @@ class ExportAdapter(L.Callback):
     """Export the LoRA at the end of the fit, and every ``every_n_epochs`` epochs.
 
     Plain diffusers reads the folder: ``pipe.load_lora_weights(folder)``. Its metadata holds the command that made it.
+    See docs/adapters.md for what loads which format; ``python -m dblightning convert`` writes the others later.
 
     Args:
         folder: where it goes; None takes ``adapter/<name>`` under the run's log directory.
         every_n_epochs: also export in between, to ``<folder>-epoch<N>``; 0 only at the end.
+        format: "diffusers" (``pytorch_lora_weights.safetensors``), "kohya" (``<name>.safetensors``, for ComfyUI and
+            A1111) or "peft" (``adapter_model.safetensors`` and ``adapter_config.json``).
 
     A ``fast_dev_run`` exports nothing.
+
+    Raises:
+        ValueError: another format.
     """
 
-    def __init__(self, folder: str | None = None, every_n_epochs: int = 0) -> None:
+    def __init__(self, folder: str | None = None, every_n_epochs: int = 0, format: Form = "diffusers") -> None:
+        if format not in FORMS:
+            raise ValueError(f"format must be one of {FORMS}, got {format!r}")
+        self.format = format
         self.folder = folder
         self.every_n_epochs = every_n_epochs
 
@@ -35,7 +44,7 @@ class ExportAdapter(L.Callback):
         folder = self._folder(trainer, module)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             command = "python -m dblightning " + shlex.join(sys.argv[1:])
-            path = module.export_adapter(folder + suffix, rollouts=module.rollouts_done, command=command)
+            path = module.export_adapter(folder + suffix, self.format, rollouts=module.rollouts_done, command=command)
             if not suffix:
                 print(f"LoRA exported to {path}")
 

@@ -1,0 +1,74 @@
+"""``python -m dblightning convert IN OUT --to kohya|diffusers|peft``: a LoRA file in another form."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from dblightning.adapters.files import (
+    FORMS,
+    PEFT_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    Form,
+    find_file,
+    read_lora,
+    write_lora,
+)
+
+
+def convert(source: str | Path, target: str | Path, to: Form, overwrite: bool = False) -> Path:
+    """Rewrite a LoRA's keys; tensors, scales and our metadata stay as they are.
+
+    Args:
+        source: file or folder, in any form that docs/adapters.md lists.
+        target: a ``.safetensors`` file, or a folder for a file of the form's usual name.
+        to: "diffusers", "kohya" or "peft". The peft form holds the denoiser's part alone, with a warning.
+        overwrite: replace an existing file.
+
+    Returns:
+        The file written.
+
+    Raises:
+        FileNotFoundError: nothing at ``source``.
+        FileExistsError: the file to write exists.
+        ValueError: no LoRA, or one that the form has no place for.
+    """
+    lora = read_lora(source)
+    if lora.assumed:
+        warnings.warn(lora.assumed, stacklevel=2)
+    if to == "peft" and lora.modules.keys() != {"unet"}:
+        if "unet" not in lora.modules:
+            raise ValueError(f"{source} holds no denoiser LoRA, which is all that the peft form can hold")
+        lost = sorted(lora.modules.keys() - {"unet"})
+        warnings.warn(f"the peft form holds the denoiser's part alone; left out: {', '.join(lost)}", stacklevel=2)
+    path = Path(target)
+    if path.suffix != ".safetensors":
+        origin = find_file(source)
+        stem = origin.parent.resolve().name if origin.name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME) else origin.stem
+        name = lora.facts.get("adapter") or stem
+        path /= {"diffusers": WEIGHTS_NAME, "peft": PEFT_WEIGHTS_NAME}.get(to, f"{name}.safetensors")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; name another file, or pass --overwrite")
+    return write_lora(path, lora, to)
+
+
+def convert_main(argv: Sequence[str]) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m dblightning convert", description=__doc__.partition(": ")[2])
+    parser.add_argument("source", metavar="IN", help="LoRA file or folder: diffusers, kohya (A1111), PEFT or TRL")
+    parser.add_argument("target", metavar="OUT", help="file (.safetensors) or folder to write")
+    parser.add_argument("--to", choices=FORMS, required=True, help="kohya: ComfyUI and A1111; diffusers; peft")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    arguments = parser.parse_args(argv)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            path = convert(arguments.source, arguments.target, arguments.to, arguments.overwrite)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    print(f"LoRA written to {path}")
