@@ -17,13 +17,13 @@ def silence_text_adapters(pipeline: Any) -> None:
         ValueError: an adapter is fused into a text encoder's weights.
     """
     for component in ("text_encoder", "text_encoder_2"):
-        encoder = getattr(pipeline, component, None)
+        encoder: Any = getattr(pipeline, component, None)
         if not getattr(encoder, "peft_config", None):
             continue
         layers = [module for module in encoder.modules() if isinstance(module, BaseTunerLayer)]
         if any(layer.merged for layer in layers):
             raise ValueError(
-                f"a LoRA is fused into the {component}, so every method would use it; call unfuse_lora() first"
+                f"a LoRA is fused into the {component}, where every method would use it; call unfuse_lora() first"
             )
         active = [layer for layer in layers if not layer.disable_adapters]
         if not active:
@@ -31,7 +31,7 @@ def silence_text_adapters(pipeline: Any) -> None:
         for layer in active:
             layer.enable_adapters(False)
         warnings.warn(
-            f"the {component}'s adapters {sorted(encoder.peft_config)} are switched off: adapters here are the denoiser's "
-            "alone, so images differ from plain diffusers', which adapts the text encoder too",
+            f"the {component}'s adapters {sorted(encoder.peft_config)} are switched off: adapters here are the "
+            "denoiser's alone, so images differ from plain diffusers', which adapts the text encoder too",
             stacklevel=3,
         )
