@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 
-from dblightning.adapters import WEIGHTS_NAME, read_metadata
+from dblightning.adapters import read_metadata
 from dblightning.checkpointing import newest_whole, read_whole
 from dblightning.loggers import drop_table
 from dblightning.run_state import RunState, changed_settings
@@ -300,8 +300,8 @@ def _changed(module: RunState, files: Iterable[Path]) -> list[tuple[str, tuple[A
                     state.get(module.CHECKPOINT_HYPER_PARAMS_KEY, {}),
                     state["dblightning"]["facts"]["reward"],
                 )
-            elif file.name == WEIGHTS_NAME:
-                facts = read_metadata(file.parent)
+            elif file.suffix == ".safetensors":
+                facts = read_metadata(file)
                 saved = {name: None for name in own} | dict(facts.get("hyperparameters", {}))  # null is left out there
                 reward = facts.get("reward")
         except (OSError, ValueError, KeyError):

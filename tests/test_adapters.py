@@ -226,10 +226,10 @@ def test_an_adapter_of_another_base_model_is_refused(pair: Any, sd15_folder: Pat
     with torch.no_grad():
         for parameter in other.unet.parameters():
             parameter.mul_(1.01)
-    other.adapters = AdapterBank(other.unet)
+    bank = AdapterBank(other.unet)
     with pytest.raises(ValueError, match="another base model"):
-        other.adapters.load("one", tmp_path, other.pipeline)
-    other.adapters.load("one", tmp_path, other.pipeline, allow_other_base=True)
+        bank.load("one", tmp_path, other.pipeline)
+    bank.load("one", tmp_path, other.pipeline, allow_other_base=True)
 
 
 def test_a_half_precision_copy_is_the_same_base_model(pair: Any, sd15_folder: Path, tmp_path: Path) -> None:

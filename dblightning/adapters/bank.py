@@ -5,14 +5,12 @@ PEFT's ``set_adapter`` walks all modules (milliseconds) and is never called whil
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig
@@ -40,9 +38,6 @@ from dblightning.adapters.gated import AUTOCAST_HOOK, GATED, GatedLayer, GateSta
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 #: elements that :meth:`AdapterBank._checksum` reads at once
 CHUNK = 2**22
-#: one at a time may set a denoiser's gates and run it, whatever wraps it
-_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-_LOCKS_LOCK = threading.Lock()
 
 
 class AdapterBank:
@@ -78,8 +73,6 @@ class AdapterBank:
         self._position: Tensor | None = None
         _check_layers(_tuner_layers(unet))
         unet.requires_grad_(False)
-        with _LOCKS_LOCK:
-            self._lock = _LOCKS.setdefault(unet, threading.RLock())
         self._fingerprint = fingerprint(unet)
         self.state.names = list(self._configs())
         self.refresh()
@@ -301,18 +294,17 @@ class AdapterBank:
     @contextmanager
     def gated(self, gates: Tensor | None, factors: bool = False) -> Iterator[None]:
         """Forwards inside use these gates, one row of (rows, m) per batch row; None is the base model."""
-        with self._lock:
-            self._check_use(gates is not None)
-            scales: tuple[list[Tensor], list[Tensor]] = ([], [])
-            if gates is not None:
-                if gates.shape[1] != len(self.state.names):
-                    raise ValueError(
-                        f"gates are given for {gates.shape[1]} adapters, but the adapters are {self.state.names}"
-                    )
-                scales = self._scales(gates, factors)
-                self._stack()
-            with self.restored((gates, factors, None, *scales)):
-                yield
+        self._check_use(gates is not None)
+        scales: tuple[list[Tensor], list[Tensor]] = ([], [])
+        if gates is not None:
+            if gates.shape[1] != len(self.state.names):
+                raise ValueError(
+                    f"gates are given for {gates.shape[1]} adapters, but the adapters are {self.state.names}"
+                )
+            scales = self._scales(gates, factors)
+            self._stack()
+        with self.restored((gates, factors, None, *scales)):
+            yield
 
     def _scales(self, gates: Tensor, factors: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Per layout, what each row scales the rank-space activations by (rows, R), and its gates (rows, n)."""
@@ -364,11 +356,10 @@ class AdapterBank:
 
         The merged copies of the adapted matrices are kept, at most ``merged_limit`` of them.
         """
-        with self._lock:
-            self._check_use(any(gate))
-            key = self._merge(tuple(float(value) for value in gate), factors) if any(gate) else None
-            with self.restored((None, False, key, [], [])):
-                yield
+        self._check_use(any(gate))
+        key = self._merge(tuple(float(value) for value in gate), factors) if any(gate) else None
+        with self.restored((None, False, key, [], [])):
+            yield
 
     @torch.no_grad()
     def _merge(self, gate: tuple[float, ...], factors: bool) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lightning as L
 
-from dblightning.adapters import FORMS, WEIGHTS_NAME, Form
+from dblightning.adapters import FORMS, Form
 from dblightning.module import RewardRLModule
 
 
@@ -53,8 +53,7 @@ class ExportAdapter(L.Callback):
         assert isinstance(module, RewardRLModule)
         folder = Path(self._folder(trainer, module))
         between = folder.parent.glob(f"{folder.name}-epoch*") if self.every_n_epochs else []
-        files = [place / WEIGHTS_NAME for place in (folder, *sorted(between))]
-        return {folder: [file for file in files if file.exists()]}
+        return {folder: [file for place in (folder, *sorted(between)) for file in sorted(place.glob("*.safetensors"))]}
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RewardRLModule)

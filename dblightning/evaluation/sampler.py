@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dblightning.adapters import WEIGHTS_NAME
+from dblightning.adapters import find_file
 from dblightning.backbone import Backbone
 from dblightning.evaluation.record import INTERNAL
 from dblightning.evaluation.specs import BlendSpec
@@ -241,8 +241,7 @@ def _digest(tensors: Iterable[Tensor], samples: int = 16) -> str:
 
 def adapter_digest(folder: str | Path) -> str:
     """SHA-256 of an exported adapter's file: which weights a row was made with."""
-    path = Path(folder)
-    file = path / WEIGHTS_NAME if path.is_dir() else path
+    file = find_file(folder)
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
