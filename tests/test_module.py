@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dblightning.data import PromptFileDataModule
 from dblightning.module import RewardRLModule, adapted_kl_weight
@@ -231,6 +232,70 @@ def test_the_on_policy_ratio_of_every_stored_transition_is_one(
     assert (ratio - 1).abs().max() < 1e-5
     _, metrics = module.policy_loss(transitions)
     assert metrics["train/on_policy_ratio_error"] < 1e-5
+
+
+class TensorFloat32(TorchFunctionMode):
+    """Products of float32 tensors as TF32 makes them: both factors rounded to 10 binary digits after the point."""
+
+    PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.PRODUCTS:
+            args = [self.rounded(each) for each in args]
+        return func(*args, **kwargs or {})
+
+    @staticmethod
+    def rounded(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        bits = value.detach().contiguous().view(torch.int32)
+        near = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)  # to nearest, ties to even
+        return value + (near - value.detach())  # the derivative of no rounding
+
+
+def test_tf32_as_simulated_rounds_to_ten_digits() -> None:
+    with TensorFloat32():
+        assert torch.tensor([[1 + 2**-10]]) @ torch.ones(1, 1) == 1 + 2**-10
+        assert torch.tensor([[1 + 2**-12]]) @ torch.ones(1, 1) == 1
+
+
+@pytest.mark.parametrize("rollout_execution", ["auto", "merged"])
+def test_a_rollout_and_its_update_multiply_alike_under_tf32(
+    backbone: Any, tmp_path: Path, prompts: Any, rollout_execution: str
+) -> None:
+    """In batches of the rollout's size: other kernels' sums differ in the last digit and flip some of TF32's roundings."""
+    module = build(backbone, rollout_execution=rollout_execution)
+    give_effect(module, 0.5)
+    with TensorFloat32(), torch.no_grad():
+        rolled_out(module, tmp_path, prompts())
+        transitions = every_transition(module)
+        parts = (transitions.at(rows) for rows in torch.arange(len(transitions.reward)).split(4))
+        errors = [float(module.policy_loss(part, False)[1]["train/on_policy_ratio_error"]) for part in parts]
+        assert module._rollout_execution() == {"auto": "gated"}.get(rollout_execution, rollout_execution)
+    error = max(errors)
+    if rollout_execution == "auto":
+        assert error < 1e-5
+    else:
+        assert error > 3e-5  # a third of the paper's clip range: what merging costs in this small network
+    assert module._rollout_execution() == "merged"
+
+
+@pytest.mark.parametrize(("matmul", "convolutions"), [("high", False), ("medium", False), ("highest", True)])
+def test_rollouts_on_a_gpu_are_merged_at_full_precision_alone(matmul: str, convolutions: bool) -> None:
+    from dblightning.precision import computes_in_float32
+
+    device, layer = torch.device("cuda"), torch.nn.Linear(2, 2)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        assert computes_in_float32(layer, device)
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        assert not computes_in_float32(layer, device)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_the_reference_is_the_base_model_without_any_adapter(
