@@ -263,7 +263,7 @@ def test_tf32_as_simulated_rounds_to_ten_digits() -> None:
 def test_a_rollout_and_its_update_multiply_alike_under_tf32(
     backbone: Any, tmp_path: Path, prompts: Any, rollout_execution: str
 ) -> None:
-    """In batches of the rollout's size: other kernels' sums differ in the last digit and flip some of TF32's roundings."""
+    """In batches of the rollout's size: other kernels sum in another order, which flips some of TF32's roundings."""
     module = build(backbone, rollout_execution=rollout_execution)
     give_effect(module, 0.5)
     with TensorFloat32(), torch.no_grad():
