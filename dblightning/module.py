@@ -126,7 +126,8 @@ class RewardRLModule(RunState):
             code: 256). Each value step is an optimiser step.
         buffer_size: replay capacity in single steps (paper: 1000), rounded down to whole trajectories; None keeps the
             latest rollout only.
-        statistics_window: how many of a prompt's latest rewards its mean and deviation are taken over.
+        statistics_window: how many of a prompt's latest rewards its mean and deviation are taken over where the rollout
+            has fewer than four images of it; with four or more they are of these alone.
         validate_first: validate before the first rollout too, so that curves of ``val/…`` start at step 0.
 
     Raises:
@@ -630,8 +631,10 @@ class RewardRLModule(RunState):
         walk = Trajectory(trajectory.latents[:, finite], trajectory.log_probs[:, finite])
         scores = reward[finite]
         buffer.add(walk, own[0][rows], scores, baseline.to(scores), scale.to(scores), rows)
-        held = self.ranks.gather(buffer.size)
-        self._share = buffer.size * len(held) / sum(held)
+        held = self.ranks.gather((buffer.size, buffer.prompt_ids[: buffer.size].unique().tolist()))
+        self._share = buffer.size * len(held) / sum(size for size, _ in held)
+        needed = {*prompt_ids.tolist(), *(prompt_id for _, stored in held for prompt_id in stored)}
+        self.prompts = {prompt_id: self.prompts[prompt_id] for prompt_id in self.prompts if prompt_id in needed}
         self._log_rewards(prompt_ids, rewards)
 
     def _log_rewards(self, prompt_ids: Tensor, rewards: Tensor) -> None:
