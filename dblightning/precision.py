@@ -66,8 +66,10 @@ def computes_in_float32(module: nn.Module, device: torch.device) -> bool:
     """Whether a module's forward runs in full float32 here: float32 weights, no autocast, no TF32."""
     if torch.is_autocast_enabled(device.type) or next(module.parameters()).dtype != torch.float32:
         return False
-    if device.type != "cuda":
+    if device.type == "cpu":
         return _exact_products(device)
+    if device.type != "cuda":
+        return True
     return torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
 
 
