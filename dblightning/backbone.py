@@ -412,7 +412,7 @@ class DiffusersBackbone(Backbone):
             Embeddings (B, L, D) and pooled (B, P) of the prompts, then of the negatives.
         """
         cache = self._prompt_cache
-        keys = [(*pair, clip_skip, lora_scale) for pair in prompts]
+        keys = [(*pair, clip_skip or None, lora_scale) for pair in prompts]  # 0 leaves out nothing
         negative_keys = [(*pair, None, lora_scale) for pair in negatives]
         silence_text_adapters(self.pipeline)
         with self.lock:  # a text encoder's LoRA scale is set for the length of one encoding
@@ -437,7 +437,10 @@ class DiffusersBackbone(Backbone):
         if lora_scale is not None:
             options["lora_scale"] = lora_scale
         if not self.is_xl:
-            embeds, _ = self.pipeline.encode_prompt(texts, self.device, 1, False, **options)
+            if clip_skip is not None and not hasattr(self.text_encoder, "text_model"):
+                embeds = self._encode_skipping(texts, clip_skip)
+            else:
+                embeds, _ = self.pipeline.encode_prompt(texts, self.device, 1, False, **options)
             return embeds, embeds[torch.arange(len(texts)), self._end_of_text(texts)]
         if any(seconds):
             options["prompt_2"] = [second or text for text, second in zip(texts, seconds, strict=True)]
@@ -445,6 +448,23 @@ class DiffusersBackbone(Backbone):
             texts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
         )
         return embeds, pooled
+
+    def _encode_skipping(self, texts: list[str], clip_skip: int) -> Tensor:
+        """An inner layer's output through the final norm, which diffusers looks for where transformers 4 had it."""
+        encoder, tokenizer = self.text_encoder, self.pipeline.tokenizer
+        tokens = tokenizer(
+            self.pipeline.maybe_convert_prompt(texts, tokenizer),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        masked = getattr(encoder.config, "use_attention_mask", False)
+        states = encoder(
+            tokens.input_ids, attention_mask=tokens.attention_mask if masked else None, output_hidden_states=True
+        ).hidden_states
+        embeds: Tensor = encoder.final_layer_norm(states[-(clip_skip + 1)])
+        return embeds
 
     def _end_of_text(self, texts: list[str]) -> Tensor:
         tokenizer = self.pipeline.tokenizer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from dblightning.adapters import WEIGHTS_NAME, AdapterBank
 from dblightning.backbone import COMPONENTS, Conditioning, DiffusersBackbone, load_pipeline
-from dblightning.blending import DBMPALS, Base, BatchWeights, Blend, BlendPlan, BlendStep, WeightSchedule, resolve_blend
+from dblightning.blending import DBMPALS, Base, BatchWeights, Blend, WeightSchedule, resolve_blend
 from dblightning.noise import GeneratorNoise
-from dblightning.pipeline_call import CallbackTensors, CallSettings, RunningCalls, repeated
+from dblightning.pipeline_call import CallbackTensors, CallSettings, RunningCalls
+from dblightning.pipeline_inputs import SizeInputs, TextInputs, condition, embeds_dtype, repeated
+from dblightning.pipeline_lora import REFUSED, LoraMethods
 from dblightning.prompt_cache import has_lora
 from dblightning.sampling import Change, Execution, Steering, denoise_loop
 from dblightning.solvers import DiffusersSolver, Solver, make_solver
@@ -28,20 +28,6 @@ from dblightning.steering import STEERING, Reward, resolve_steering, steers
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 #: file of a saved pipeline that names its adapters, which lie in ``adapters/<name>``
 INDEX_NAME = "dblightning.json"
-
-#: diffusers' methods that cannot hold for blends, each with what to do instead
-REFUSED = {
-    "fuse_lora": "the base model stays apart from its adapters; pass weights={'name': 1.0} (a single gate already runs "
-    "on merged weights), or fuse in a plain pipeline",
-    "load_lora_into_unet": "use load_lora_weights(path, adapter_name='name')",
-    "load_lora_into_text_encoder": "adapters here belong to the denoiser; use load_lora_weights(path)",
-    "set_lora_device": "adapters live where the denoiser lives; use pipe.to(device), or delete_adapters('name')",
-    "enable_lora_hotswap": "load adapters under names of their own and choose with weights=",
-    "load_ip_adapter": "image prompts are not blended; use a plain pipeline for an IP-Adapter",
-    "set_ip_adapter_scale": "image prompts are not blended; use a plain pipeline for an IP-Adapter",
-    "enable_sequential_cpu_offload": "sequential offload moves single layers, behind the gated layers' back; use "
-    "enable_model_cpu_offload()",
-}
 
 
 @dataclass
@@ -66,20 +52,6 @@ class _Stopped(Exception):
         self.latents = latents
 
 
-class _ActiveAdapters(Blend):
-    """The adapters that ``set_adapters`` made active, as in diffusers: W + Σᵢ wᵢ ΔWᵢ with any weights."""
-
-    def __init__(self, active: Mapping[str, float]) -> None:
-        self.active = dict(active)
-
-    def start(
-        self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
-    ) -> BlendPlan:
-        gate = torch.tensor([self.active.get(name, 0.0) for name in adapters])
-        step = BlendStep(gate.expand(1, batch, -1), torch.ones(1, batch, dtype=torch.float64))
-        return lambda step_index: step
-
-
 def _of_call(name: str, writable: bool = False) -> Any:
     """A property that is a setting of the running call (of the last one, when none runs)."""
 
@@ -92,7 +64,7 @@ def _of_call(name: str, writable: bool = False) -> Any:
     return property(read, write if writable else None)
 
 
-class DiffusionBlendPipeline:
+class DiffusionBlendPipeline(LoraMethods):
     """A diffusers text-to-image pipeline whose LoRA adapters are blended while it samples.
 
         pipe = DiffusionBlendPipeline.from_pretrained(base, adapters={"alignment": path, "aesthetic": path})
@@ -132,9 +104,7 @@ class DiffusionBlendPipeline:
             )
         self.backbone = backbone
         self._calls = RunningCalls()
-        self._metadata: dict[str, dict[str, Any]] = {}
-        self._active: dict[str, float] | None = None  # of set_adapters
-        self._lora_enabled = True
+        LoraMethods.__init__(self)
 
     # ── making and saving one ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -237,125 +207,6 @@ class DiffusionBlendPipeline:
         for name in names:
             self.adapters.export(name, Path(save_directory) / "adapters" / name, pipeline, self._metadata.get(name))
         (Path(save_directory) / INDEX_NAME).write_text(json.dumps({"adapters": names}))
-
-    # ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    @property
-    def adapters(self) -> AdapterBank:
-        """The adapters; ``pipe.adapters.names``, ``pipe.adapters.merged_limit``, ``pipe.adapters.drop_merged()``."""
-        return self.backbone.adapters
-
-    def load_adapter(self, name: str, path: str | Path, allow_other_base: bool = False) -> dict[str, Any]:
-        """Load a LoRA under a name and return its metadata; see :meth:`AdapterBank.load`."""
-        if any(getattr(each, "fused_projections", False) for each in self.backbone.unet.modules()):
-            raise ValueError("fused projections bypass adapters; call unfuse_qkv_projections() before loading one")
-        metadata = self.adapters.load(name, path, self.backbone.pipeline, allow_other_base)
-        self._metadata[name] = metadata
-        return metadata
-
-    def load_lora_weights(
-        self,
-        path: str | Path | Mapping[str, Tensor],
-        adapter_name: str | None = None,
-        weight_name: str | None = None,
-        allow_other_base: bool = False,
-        **hub: Any,
-    ) -> None:
-        """Load a LoRA as diffusers does: it becomes the active adapter, used by calls without ``weights``.
-
-        Args:
-            path: folder, file, hub id, or a state dict.
-            adapter_name: its name; None counts up: default_0, default_1, …
-            weight_name: the file in the folder or hub repository.
-            allow_other_base: see :meth:`AdapterBank.load`.
-            hub: ``subfolder``, ``revision``, ``cache_dir``, ``local_files_only``, ``token``, … of a hub id.
-        """
-        if hub.pop("hotswap", False):
-            raise ValueError(f"hotswap is not for blends: {REFUSED['enable_lora_hotswap']}")
-        hub.pop("low_cpu_mem_usage", None)
-        if adapter_name is None:
-            taken = self.adapters.names
-            adapter_name = next(name for i in range(len(taken) + 1) if (name := f"default_{i}") not in taken)
-        with tempfile.TemporaryDirectory() as folder:
-            if isinstance(path, Mapping):
-                from safetensors.torch import save_file
-
-                file = Path(folder) / WEIGHTS_NAME
-                save_file({key: value.contiguous() for key, value in path.items()}, file)
-            else:
-                file = _lora_file(path, weight_name, hub)
-            self.load_adapter(adapter_name, file, allow_other_base)
-        self.set_adapters(adapter_name)
-
-    def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
-    ) -> None:
-        """Make adapters active, as in diffusers: a call without ``weights`` then runs W + Σᵢ wᵢ ΔWᵢ.
-
-        Args:
-            adapter_names: one name, or several.
-            adapter_weights: one for all, or one each, of any size; None is 1.
-
-        Raises:
-            ValueError: a name that is not loaded, or weights per block.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        given = adapter_weights if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
-        values = [1.0 if value is None else value for value in given]
-        unknown = [name for name in names if name not in self.adapters.names]
-        if unknown:
-            raise ValueError(f"no adapter {unknown[0]!r} is loaded; the names are {self.adapters.names}")
-        if len(values) != len(names):
-            raise ValueError(f"got {len(values)} adapter_weights for {len(names)} adapters; give one each")
-        if any(isinstance(value, Mapping) for value in values):
-            raise ValueError("adapter_weights per block are not supported; give one number per adapter")
-        self._active = {name: float(value) for name, value in zip(names, values, strict=True)}
-        self._lora_enabled = True
-
-    def get_active_adapters(self) -> list[str]:
-        """The adapters that a call without ``weights`` uses."""
-        return [name for name in self._active or {} if name in self.adapters.names] if self._lora_enabled else []
-
-    def get_list_adapters(self) -> dict[str, list[str]]:
-        """The adapters of each component."""
-        return {"unet": self.adapters.names} if self.adapters.names else {}
-
-    def disable_lora(self) -> None:
-        """Calls without ``weights`` run the base model."""
-        self._lora_enabled = False
-
-    def enable_lora(self) -> None:
-        """Undo :meth:`disable_lora`."""
-        self._lora_enabled = True
-
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Take adapters out.
-
-        Raises:
-            ValueError: a name that is not loaded; then nothing is deleted.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        unknown = [name for name in names if name not in self.adapters.names]
-        if unknown:
-            raise ValueError(f"no adapter {unknown[0]!r} is loaded; the names are {self.adapters.names}")
-        for name in names:
-            self.adapters.remove(name)
-            self._metadata.pop(name, None)
-            if self._active is not None:
-                self._active.pop(name, None)
-
-    def unload_lora_weights(self, **options: Any) -> None:
-        """Take all adapters out, and the LoRAs of the text encoders; the base model is left."""
-        self.delete_adapters(self.adapters.names)
-        self.backbone.pipeline.unload_lora_weights(**options)
-        self.adapters.refresh()
-        self._active, self._lora_enabled = None, True
-
-    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        """As in diffusers, while no adapters are loaded."""
-        if unet and self.adapters.names:
-            raise ValueError(f"fused projections would bypass the adapters {self.adapters.names}; delete them first")
-        self.backbone.pipeline.fuse_qkv_projections(unet=unet, vae=vae)
 
     # ── what it is made of ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -518,8 +369,18 @@ class DiffusionBlendPipeline:
             eta = 1.0
         solver = self._solver(num_inference_steps, eta, timesteps, sigmas, denoising_end)
         shape = self._latent_shape(height, width)
-        count = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
-        images = count * per_prompt
+        factor = pipeline.vae_scale_factor
+        inputs = TextInputs(
+            prompts,
+            prompt_2,
+            negative_prompt,
+            negative_prompt_2,
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+        )
+        images = inputs.count * per_prompt
         if latents is not None and latents.shape != (images, *shape):
             raise ValueError(f"latents must be {(images, *shape)} for these prompts, got {tuple(latents.shape)}")
         call = CallSettings(
@@ -532,10 +393,7 @@ class DiffusionBlendPipeline:
             embedded_guidance=backbone.unet.config.time_cond_proj_dim is not None,
         )
         device = backbone.device
-        negatives = (negative_prompt, negative_prompt_2)
-        given = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
-        sizes = self._sizes(
-            (shape[1], shape[2]),
+        sizes = SizeInputs(
             original_size,
             crops_coords_top_left,
             target_size,
@@ -543,14 +401,18 @@ class DiffusionBlendPipeline:
             negative_crops_coords_top_left,
             negative_target_size,
         )
-        noise = GeneratorNoise(generator, images, device, self._noise_dtype(prompt_embeds))
+        inputs.check(backbone)
+        sizes.check(backbone)
+        noise = GeneratorNoise(generator, images, device, embeds_dtype(backbone))
         if not backbone.can_merge:  # hooks move or cast the weights; merged copies would stay as they are
             execution = "gated"
         before = self._calls.start(call)
         try:
             # offloaded models leave the device when a call ends, so those calls take turns
             with backbone.lock if hasattr(backbone.unet, "_hf_hook") else nullcontext():
-                conditioning = self._conditioning(prompts, prompt_2, negatives, given, count, per_prompt, call, sizes)
+                conditioning = condition(
+                    backbone, inputs, sizes, call, per_prompt, (shape[1] * factor, shape[2] * factor)
+                )
                 first = noise(shape) if latents is None else latents.to(device)
                 with self.progress_bar(total=len(solver.timesteps)) as bar:
                     try:
@@ -566,14 +428,14 @@ class DiffusionBlendPipeline:
                             max_rows,
                             self._on_step(call, conditioning, solver, callback_on_step_end, names, bar),
                             steering,
-                            repeated(prompts, count, per_prompt),
+                            repeated(prompts, inputs.count, per_prompt),
                         )
                     except _Stopped as stopped:
                         result = stopped.latents
                 made, unsafe = self._output(result, output_type)
-                pipeline.maybe_free_model_hooks()
         finally:
             self._calls.end(before)
+            pipeline.maybe_free_model_hooks()
         if return_dict:
             return BlendOutput(made, unsafe)
         return (made,) if backbone.is_xl else (made, unsafe)
@@ -614,19 +476,11 @@ class DiffusionBlendPipeline:
         """Who predicts, and what steers."""
         if blend is not None and method is not None:
             raise ValueError(f"give method or blend, not both; got method {method!r} and blend {blend!r}")
-        if (
-            blend is None
-            and method is None
-            and weights is None
-            and kl_scale == 1
-            and not rewards
-            and not method_options
-        ):
-            if self._active is not None:
-                active = self._active if self._lora_enabled else {}
-                return _ActiveAdapters({name: active[name] for name in active if name in self.adapters.names}), steering
-            if not self.adapters.names or not self._lora_enabled:
-                return Base(), steering
+        named = (blend, method, weights, rewards, method_options)
+        if all(each is None for each in named) and kl_scale == 1:
+            default = self.default_blend()
+            if default is not None:
+                return default, steering
         name = method or "db-mpa"
         if blend is None and steers(name):
             if steering is not None:
@@ -678,147 +532,6 @@ class DiffusionBlendPipeline:
                 )
         factor = self.vae_scale_factor
         return backbone.latent_shape[0], sizes[0] // factor, sizes[1] // factor
-
-    def _noise_dtype(self, prompt_embeds: Tensor | None) -> torch.dtype:
-        """Precision in which noise is drawn: the embeddings', as in diffusers."""
-        encoder = self.backbone.text_encoder_2 if self.backbone.is_xl else self.backbone.text_encoder
-        return (self.backbone.unet if encoder is None else encoder).dtype
-
-    def _sizes(
-        self,
-        latent_size: tuple[int, int],
-        original: tuple[int, int] | None,
-        crop: tuple[int, int],
-        target: tuple[int, int] | None,
-        negative_original: tuple[int, int] | None,
-        negative_crop: tuple[int, int],
-        negative_target: tuple[int, int] | None,
-    ) -> Callable[[int, Tensor], dict[str, Tensor]]:
-        """What makes ``Conditioning.size`` and ``negative_size``, from the number of images and their embeddings."""
-        if not self.backbone.is_xl:
-            given = (original, target, negative_original, negative_target)
-            if any(each is not None for each in given) or (*crop, *negative_crop) != (0, 0, 0, 0):
-                raise ValueError("original_size, target_size and crops belong to SDXL; leave them out for this model")
-            return lambda images, like: {}
-        factor = self.vae_scale_factor
-        size = (latent_size[0] * factor, latent_size[1] * factor)
-
-        def make(images: int, like: Tensor) -> dict[str, Tensor]:
-            ids = {"size": self.backbone.size_ids(images, like, size, original, crop, target)}
-            if negative_original is not None and negative_target is not None:
-                ids["negative_size"] = self.backbone.size_ids(
-                    images, like, size, negative_original, negative_crop, negative_target
-                )
-            return ids
-
-        return make
-
-    def _conditioning(
-        self,
-        prompts: list[str] | None,
-        prompt_2: str | Sequence[str] | None,
-        negatives: tuple[str | Sequence[str] | None, str | Sequence[str] | None],
-        given: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-        count: int,
-        per_prompt: int,
-        call: CallSettings,
-        sizes: Callable[[int, Tensor], dict[str, Tensor]],
-    ) -> Conditioning:
-        """Conditioning of ``count`` · ``per_prompt`` images, a prompt's images side by side."""
-        backbone = self.backbone
-        if not backbone.is_xl and (
-            prompt_2 is not None or negatives[1] is not None or any(g is not None for g in given[2:])
-        ):
-            raise ValueError("prompt_2, negative_prompt_2 and pooled embeddings belong to SDXL; leave them out")
-        for name, texts in (("negative", negatives[0]), ("second", prompt_2), ("second negative", negatives[1])):
-            if texts is not None and not isinstance(texts, str) and len(texts) != count:
-                raise ValueError(f"got {len(texts)} {name} prompts for {count} prompts")
-        scale = (call.cross_attention_kwargs or {}).get("scale", 1.0)
-        encoders = (backbone.text_encoder, backbone.text_encoder_2)
-        text_scale = scale if scale != 1 and any(has_lora(encoder) for encoder in encoders) else None
-        if all(each is None for each in given):
-            conditioning = self._from_texts(prompts or [], prompt_2, negatives, per_prompt, call, text_scale)
-        else:
-            conditioning = self._from_embeddings(
-                prompts, prompt_2, negatives, given, count, per_prompt, call, text_scale
-            )
-        attention = {key: value for key, value in (call.cross_attention_kwargs or {}).items() if key != "scale"}
-        return conditioning._replace(
-            **sizes(count * per_prompt, conditioning.prompt_embeds),
-            guidance_rescale=call.guidance_rescale,
-            lora_scale=float(scale),
-            attention_kwargs=attention or None,
-        )
-
-    def _from_texts(
-        self,
-        prompts: list[str],
-        prompt_2: str | Sequence[str] | None,
-        negatives: tuple[str | Sequence[str] | None, str | Sequence[str] | None],
-        per_prompt: int,
-        call: CallSettings,
-        lora_scale: float | None,
-    ) -> Conditioning:
-        backbone, count = self.backbone, len(prompts)
-
-        def pairs(first: Any, second: Any) -> list[tuple[str, str | None]]:
-            none: list[str | None] = [None] * (count * per_prompt)
-            seconds = repeated(second, count, per_prompt) or none
-            return list(zip(repeated(first, count, per_prompt) or [], seconds, strict=True))
-
-        embeds, pooled, negative_embeds, negative_pooled = backbone.embed(
-            pairs(prompts, prompt_2),
-            pairs(negatives[0] if negatives[0] is not None else "", negatives[1]),
-            call.clip_skip,
-            lora_scale,
-            thorough=True,
-        )
-        if negatives[0] is None and backbone.zero_negative:
-            negative_embeds, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
-        return Conditioning(embeds, pooled, negative_embeds, negative_pooled)
-
-    def _from_embeddings(
-        self,
-        prompts: list[str] | None,
-        prompt_2: str | Sequence[str] | None,
-        negatives: tuple[str | Sequence[str] | None, str | Sequence[str] | None],
-        given: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-        count: int,
-        per_prompt: int,
-        call: CallSettings,
-        lora_scale: float | None,
-    ) -> Conditioning:
-        """Embeddings that the caller gave, some or all; the wrapped pipeline makes those that are missing."""
-        backbone = self.backbone
-        pipeline = backbone.pipeline
-        names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
-        texts: dict[str, Any] = {"prompt": prompts, "negative_prompt": repeated(negatives[0], count, 1)}
-        if backbone.is_xl:
-            texts |= {"prompt_2": repeated(prompt_2, count, 1), "negative_prompt_2": repeated(negatives[1], count, 1)}
-        embeddings = dict(zip(names if backbone.is_xl else names[:2], given, strict=False))
-        pipeline.check_inputs(height=8, width=8, callback_steps=None, **texts, **embeddings)
-        if call.guided and given[1] is None and not backbone.zero_negative and backbone.text_encoder is None:
-            raise ValueError(
-                "guidance needs negative_prompt_embeds, or a text encoder to make them; or guidance_scale=1"
-            )
-        with backbone.lock:
-            made = pipeline.encode_prompt(
-                device=backbone.device,
-                num_images_per_prompt=per_prompt,
-                do_classifier_free_guidance=call.guided,
-                lora_scale=lora_scale,
-                clip_skip=call.clip_skip,
-                **texts,
-                **embeddings,
-            )
-        embeds, negative_embeds = made[0], made[1]
-        pooled, negative_pooled = made[2:] if backbone.is_xl else (embeds[:, -1], None)
-        call.has_negatives = negative_embeds is not None
-        if negative_embeds is None:
-            negative_embeds, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
-        elif negative_pooled is None:
-            negative_pooled = negative_embeds[:, -1]
-        return Conditioning(embeds, pooled, negative_embeds, negative_pooled)
 
     def _on_step(
         self,
@@ -903,24 +616,3 @@ def _unadapted(pipeline: Any) -> Any:
     made = type(pipeline)(**{**pipeline.components, "unet": plain}, **pipeline.parameters)
     made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
     return made
-
-
-def _lora_file(path: str | Path, weight_name: str | None, hub: Mapping[str, Any]) -> Path:
-    """The LoRA file of a folder, a file path, or a hub id (downloaded)."""
-    options = dict(hub)
-    subfolder = options.pop("subfolder", None) or ""
-    local = Path(path).expanduser() / subfolder
-    if local.is_file():
-        return local
-    if local.is_dir() or str(path).count("/") != 1:
-        return local if weight_name is None else local / weight_name
-    from huggingface_hub import hf_hub_download
-
-    try:
-        found = hf_hub_download(str(path), weight_name or WEIGHTS_NAME, subfolder=subfolder or None, **options)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"no LoRA at {str(path)!r}: neither a local folder nor a hub repository with {weight_name or WEIGHTS_NAME} "
-            f"({type(error).__name__}); give the exported folder, or weight_name="
-        ) from error
-    return Path(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,11 +136,3 @@ class CallbackTensors:
         if torch.equal(value, given[-1:]):
             return {}
         return {positive: value.expand(batch, *value.shape[1:])}
-
-
-def repeated(values: Sequence[str] | str | None, count: int, each: int) -> list[str] | None:
-    """One text for each of ``count`` · ``each`` images, a prompt's images side by side; one text serves all."""
-    if values is None:
-        return None
-    texts = [values] * count if isinstance(values, str) else list(values)
-    return [text for text in texts for _ in range(each)]
