@@ -26,7 +26,7 @@ from dblightning.backbone import Backbone
 from dblightning.data.stream import EvalLoader
 from dblightning.distributed import Ranks
 from dblightning.evaluation.record import differences
-from dblightning.evaluation.report import print_summary, write_report
+from dblightning.evaluation.report import write_report
 from dblightning.evaluation.sampler import BlendSampler, load_adapters, made_with
 from dblightning.evaluation.specs import BlendSpec, BlendSweep, expand
 from dblightning.evaluation.store import REMEDY, Evaluation, Key, RowStore, key_of, keys_of
@@ -280,9 +280,8 @@ class BlendEvaluationModule(L.LightningModule):
         scores = self.table(images)
         path = self.out / "scores.parquet"
         write_scores(path, scores, self.record() | {"images": {"scored": len(images), "available": available}})
-        write_report(path, self.out, self.out / "images")
+        write_report(path, self.out, self.out / "images", show=True)
         self._save_grid(scores)
-        print_summary(scores)
         print(f"scores, tables and report.html: {self.out}")
 
     def _save_grid(self, scores: pd.DataFrame) -> None:

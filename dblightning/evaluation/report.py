@@ -51,11 +51,11 @@ def write_report(
 
     Raises:
         FileNotFoundError, ValueError: score tables that are missing, unfinished or not comparable; ``out`` that is no
-            folder to write to; ``images`` that is no folder.
+            folder to write to.
     """
     files = [Path(each) for each in ([scores] if isinstance(scores, str | Path) else scores)]
     out = Path(out)
-    _check_folders(out, None if images is None else Path(images))
+    _check_out(out)
     frame, record = read_all(files)
     estimates = estimate(frame, samples, seed, level)
     folders = [Path(images)] if images is not None else [file.parent / "images" for file in files]
@@ -76,10 +76,8 @@ def write_report(
     return [page, numbers, *written]
 
 
-def _check_folders(out: Path, images: Path | None) -> None:
+def _check_out(out: Path) -> None:
     """Refuse what would fail after the work; the nearest folder that is there has to be writable."""
-    if images is not None and not images.is_dir():
-        raise ValueError(f"--images {images} is not a folder; name the one that holds <blend>/<prompt_id>-<seed>.png")
     nearest = next(each for each in (out, *out.absolute().parents) if os.path.lexists(each))
     if not nearest.is_dir():
         raise ValueError(f"--out {out}: {nearest} is not a folder; name a folder to write the report to")
@@ -109,6 +107,8 @@ def report_main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.samples < 1 or not 0 < options.level < 1:
         parser.error("--samples must be 1 or more, --level between 0 and 1")
+    if options.images is not None and not options.images.is_dir():
+        parser.error(f"--images {options.images} is not a folder; name the one with <blend>/<prompt_id>-<seed>.png")
     try:
         written = write_report(
             options.scores, options.out or options.scores[0].parent, options.images, options.samples,

@@ -120,9 +120,17 @@ class BlendSampler:
                 "seconds": seconds,
                 "unet_rows": unet_rows,
                 "thumbnail": thumbnails[index].numpy().tobytes(),
+                **_category(batch, index),
             }
             rows.append(row | {f"reward/{name}": values[index] for name, values in scores.items()})
         return Scored(images, rows)
+
+
+def _category(batch: Mapping[str, Any], index: int) -> dict[str, str]:
+    """The prompt's category, from the metadata column of that name or GenEval's ``tag``; empty where it has none."""
+    column = batch.get("category", batch.get("tag"))
+    value = None if column is None else column[index]
+    return {} if value is None else {"category": str(value)}
 
 
 def thumbnail(images: Tensor) -> Tensor:
