@@ -65,7 +65,9 @@ def expected_table(estimates: Estimates) -> list[list[str]]:
 
 def written_table() -> list[list[str]]:
     """Headings and rows of the README's table, without the line between."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## The paper in miniature", 1)[1].split("\n## ")[0]
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("## The paper in miniature", 1)[1].split("\n## ")[0]
+    )
     lines = [line for line in section.splitlines() if line.startswith("|") and not line.startswith("|--")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
