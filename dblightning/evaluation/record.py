@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-#: what the rewards' descriptions hold that no score depends on: torchmetrics' own settings, and sizes of batches
+#: settings of rewards that no score depends on, or that are nobody else's business (``headers`` may hold a token)
 INTERNAL = frozenset(
-    {"training", "compute_on_cpu", "dist_sync_on_step", "sync_on_compute", "compute_with_cache", "micro_batch_size"}
-)
+    {
+        "training", "compute_on_cpu", "dist_sync_on_step", "sync_on_compute", "compute_with_cache",  # torchmetrics
+        "micro_batch_size", "timeout", "retries", "backoff", "patience", "headers", "token_env", "ca_file", "trust_env",
+    }
+)  # fmt: skip
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

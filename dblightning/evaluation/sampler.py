@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ def made_with(backbone: Backbone, rewards: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe(reward: Any) -> dict[str, Any]:
     """A reward's class, settings and weights, those of the rewards it is made of as well."""
-    settings = {name: plain(value) for name, value in vars(reward).items() if not name.startswith("_")}
+    settings = {name: _short(plain(value)) for name, value in vars(reward).items() if not name.startswith("_")}
     parts = {
         name: describe(part)
         for name, part in reward.named_modules()
@@ -218,6 +219,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
     return None
+
+
+def _short(value: Any, length: int = 1000) -> Any:
+    """The value, or its SHA-256 where it is longer than that as JSON, as the metadata of 1,353 prompts is."""
+    text = json.dumps(value, sort_keys=True)
+    return value if len(text) <= length else f"sha256 {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _frozen(backbone: Backbone) -> dict[str, Tensor]:
