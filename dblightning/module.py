@@ -29,7 +29,7 @@ from dblightning.policy_gradient import OBJECTIVES, PromptStatistics, clip_fract
 from dblightning.precision import computes_in_float32, float32_arithmetic
 from dblightning.progress import RolloutProgress
 from dblightning.replay import ReplayBuffer, Transitions
-from dblightning.rewards.base import RewardMetric
+from dblightning.rewards.base import RewardMetric, RewardUnavailable
 from dblightning.rewards.worker import RewardWorker
 from dblightning.run_folder import RunGuard
 from dblightning.run_state import RunState
@@ -267,7 +267,11 @@ class RewardRLModule(RunState):
 
     def _scored_rollout(self, batch: dict[str, Any]) -> tuple[Trajectory, Tensor, Tensor, float]:
         """Trajectory, images, rewards (B,), and when sampling ended (``time.perf_counter``)."""
-        with self.ranks.together("a rollout or its reward"), self._reward_worker() as worker:
+        with (
+            self.ranks.together("a rollout or its reward"),
+            self._until_all_know() as given_up,
+            self._reward_worker() as worker,
+        ):
             parts: list[Future] = []
             with self._profile("rollout"), self._no_ddp_sync(), torch.no_grad():
                 trajectory, images = self.roll_out(
@@ -281,7 +285,24 @@ class RewardRLModule(RunState):
                 waited = [part.result() for part in parts]
                 reward = torch.cat(waited) if parts else self.reward.score(images, batch["prompt"]).detach()
                 reward = reward.where(torch.isfinite(trajectory.log_probs).all(0).to(reward.device), torch.nan)
+        self._stop_if_unavailable(given_up)
         return trajectory, images, reward, sampled
+
+    @contextmanager
+    def _until_all_know(self) -> Iterator[list[str]]:
+        """Keeps the error of a reward that is unavailable, to be raised once no rank waits for this one."""
+        given_up: list[str] = []
+        try:
+            yield given_up
+        except Exception as error:
+            if (found := RewardUnavailable.behind(error)) is None:
+                raise
+            given_up.append(str(found))
+
+    def _stop_if_unavailable(self, given_up: list[str]) -> None:
+        """Raise on every rank what a reward said that is unavailable on one. A collective call."""
+        if texts := [text for each in self.ranks.gather(given_up) for text in each]:
+            raise RewardUnavailable(texts[0])
 
     @contextmanager
     def _reward_worker(self) -> Iterator[RewardWorker | None]:
@@ -541,7 +562,15 @@ class RewardRLModule(RunState):
             self._failure = error
 
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation()
+        try:
+            self._log_evaluation()
+        except RewardUnavailable as error:
+            if not self.trainer.training and not self.trainer.validating:
+                raise
+            saved = save_last_good_state(self.trainer, self, "before_unavailable_reward.ckpt")
+            raise RewardUnavailable(
+                f"validation after rollout {self.rollouts_done}: {error} The run is {saved}"
+            ) from error
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation()
@@ -562,9 +591,10 @@ class RewardRLModule(RunState):
         """Mean of each reward over all images of all ranks, but those that are NaN or infinite, which are counted."""
         failure, evaluated = self._failure, self._evaluated
         self._failure, self._evaluated = None, {}
-        with self.ranks.together("the evaluation"):
+        with self.ranks.together("the evaluation"), self._until_all_know() as given_up:
             if failure is not None:
                 raise failure
+        self._stop_if_unavailable(given_up)
         own = {name: torch.cat(parts) for name, parts in evaluated.items()}
         finite = {name: scores[torch.isfinite(scores)] for name, scores in own.items()}
         gathered = self.ranks.gather(

@@ -20,7 +20,7 @@ from dblightning.checkpointing import read_shard, save_last_good_state
 from dblightning.distributed import Ranks
 from dblightning.policy_gradient import PromptStatistics
 from dblightning.replay import ReplayBuffer
-from dblightning.rewards.base import RewardMetric
+from dblightning.rewards.base import RewardMetric, RewardUnavailable
 from dblightning.settings import check
 from dblightning.solvers import DDIMSolver
 from dblightning.value import ValueFunction
@@ -210,12 +210,15 @@ class RunState(L.LightningModule):
 
     @contextmanager
     def last_good_state(self) -> Iterator[None]:
-        """A rollout and its update: one that ends in NaN or infinity stops the run, saved as it was before the rollout.
+        """A rollout and its update: one that ends in NaN or infinity, or whose reward is unavailable, stops the run,
+        saved as it was before the rollout.
 
-        All ranks stop alike, because gradients are averaged before they are checked and weights are the same.
+        All ranks stop alike: gradients are averaged before they are checked, weights are the same, and a reward that is
+        unavailable on one rank is raised on all.
 
         Raises:
             NonFiniteError: saying what was not finite, and where the state before it is.
+            RewardUnavailable: saying where the state before is.
         """
         before = self._snapshot()
         try:
@@ -227,6 +230,12 @@ class RunState(L.LightningModule):
             raise NonFiniteError(
                 f"rollout {self.rollouts_done + 1}: {error}; the state before that rollout is {saved}. Resume it with "
                 "a smaller learning_rate or clip_grad_norm, or in a wider precision"
+            ) from error
+        except RewardUnavailable as error:
+            self._restore(before)
+            saved = save_last_good_state(self.trainer, self, "before_unavailable_reward.ckpt")
+            raise RewardUnavailable(
+                f"rollout {self.rollouts_done + 1}: {error} The state before that rollout is {saved}"
             ) from error
 
     def gradients_are_finite(self, norm: Tensor, parameters: list[Tensor], name: str) -> bool:

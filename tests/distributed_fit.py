@@ -26,6 +26,7 @@ from dblightning.checkpointing import Preempted, RunCheckpoint, newest_whole
 from dblightning.data import PromptFileDataModule
 from dblightning.distributed import DDP
 from dblightning.module import RewardRLModule
+from dblightning.rewards import RewardUnavailable
 from tests.toy import GaussianBackbone, LinearReward
 
 SETTINGS: dict[str, Any] = {
@@ -45,7 +46,7 @@ def world_size() -> int:
 
 
 class TroubledReward(LinearReward):
-    """Fails in one call on one rank, in a way of choice: "raise", "nan" or "kill"."""
+    """Fails in one call on one rank, in a way of choice: "raise", "unavailable", "nan" or "kill"."""
 
     def __init__(self, how: str = "", rank: int = 1, call: int = 2, seconds: float = 0.0) -> None:
         super().__init__()
@@ -57,6 +58,8 @@ class TroubledReward(LinearReward):
         if self.how and self.rank == rank() and self.calls == self.call:
             if self.how == "raise":
                 raise RuntimeError("no scorer today")
+            if self.how == "unavailable":
+                raise RewardUnavailable("no answer from the scorer.")
             if self.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             return torch.full((len(prompts),), float("nan"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from dblightning.checkpointing import read_whole
 from dblightning.distributed import DDP, Ranks
 from tests import launching
 from tests.distributed_fit import run
@@ -24,6 +26,7 @@ RUNS: list[dict[str, Any]] = [
     {"name": "plain", "settings": LATEST, "validate": 3},
     {"name": "replay", "settings": {"buffer_size": 32}},  # two rollouts of 4 trajectories of 4 steps
     {"name": "raises", "trouble": {"how": "raise"}},
+    {"name": "unavailable", "trouble": {"how": "unavailable"}},
     {"name": "one without rewards", "trouble": {"how": "nan", "call": 1}},
     {"name": "fewer prompts than ranks", "validate": 1},
     {"name": "killed", "trouble": {"how": "kill"}},
@@ -91,6 +94,15 @@ def test_a_reward_that_raises_on_one_rank_stops_all_and_is_named(fits: dict[str,
     assert failed == "RuntimeError: no scorer today"
     assert other.startswith("RankError")
     assert "rank 1: RuntimeError: no scorer today" in other
+
+
+def test_a_reward_unavailable_to_one_rank_stops_all_with_the_state_before_the_rollout_saved(
+    fits: dict[str, Any],
+) -> None:
+    for each in fits["unavailable"]:
+        assert each["error"].startswith("RewardUnavailable: rollout 2: no answer from the scorer. The state before")
+        saved = Path(re.findall(r"saved in (\S+)", each["error"])[0])
+        assert read_whole(saved)["dblightning"]["rollouts_done"] == 1
 
 
 def test_a_rank_whose_first_rewards_are_all_nan_goes_on_with_the_others(fits: dict[str, Any]) -> None:

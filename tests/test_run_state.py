@@ -19,7 +19,7 @@ from dblightning.checkpointing import RunCheckpoint, newest_whole, read_whole
 from dblightning.data import PromptFileDataModule
 from dblightning.evaluation import BlendSpec
 from dblightning.module import RewardRLModule
-from dblightning.rewards import JPEGCompressibility
+from dblightning.rewards import JPEGCompressibility, RewardUnavailable
 from dblightning.run_state import MOST_SKIPPED, NonFiniteError, random_state, restore_random_state
 from tests.launching import assert_equal
 from tests.toy import LinearReward
@@ -263,3 +263,58 @@ def test_validation_before_the_first_rollout_is_in_the_curves_at_step_0(tmp_path
     assert logged[5] > logged[0]
     without = curve(validate_first=False)
     assert without == {step: value for step, value in logged.items() if step}
+
+
+class GivesUp(LinearReward):
+    """Unavailable from a call on."""
+
+    def __init__(self, call: float = float("inf")) -> None:
+        super().__init__()
+        self.call, self.calls = call, 0
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        self.calls += 1
+        if self.calls >= self.call:
+            raise RewardUnavailable("no answer from http://scores.example/score; is the server running?")
+        return super()._score(images, prompts)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_reward_that_gives_up_stops_the_run_saved_as_it_was_before_the_rollout(tmp_path: Path, overlap: bool) -> None:
+    """Resumed with the reward back, it ends as the run whose reward was always there, bit for bit."""
+    settings = {"kl_target": 0.5, "overlap_reward": overlap, "rollout_batch_size": 1}
+    expected = module(GivesUp(), **settings)
+    whole = state(expected, fit(tmp_path / "whole", expected))
+    run = module(GivesUp(2 * (4 if overlap else 1) + 1), **settings)  # in the third of three rollouts
+    callbacks = [RunCheckpoint(str(tmp_path / "saved"), every_n_rollouts=100)]
+    with pytest.raises(RewardUnavailable, match=r"rollout 3: no answer .*saved in .*before_unavailable_reward.ckpt"):
+        fit(tmp_path / "run", run, callbacks=callbacks)
+    found = newest_whole(tmp_path / "saved")
+    assert found is not None
+    assert found.name == "before_unavailable_reward.ckpt"
+    resumed = module(GivesUp(), **settings)
+    assert_equal(state(resumed, fit(tmp_path / "run", resumed, str(found))), whole)
+
+
+def test_a_reward_that_gives_up_in_a_validation_stops_the_run_saved_as_it_is(tmp_path: Path) -> None:
+    validating = {"limit_val_batches": 1.0, "val_check_interval": 1}
+    expected = module()
+    whole = state(expected, fit(tmp_path / "whole", expected, **validating))
+    run = module()
+    run.eval_rewards["other"] = GivesUp(3)  # one call per validation, the first before training
+    callbacks = [RunCheckpoint(str(tmp_path / "saved"), every_n_rollouts=100)]
+    with pytest.raises(RewardUnavailable, match=r"validation after rollout 2: no answer .*saved in .*reward.ckpt"):
+        fit(tmp_path / "run", run, callbacks=callbacks, **validating)
+    found = newest_whole(tmp_path / "saved")
+    assert found is not None
+    assert read_whole(found)["dblightning"]["rollouts_done"] == 2
+    resumed = module()
+    assert_equal(state(resumed, fit(tmp_path / "run", resumed, str(found), **validating)), whole)
+
+
+def test_only_the_reward_that_gave_up_is_taken_for_it() -> None:
+    error = RuntimeError("the reward worker stopped")
+    assert RewardUnavailable.behind(error) is None
+    error.__cause__ = ValueError("…")
+    error.__cause__.__cause__ = found = RewardUnavailable("no answer")
+    assert RewardUnavailable.behind(error) is found

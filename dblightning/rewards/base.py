@@ -32,6 +32,14 @@ _numbers = itertools.count()
 class RewardUnavailable(ConnectionError):
     """No answer from a reward that lives elsewhere, however often it was asked; training saves its state and stops."""
 
+    @classmethod
+    def behind(cls, error: BaseException) -> RewardUnavailable | None:
+        """The one that an error is or came from, as a ``RewardWorker`` chains it; None where there is none."""
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, cls):
+            cause = cause.__cause__
+        return cause
+
 
 def check_images(images: Tensor) -> None:
     """Refuse anything but a float batch (B, 3, H, W) with B >= 1 and finite values in [0, 1].
