@@ -396,7 +396,6 @@ class DiffusersBackbone(Backbone):
         prompts: Sequence[tuple[str, str | None]],
         negatives: Sequence[tuple[str, str | None]],
         clip_skip: int | None = None,
-        lora_scale: float | None = None,
         thorough: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Embeddings of texts, each encoded once and cached as long as the text encoders stay what they are.
@@ -405,24 +404,23 @@ class DiffusersBackbone(Backbone):
             prompts: B texts, each with the second text encoder's text (None: the same).
             negatives: B texts likewise.
             clip_skip: last layers of the text encoders to leave out, of the prompts' embeddings (as in diffusers).
-            lora_scale: of LoRAs on the text encoders.
             thorough: look for changed text encoders more closely, see :func:`dblightning.prompt_cache.text_state`.
 
         Returns:
             Embeddings (B, L, D) and pooled (B, P) of the prompts, then of the negatives.
         """
         cache = self._prompt_cache
-        keys = [(*pair, clip_skip or None, lora_scale) for pair in prompts]  # 0 leaves out nothing
-        negative_keys = [(*pair, None, lora_scale) for pair in negatives]
+        keys = [(*pair, clip_skip or None) for pair in prompts]  # 0 leaves out nothing
+        negative_keys = [(*pair, None) for pair in negatives]
         silence_text_adapters(self.pipeline)
-        with self.lock:  # a text encoder's LoRA scale is set for the length of one encoding
+        with self.lock:
             cache.made_by(text_state(self.pipeline, thorough))
             missing = [key for key in dict.fromkeys([*keys, *negative_keys]) if key not in cache]
             for skip in dict.fromkeys(key[2] for key in missing):
                 group = [key for key in missing if key[2] == skip]
                 for start in range(0, len(group), 64):
                     chunk = group[start : start + 64]
-                    cached = self._encode_texts([key[0] for key in chunk], [key[1] for key in chunk], skip, lora_scale)
+                    cached = self._encode_texts([key[0] for key in chunk], [key[1] for key in chunk], skip)
                     for key, embeds, pooled in zip(chunk, *cached, strict=True):
                         cache[key] = (embeds, pooled)
             found = [zip(*(cache[key] for key in each), strict=True) for each in (keys, negative_keys)]
@@ -431,11 +429,9 @@ class DiffusersBackbone(Backbone):
         return stacked[0], stacked[1], stacked[2], stacked[3]
 
     def _encode_texts(
-        self, texts: list[str], seconds: list[str | None], clip_skip: int | None, lora_scale: float | None
+        self, texts: list[str], seconds: list[str | None], clip_skip: int | None
     ) -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = {} if clip_skip is None else {"clip_skip": clip_skip}
-        if lora_scale is not None:
-            options["lora_scale"] = lora_scale
         if not self.is_xl:
             if clip_skip is not None and not hasattr(self.text_encoder, "text_model"):
                 embeds = self._encode_skipping(texts, clip_skip)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dblightning.backbone import Conditioning
+from dblightning.prompt_cache import version
 
 
 @dataclass
@@ -88,7 +89,7 @@ class CallbackTensors:
             held["add_text_embeds"] = self._joined("negative_pooled", "pooled", guided)
             held["add_time_ids"] = self._joined("negative_size", "size", guided)
         self.held = held
-        self._versions = {name: tensor._version for name, tensor in held.items()}
+        self._seen = {name: _mark(tensor) for name, tensor in held.items()}
 
     def _joined(self, negative: str, positive: str, guided: bool) -> Tensor:
         rows = getattr(self.conditioning, positive)
@@ -112,11 +113,11 @@ class CallbackTensors:
         changes: dict[str, Any] = {}
         for name, given in self.held.items():
             value = returned.get(name, given)
-            if value is given and value._version == self._versions[name]:
+            if value is given and _unchanged(value, self._seen[name]):
                 continue
             negative, positive = places.get(name, ("", "negative_prompt_embeds"))
             changes.update(self._rows(name, value, given, negative, positive))
-            self.held[name], self._versions[name] = value, value._version
+            self.held[name], self._seen[name] = value, _mark(value)
         if not changes:
             return None
         self.conditioning = self.conditioning._replace(**changes)
@@ -136,3 +137,12 @@ class CallbackTensors:
         if torch.equal(value, given[-1:]):
             return {}
         return {positive: value.expand(batch, *value.shape[1:])}
+
+
+def _mark(tensor: Tensor) -> int | Tensor:
+    """What tells later whether a tensor was changed in place; in inference mode torch does not count, so a copy."""
+    return tensor.clone() if tensor.is_inference() else version(tensor)
+
+
+def _unchanged(tensor: Tensor, mark: int | Tensor) -> bool:
+    return torch.equal(tensor, mark) if isinstance(mark, Tensor) else version(tensor) == mark

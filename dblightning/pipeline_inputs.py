@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dblightning.adapters import silence_text_adapters
 from dblightning.backbone import Conditioning, DiffusersBackbone
 from dblightning.pipeline_call import CallSettings
-from dblightning.prompt_cache import has_lora
 
 Texts = str | Sequence[str]
 
@@ -113,11 +113,9 @@ def condition(
         size: height and width in pixels.
     """
     scale = (call.cross_attention_kwargs or {}).get("scale", 1.0)
-    adapted = scale != 1 and any(has_lora(encoder) for encoder in (backbone.text_encoder, backbone.text_encoder_2))
-    text_scale = float(scale) if adapted else None
     given = [each for each in inputs.embeddings(backbone).values() if each is not None]
     make = _from_embeddings if given else _from_texts
-    conditioning = make(backbone, inputs, call, per_prompt, text_scale)
+    conditioning = make(backbone, inputs, call, per_prompt)
     attention = {key: value for key, value in (call.cross_attention_kwargs or {}).items() if key != "scale"}
     return conditioning._replace(
         **sizes.ids(backbone, inputs.count * per_prompt, size, conditioning.prompt_embeds),
@@ -142,9 +140,7 @@ def repeated(values: Texts | None, count: int, each: int) -> list[str] | None:
     return [text for text in texts for _ in range(each)]
 
 
-def _from_texts(
-    backbone: DiffusersBackbone, inputs: TextInputs, call: CallSettings, per_prompt: int, lora_scale: float | None
-) -> Conditioning:
+def _from_texts(backbone: DiffusersBackbone, inputs: TextInputs, call: CallSettings, per_prompt: int) -> Conditioning:
     """All from texts, through the backbone's cache."""
 
     def pairs(first: Texts | None, second: Texts | None) -> list[tuple[str, str | None]]:
@@ -156,7 +152,6 @@ def _from_texts(
         pairs(inputs.prompt, inputs.prompt_2),
         pairs(inputs.negative_prompt, inputs.negative_prompt_2),
         call.clip_skip,
-        lora_scale,
         thorough=True,
     )
     if inputs.negative_prompt is None and backbone.zero_negative:
@@ -165,7 +160,7 @@ def _from_texts(
 
 
 def _from_embeddings(
-    backbone: DiffusersBackbone, inputs: TextInputs, call: CallSettings, per_prompt: int, lora_scale: float | None
+    backbone: DiffusersBackbone, inputs: TextInputs, call: CallSettings, per_prompt: int
 ) -> Conditioning:
     """Embeddings that the caller gave, some or all; the wrapped pipeline makes those that are missing."""
     count, pipeline = inputs.count, backbone.pipeline
@@ -180,12 +175,12 @@ def _from_embeddings(
     )
     if call.guided and makes_negative and pipeline.tokenizer is None:
         raise ValueError("guidance needs negative_prompt_embeds, or a text encoder to make them; or guidance_scale=1")
+    silence_text_adapters(pipeline)
     with backbone.lock:
         made = pipeline.encode_prompt(
             device=backbone.device,
             num_images_per_prompt=per_prompt,
             do_classifier_free_guidance=call.guided,
-            lora_scale=lora_scale,
             clip_skip=call.clip_skip,
             **texts,
             **embeddings,

@@ -82,10 +82,15 @@ def text_state(pipeline: Any, thorough: bool = False) -> tuple[Any, ...]:
         if encoder is not None:
             weights = list(encoder.parameters())
             parts.append((weakref.ref(encoder), str(encoder.device), encoder.dtype, _lora_state(encoder)))
-            parts.append(tuple((weight.data_ptr(), weight._version) for weight in weights))
+            parts.append(tuple((weight.data_ptr(), version(weight)) for weight in weights))
             if thorough:
                 parts.append(_probe(weights))
     return tuple(parts)
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; -1 where torch does not count (made in inference mode)."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def has_lora(module: nn.Module | None) -> bool:

@@ -348,6 +348,15 @@ def test_what_a_callback_changes_is_used_from_then_on(ours: Any, plain: Any, cal
     both_with_callback(ours, plain, lambda: callback, ["latents", "prompt_embeds"], [PROMPT, "a blue star"])
 
 
+@pytest.mark.parametrize("callback", [in_place, stronger])
+def test_callbacks_work_in_inference_mode(ours: Any, callback: Any) -> None:
+    options = dict(callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    expected = run(ours, num_inference_steps=3, **options)
+    with torch.inference_mode():
+        got = run(ours, num_inference_steps=3, **options)
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
 @pytest.mark.parametrize("step", [0, 1])
 def test_diffusers_cutoff_callbacks_have_their_effect(
     ours: Any, plain: Any, ours_xl: Any, plain_xl: Any, step: int
@@ -606,11 +615,6 @@ def scaled_behind(pipe: Any) -> None:
         weight.data.mul_(1.5)
 
 
-def with_lora(pipe: Any) -> None:
-    torch.manual_seed(0)
-    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "extra")
-
-
 def replaced(pipe: Any) -> None:
     other = copy.deepcopy(pipe.text_encoder)
     with torch.no_grad():
@@ -619,13 +623,22 @@ def replaced(pipe: Any) -> None:
     pipe.text_encoder = other
 
 
-@pytest.mark.parametrize("change", [scaled, scaled_behind, replaced, with_lora])
+@pytest.mark.parametrize("change", [scaled, scaled_behind, replaced])
 def test_a_changed_text_encoder_is_seen(ours: Any, plain: Any, change: Any) -> None:
     before = run(ours)
     for pipe in (ours, plain):
         change(pipe)
     same(ours, plain)
     differ(run(ours), before)
+
+
+def test_a_lora_put_on_a_text_encoder_later_is_switched_off(ours: Any) -> None:
+    before = run(ours)
+    torch.manual_seed(0)
+    ours.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "extra")
+    with pytest.warns(UserWarning, match="switched off"):
+        assert torch.equal(run(ours, "a blue star"), run(ours, "a blue star"))
+    torch.testing.assert_close(run(ours), before, **CLOSE)
 
 
 def test_the_prompt_cache_is_bounded_in_bytes(sd15_folder: Any) -> None:
