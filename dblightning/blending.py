@@ -14,7 +14,7 @@ import inspect
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -113,6 +113,9 @@ class Blend(ABC):
     A blend of your own is a subclass in any module: give an object of it to the pipeline, or its dotted path wherever a
     method's name is taken (see docs/methods.md).
     """
+
+    #: whether the pipeline takes η = 1 where none is requested: the method relies on steps with noise
+    needs_noise: ClassVar[bool] = False
 
     @classmethod
     def from_preference(
@@ -297,6 +300,8 @@ class DBMPALS(_Weighted):
             of steps to within one, in random order. Each step's marginal is exactly w in both.
         kl_scale: must be 1: with λ ≠ 1 the base's coefficient 1 − λ may be negative and is then no probability.
     """
+
+    needs_noise = True
 
     def __init__(
         self,

@@ -15,13 +15,14 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from dblightning.backbone import COMPONENTS, Conditioning, DiffusersBackbone, load_pipeline
-from dblightning.blending import DBMPALS, Base, BatchWeights, Blend, WeightSchedule, resolve_blend
+from dblightning.blending import Base, BatchWeights, Blend, WeightSchedule, resolve_blend
 from dblightning.noise import GeneratorNoise
 from dblightning.pipeline_call import CallbackTensors, CallSettings, RunningCalls
 from dblightning.pipeline_inputs import SizeInputs, TextInputs, condition, embeds_dtype, repeated
 from dblightning.pipeline_lora import REFUSED, LoraMethods
 from dblightning.prompt_cache import has_lora
 from dblightning.sampling import Change, Execution, Steering, denoise_loop
+from dblightning.schedule import ddim_scheduler
 from dblightning.solvers import DiffusersSolver, Solver, make_solver
 from dblightning.steering import STEERING, Reward, resolve_steering, steers
 
@@ -146,9 +147,7 @@ class DiffusionBlendPipeline(LoraMethods):
         if scheduler is not None:
             pipeline.scheduler = scheduler
         elif saved is None and pipeline.scheduler is not None:
-            from diffusers import DDIMScheduler
-
-            pipeline.scheduler = DDIMScheduler.from_config({"clip_sample": False, **pipeline.scheduler.config})
+            pipeline.scheduler = ddim_scheduler(pipeline.scheduler.config)
         if adapters is None and str(base) == "miniature":
             from dblightning import miniature
 
@@ -364,7 +363,7 @@ class DiffusionBlendPipeline(LoraMethods):
         chosen, steering = self._blend(
             blend, method, weights, kl_scale, normalize, ls_schedule, rewards, method_options, steering
         )
-        noisy = steering is not None or isinstance(chosen, DBMPALS) or getattr(chosen, "needs_noise", False)
+        noisy = steering is not None or chosen.needs_noise
         if eta is None and noisy and "eta" in inspect.signature(type(self.scheduler).step).parameters:
             eta = 1.0
         solver = self._solver(num_inference_steps, eta, timesteps, sigmas, denoising_end)

@@ -84,8 +84,16 @@ def make_solver(scheduler: Any, num_inference_steps: int, eta: float | None = No
         return DDIMSolver(DDIMSchedule(scheduler, num_inference_steps), 0.0 if eta is None else eta)
     # a subclass that steps by a rule of its own keeps it
     if type(scheduler).step in (DDIMScheduler.step, DDIMParallelScheduler.step):
-        return DDIMSolver(DDIMSchedule(scheduler.config, num_inference_steps), 0.0 if eta is None else eta)
+        return DDIMSolver(DDIMSchedule(whole_config(scheduler), num_inference_steps), 0.0 if eta is None else eta)
     return DiffusersSolver(scheduler, num_inference_steps, eta)
+
+
+def whole_config(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's configuration with every value as it is, for another scheduler of its class.
+
+    ``from_config`` alone replaces those that were defaults when it was made, even if they were changed since.
+    """
+    return {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
 
 
 def _check_eta(eta: float) -> None:
@@ -165,8 +173,7 @@ class DiffusersSolver:
         self, scheduler: Any, num_inference_steps: int | None = None, eta: float | None = None, **custom: Any
     ) -> None:
         kind = type(scheduler)
-        # every value as it is: `from_config` alone would replace those that were defaults, even if changed since
-        self.scheduler = kind.from_config({k: v for k, v in scheduler.config.items() if k != "_use_default_values"})
+        self.scheduler = kind.from_config(whole_config(scheduler))
         refused = [name for name in custom if name not in inspect.signature(self.scheduler.set_timesteps).parameters]
         if refused:
             raise ValueError(f"{kind.__name__} takes no custom {refused[0]}; give num_inference_steps alone")

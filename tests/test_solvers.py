@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,12 @@ from diffusers import (
 )
 from torch import Tensor
 
+from dblightning import DiffusionBlendPipeline
+from dblightning.backbone import DiffusersBackbone
+from dblightning.blending import Base
+from dblightning.evaluation.sampler import BlendSampler
 from dblightning.noise import ImageNoise
+from dblightning.sampling import denoise_loop
 from dblightning.solvers import DDIMSolver, DiffusersSolver, GaussianSolver, make_solver
 from tests.test_schedule import SD15, ZERO_SNR
 
@@ -89,6 +96,37 @@ def test_a_configuration_and_the_pipelines_scheduler_give_the_same_steps(kind: A
 
     config = kind(**BETAS | ({"clip_sample": False} if kind is DDIMScheduler else {})).config
     assert torch.equal(ours(config, 1.0), ours(ddim_scheduler(config), 1.0))
+
+
+def test_evaluation_and_pipeline_make_one_image_of_an_euler_base(sd15_folder: Path, tmp_path: Path) -> None:
+    """Whose configuration does not say where the last step leads; plain diffusers stepped by hand is the reference."""
+    folder = shutil.copytree(sd15_folder, tmp_path / "euler")
+    EulerDiscreteScheduler(**BETAS).save_pretrained(folder / "scheduler")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "EulerDiscreteScheduler"))
+    pipe = DiffusionBlendPipeline.from_pretrained(folder, {})
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"num_inference_steps": 3, "eta": 0.0, "guidance_scale": 2.0}
+    drawn = pipe("a red circle", method="base", latents=noise, output_type="latent", **options).images
+    backbone = DiffusersBackbone(str(folder))
+    sampler = BlendSampler(backbone, {}, negative_prompt=None, seed=0, **options)
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
+    scheduler.set_timesteps(3)
+    with torch.no_grad():
+        conditioning = backbone.encode(["a red circle"])
+        evaluated = denoise_loop(backbone, conditioning, sampler.solver, Base(), ImageNoise([0]), 2.0, noise)
+        latents = noise
+        for timestep in scheduler.timesteps:
+            output = backbone.denoise(latents, timestep.expand(1), conditioning, 2.0)
+            latents = scheduler.step(output, timestep, latents).prev_sample
+    assert torch.equal(evaluated, drawn)
+    torch.testing.assert_close(evaluated, latents, rtol=0, atol=1e-5)
+
+
+def test_a_setting_changed_on_the_scheduler_is_sampled_with() -> None:
+    scheduler = DDIMScheduler(**SD15)
+    scheduler.register_to_config(timestep_spacing="trailing")
+    assert make_solver(scheduler, 4).timesteps.tolist() == [999, 749, 499, 249]
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.5, math.nan, math.inf, "1"])
