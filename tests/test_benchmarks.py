@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory, time_to_gain, training
+from benchmarks import kl_precision, memory, time_to_gain, training
 from benchmarks.peers import environment, trl_ddpo
 from benchmarks.peers.naive import NaiveTrainer, ddim_gaussian, log_density
 from benchmarks.peers.worker import Meter, Settings
@@ -281,3 +281,18 @@ def test_memory_that_does_not_grow_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_memory_variants_are_those_that_a_fresh_process_understands() -> None:
     options = argparse.Namespace(model="sd15", resolution=128, dtype="float32", micro_batch=1, tiny=True)
     assert set(memory.run_variant(options, "sizes")) >= {"LoRA", "value function", "replay buffer"}
+
+
+# ── the KL's precision ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_kl_in_bfloat16_is_within_five_percent_and_its_table_says_so(tmp_path: Path) -> None:
+    target = tmp_path / "kl.json"
+    arguments = ["--dimensions", "64", "--guidance", "7.5", "--precisions", "bfloat16", "--steps", "4"]
+    kl_precision.main([*arguments, "--strengths", "0.01", "--json", str(target)])
+    (row,) = json.loads(target.read_text(encoding="utf-8"))["rows"]
+    assert row["float32_kl"] == pytest.approx(row["kl"], rel=0.05)
+    assert row["float32_cosine"] > 0.99
+    assert row["model_kl"] > 2 * row["kl"]
+    assert (row["model_rows"], row["float32_rows"]) == (2, 3)
+    assert "| 64 | 7.5 | bfloat16 |" in target.with_suffix(".md").read_text(encoding="utf-8")
