@@ -88,6 +88,7 @@ class StopSignal:
         """
         if self.name:
             message = f"stopped by {self.name}: {state}"
+            self.release()
             print(message, file=sys.stderr, flush=True)
             raise Preempted(message)
 

@@ -542,6 +542,10 @@ class RewardRLModule(RunState):
 
     # ── validation ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "validate":
+            self._stop.listen()
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, "val")
 
@@ -560,8 +564,10 @@ class RewardRLModule(RunState):
                 self._evaluated.setdefault(f"{stage}/{name}", []).append(scores.detach().double().cpu())
         except Exception as error:
             self._failure = error
+        self._stop.check("no value is written; run the same command again")
 
     def on_validation_epoch_end(self) -> None:
+        self._stop.release()
         try:
             self._log_evaluation()
         except RewardUnavailable as error:

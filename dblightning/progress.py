@@ -128,7 +128,7 @@ class RolloutProgress(L.Callback):
 class Progress(Protocol):
     """What counts images: tqdm's bar, or lines."""
 
-    def update(self, n: int) -> Any: ...
+    def update(self, n: int, made: bool = True) -> Any: ...
 
     def close(self) -> None: ...
 
@@ -168,9 +168,16 @@ class Lines:
         """Nothing is left open."""
 
 
+class Bar(tqdm):
+    """tqdm's bar, with the arguments of :class:`Lines`."""
+
+    def update(self, n: float | None = 1, made: bool = True) -> bool | None:
+        return super().update(n)
+
+
 def image_progress(total: int | None, shown: bool = True) -> Progress:
     """A bar on a terminal, lines elsewhere, nothing where it is not ``shown``."""
     if shown and not on_a_terminal():
         return Lines(total)
     # smoothing 0: the mean speed, because methods differ in theirs
-    return tqdm(total=total, unit="image", smoothing=0, disable=not shown, dynamic_ncols=True)
+    return Bar(total=total, unit="image", smoothing=0, disable=not shown, dynamic_ncols=True)

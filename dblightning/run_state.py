@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dblightning.adapters import Form, fingerprint
 from dblightning.backbone import Backbone
-from dblightning.checkpointing import read_shard, save_last_good_state
+from dblightning.checkpointing import StopSignal, read_shard, save_last_good_state
 from dblightning.distributed import Ranks
 from dblightning.policy_gradient import PromptStatistics
 from dblightning.replay import ReplayBuffer
@@ -70,6 +70,7 @@ class RunState(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._skipped = {"policy": 0, "value": 0}  # optimiser steps in a row
+        self._stop = StopSignal()  # of a command that only evaluates; a fit's is in RunCheckpoint
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained tensors: ``adapter.*`` and ``value_function.*``."""

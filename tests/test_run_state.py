@@ -245,6 +245,28 @@ def test_the_learning_rate_monitor_logs_the_rate_of_its_own_rollout(tmp_path: Pa
     assert logged == pytest.approx({step: 0.1 * (1 - step / 6) for step in range(6)})
 
 
+def test_one_worker_scores_for_the_whole_run_and_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dblightning.rewards import worker as workers
+
+    made: list[Any] = []
+    init = workers.RewardWorker.__init__
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> None:
+        made.append(self)
+        init(self, *arguments, **options)
+
+    monkeypatch.setattr(workers.RewardWorker, "__init__", counted)
+    run = module(overlap_reward=True, rollout_batch_size=2)
+    fit(tmp_path, run, max_epochs=2)
+    assert len(made) == 1
+    assert run._worker is None
+    with pytest.raises(RuntimeError, match="shutdown"):
+        made[0]._pool.submit(print)
+    failing = module(LinearReward(NAN), overlap_reward=True, rollout_batch_size=2)
+    with pytest.raises(RuntimeError, match="every reward"):
+        fit(tmp_path / "failing", failing)
+
+
 def test_validation_before_the_first_rollout_is_in_the_curves_at_step_0(tmp_path: Path) -> None:
     """The untrained adapter is the base model, so its value is known from another module."""
     import csv

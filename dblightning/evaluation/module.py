@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image, to_tensor
-from tqdm import tqdm
 
 from dblightning import __version__
 from dblightning.backbone import Backbone
+from dblightning.checkpointing import StopSignal
 from dblightning.data.stream import EvalLoader
 from dblightning.distributed import Ranks
 from dblightning.evaluation.record import differences
@@ -32,6 +32,7 @@ from dblightning.evaluation.specs import BlendSpec, BlendSweep, expand
 from dblightning.evaluation.store import REMEDY, Evaluation, Key, RowStore, key_of, keys_of
 from dblightning.evaluation.table import write_scores
 from dblightning.figures import blend_grid_figure
+from dblightning.progress import image_progress
 from dblightning.rewards.base import RewardMetric
 from dblightning.settings import RULES, Number, check_settings, count
 
@@ -111,6 +112,7 @@ class BlendEvaluationModule(L.LightningModule):
         )
         self.sampler.check(self.blends)  # wrong weights stop here, not after an hour of sampling
         self.store = RowStore(self.out / "rows")
+        self._stop = StopSignal()
         self.done: set[Key] = set()
         self.visited: list[ImageKey] = []  # of this evaluation, on this rank
         self._made_with: dict[str, Any] = {}
@@ -132,6 +134,7 @@ class BlendEvaluationModule(L.LightningModule):
                     raise ValueError(
                         f"{file.parent} holds images of another run: {name} was {was} and is {now}; {REMEDY}"
                     )
+        self._stop.listen()
 
     def _recorded(self, spec: BlendSpec) -> dict[str, Any]:
         """What made a blend's images, as JSON has it."""
@@ -155,8 +158,10 @@ class BlendEvaluationModule(L.LightningModule):
                 to_pil_image(images[index]).save(folder / f"{name}.png")
                 record = {"prompt": prompt, "prompt_id": prompt_id, "seed": seed, **made}
                 (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            self._stop.check(f"images so far are in {self.out}; the same command makes all of them")
 
     def on_predict_end(self) -> None:
+        self._stop.release()
         if self.trainer.is_global_zero:
             print("fast_dev_run: nothing is written" if self._dry_run else f"images and their records: {self.out}")
 
@@ -203,13 +208,9 @@ class BlendEvaluationModule(L.LightningModule):
         images = self._expected_images()
         if trainer.progress_bar_callback is not None:
             trainer.progress_bar_callback.disable()  # it counts batches; below, images of every blend are counted
-        self._bar = tqdm(
-            total=None if images is None else images * len(self.blends),
-            unit="image",
-            smoothing=0,  # the mean speed, because methods differ in theirs
-            disable=not trainer.is_global_zero,
-            dynamic_ncols=True,
-        )
+        self._total = None if images is None else images * len(self.blends)
+        self._bar = image_progress(self._total, trainer.is_global_zero)
+        self._stop.listen()
 
     def _open(self, evaluation: Evaluation) -> set[Key]:
         """Every rank checks before rank 0 writes, and the others write after it: a refusal leaves nothing behind."""
@@ -240,14 +241,16 @@ class BlendEvaluationModule(L.LightningModule):
         """Score every image of the batch, for every blend that has not been scored on it."""
         for spec in self.blends:
             keys = keys_of(batch, spec)
-            if not self.done.issuperset(keys):
+            new = not self.done.issuperset(keys)
+            if new:
                 # the whole batch, also where a part is there: so a resumed run computes what an unbroken one does
                 scored = self.sampler.score(batch, spec)
                 if not self._dry_run:
                     self._keep_images(scored.images, batch, spec)
                     self.store.append(scored.rows)
                     self.done.update(keys)
-            self._bar.update(len(keys))
+            self._bar.update(len(keys), new)
+            self._stop.check(f"the rows so far are in {self.store.folder}, and the same command resumes from them")
         self.visited += [ImageKey(key.prompt_id, key.prompt, key.seed) for key in keys]
         self._batches += 1
 
@@ -260,6 +263,7 @@ class BlendEvaluationModule(L.LightningModule):
 
     def on_test_end(self) -> None:
         """Write the score table, and the report and tables made from it; nothing where batches were left out."""
+        self._stop.release()
         self._bar.close()
         self.store.close()
         total = None if self._expected_images() is None else len(self.trainer.test_dataloaders.keys)  # type: ignore[union-attr]

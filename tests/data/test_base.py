@@ -88,6 +88,19 @@ def test_epochs_are_finite_and_together_one_unbroken_stream(tmp_path: Path) -> N
     assert {(i, seed) for i in range(7) for seed in range(6)} <= set(keys)
 
 
+@pytest.mark.parametrize(("overfit", "batches"), [(2, 2), (0.67, 2)])
+def test_overfit_batches_trains_on_the_same_prompts_in_every_epoch(
+    tmp_path: Path, overfit: float, batches: int
+) -> None:
+    recorder = Recorder()
+    trainer(tmp_path, max_epochs=3, overfit_batches=overfit).fit(recorder, datamodule=data(eval_batch_size=2))
+    prompts = [[prompt for prompt, _ in batch] for batch in recorder.seen["train"]]
+    assert len(prompts) == 3 * batches
+    assert prompts == prompts[:batches] * 3
+    keys = [key for batch in recorder.seen["train"] for key in batch]
+    assert len(set(keys)) == len(keys)  # with new noise
+
+
 @pytest.mark.parametrize("stop_after", [3, 4, 5])
 def test_a_resumed_run_sees_the_batches_it_had_not_seen(tmp_path: Path, stop_after: int) -> None:
     """Checkpoints at an epoch's end, and one and two batches into the next."""

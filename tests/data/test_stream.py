@@ -116,6 +116,21 @@ def test_an_evaluation_pass_ends_with_a_short_batch_and_repeats_itself() -> None
     assert [batch["prompt"] for batch in loader] == [batch["prompt"] for batch in batches]
 
 
+@pytest.mark.parametrize(("num_prompts", "steps"), [(7, 2), (3, 5), (5, 5)])
+def test_a_repeated_stream_has_the_same_prompts_each_time_and_never_the_same_pair(num_prompts: int, steps: int) -> None:
+    """Also where the repeated part holds some prompts several times."""
+    endless = PromptSampler(num_prompts, batch_size=4, samples_per_prompt=2)
+    repeated = PromptSampler(num_prompts, batch_size=4, samples_per_prompt=2, repeat_after=2 * steps)
+    batches = walk(repeated, steps=3 * steps)
+    assert batches[:steps] == walk(endless, steps)
+    for visit in (1, 2):
+        again = batches[visit * steps : (visit + 1) * steps]
+        assert [[prompt for prompt, _ in batch] for batch in again] == [
+            [prompt for prompt, _ in batch] for batch in batches[:steps]
+        ]
+    assert len(set(flat(batches))) == len(flat(batches))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,108 @@
+"""Pictures reach every logger that takes them, and the CSV table stays narrow."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from matplotlib.figure import Figure
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dblightning.callbacks import SampleGrid
+from dblightning.loggers import log_image
+from tests.toy_fit import data, module, trainer
+
+
+class Pictures(DummyLogger):
+    """Takes pictures as W&B's logger does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[dict[str, Any]] = []
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **options: Any) -> None:
+        self.taken.append({"key": key, "images": images, "step": step, **options})
+
+
+class Plain(Pictures):
+    """Takes pictures and nothing else, as Trackio's does."""
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:  # type: ignore[override]
+        super().log_image(key, images, step)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "figure"])
+def test_a_picture_goes_to_every_logger_that_takes_pictures(tmp_path: Path, kind: str) -> None:
+    pixels = torch.zeros(3, 4, 6)
+    pixels[0, 1, 2] = 1
+    picture: Any = pixels
+    if kind == "figure":
+        picture = Figure(figsize=(0.6, 0.4), dpi=100, facecolor="red")
+    wandb, trackio = Pictures(), Plain()
+    board, table = TensorBoardLogger(str(tmp_path), "board", version=""), CSVLogger(str(tmp_path), "table", version="")
+    loggers = [wandb, board, table, trackio, DummyLogger()]
+    log_image(trainer(tmp_path, logger=loggers), "blend/grid", picture, 7, "first\nsecond")
+    assert [(each["key"], each["step"]) for each in wandb.taken + trackio.taken] == [("blend/grid", 7)] * 2
+    assert wandb.taken[0]["caption"] == ["first\nsecond"]
+    assert "caption" not in trackio.taken[0]
+    board.save()
+    seen = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0})
+    seen.Reload()
+    assert [event.step for event in seen.Images("blend/grid")] == [7]
+    file = Image.open(tmp_path / "table" / "images" / "blend_grid-000007.png")
+    assert (tmp_path / "table" / "images" / "blend_grid-000007.txt").read_text() == "first\nsecond\n"
+    for image in (file, wandb.taken[0]["images"][0], trackio.taken[0]["images"][0]):
+        if kind == "tensor":
+            assert image.size == (6, 4)
+            assert image.getpixel((2, 1)) == (255, 0, 0)
+            assert image.getpixel((0, 0)) == (0, 0, 0)
+        else:
+            assert image.size == (60, 40)
+            assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_rollouts_pictures_reach_csv_and_other_loggers(tmp_path: Path) -> None:
+    run, pictures = module(), Pictures()
+    run.backbone.decode = lambda latents: latents[:, :1].expand(-1, 3, 4, 4).sigmoid()  # type: ignore[method-assign]
+    loggers = [CSVLogger(str(tmp_path), "log", version=""), pictures]
+    trainer(tmp_path, logger=loggers, callbacks=[SampleGrid(2)]).fit(run, datamodule=data(tmp_path))
+    assert [each["step"] for each in pictures.taken] == [1, 2]
+    assert sorted(file.name for file in (tmp_path / "log" / "images").glob("*.png")) == [
+        "samples-000001.png", "samples-000002.png",
+    ]  # fmt: skip
+
+
+def test_the_csv_tables_width_and_rewrites_do_not_grow_with_the_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's CSVLogger writes its whole table anew for every new column: with prompts as columns, in each rollout
+    a longer and a wider one."""
+    from lightning.fabric.loggers import csv_logs
+
+    rewrites: list[int] = []
+    original = csv_logs._ExperimentWriter._rewrite_with_new_header
+
+    def counted(self: Any, names: list[str]) -> None:
+        rewrites.append(len(names))
+        original(self, names)
+
+    monkeypatch.setattr(csv_logs._ExperimentWriter, "_rewrite_with_new_header", counted)
+    rollouts, prompts = 30, 120
+    logger = CSVLogger(str(tmp_path), "log", version="")
+    run = module(advantage="prompt")
+    trainer(tmp_path, logger=logger).fit(run, datamodule=data(tmp_path, prompts, rollouts_per_epoch=rollouts))
+    with (tmp_path / "log" / "metrics.csv").open(newline="") as file:
+        header = next(csv.reader(file))
+    assert len(header) < 30
+    assert len(rewrites) <= 2
+    with (tmp_path / "log" / "prompts.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == rollouts * 4  # four prompts a rollout
+    assert len({row["prompt"] for row in rows}) == prompts
+    assert [int(row["step"]) for row in rows] == sorted(int(row["step"]) for row in rows)
