@@ -373,12 +373,12 @@ class RunCheckpoint(Checkpoint):
         file_access = trainer.strategy.checkpoint_io
         if isinstance(file_access, CheckedCheckpointIO):
             with _shards(module, path), file_access.holding_errors_back() as errors:
-                trainer.save_checkpoint(path)
+                trainer.save_checkpoint(path, weights_only=False)  # the optimisers too
             with ranks.together("saving the checkpoint"):
                 if errors:
                     raise errors[0]
         else:  # the user's own plugin
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)  # the optimisers too
         if name is None:
             self._saved = rollouts
             if trainer.is_global_zero:

@@ -36,7 +36,7 @@ WARNINGS = (
     ".*LightningCLI's args parameter",
     ".*Found .* module.* in eval mode",
     ".*`torch_dtype` is deprecated",
-    ".*isinstance.treespec, LeafSpec. is deprecated",
+    ".*isinstance.treespec, LeafSpec.+ is deprecated",
     ".*trainer is in `fast_dev_run`",
 )
 
@@ -47,6 +47,12 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not on_a_terminal():
+        import diffusers.utils.logging
+        import transformers.utils.logging
+
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
