@@ -173,3 +173,13 @@ def test_what_a_class_lacks_or_needs_is_said_before_anything_runs(
     spec = BlendSpec(**settings | {"method": settings["method"].format(my_package)})
     with pytest.raises(ValueError, match=says):
         spec.blend()
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    source = text.split("```python\n# my_package.py\n")[1].split("```")[0]
+    scope: dict[str, Any] = {}
+    exec(source, scope)
+    plan = scope["LateAdapter"]({"b": 1.0}, start_at=0.5).start(["a", "b"], 3, 4)
+    assert [plan(step).gates[0].tolist() for step in (1, 2)] == [[[0.0, 0.0]] * 3, [[0.0, 1.0]] * 3]
+    assert all((plan(step).mix == 1).all() for step in range(4))
