@@ -94,7 +94,7 @@ class Limits:
         score_timeout_s: seconds a request may wait for its scores before it is answered 504.
     """
 
-    max_megabytes: float = 128.0
+    max_megabytes: float = 100.0
     max_images: int = 256
     max_image_pixels: int = 4096 * 4096
     max_request_pixels: int = 64 * 1024 * 1024
