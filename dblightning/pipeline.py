@@ -524,12 +524,13 @@ class DiffusionBlendPipeline(LoraMethods):
             default if each is None else each
             for each, default in zip((height, width), backbone.default_size, strict=True)
         ]
-        for each in sizes:
-            if each < backbone.size_step or each % backbone.size_step:
-                raise ValueError(
-                    f"height and width must be multiples of {backbone.size_step} for this model, got {each}"
-                )
         factor = self.vae_scale_factor
+        for each in sizes:
+            if each < factor or each % factor:
+                raise ValueError(
+                    f"height and width must be multiples of {factor}, and are best multiples of {backbone.size_step} "
+                    f"for this model, got {each}"
+                )
         return backbone.latent_shape[0], sizes[0] // factor, sizes[1] // factor
 
     def _on_step(

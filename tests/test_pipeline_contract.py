@@ -416,6 +416,7 @@ def test_a_callback_cannot_turn_on_guidance_that_has_no_embeddings(ours: Any, pl
         dict(guidance_rescale=0.7, guidance_scale=9.0),
         dict(num_images_per_prompt=2, negative_prompt=["a ring", "a cross"]),
         dict(height=32, width=16),
+        dict(height=24, width=40),  # 12 and 20 latents, which three halvings do not divide
     ],
 )
 def test_options_are_the_plain_pipelines(ours: Any, plain: Any, options: Any) -> None:
