@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dblightning.arguments import convert_parser, convert_vila_parser, pretrain_parser
 from dblightning.preflight import Refused, check_command
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ OTHERS = {
     "score": ("dblightning.rewards.score", "score_main"),
     "convert": ("dblightning.adapters.convert", "convert_main"),
     "convert-vila": ("dblightning.rewards.vila_convert", "convert_vila_main"),
+}
+
+#: commands whose modules are heavy to import → their parser in ``arguments``
+LIGHT_PARSERS = {
+    "convert": convert_parser,
+    "convert-vila": convert_vila_parser,
+    "pretrain-miniature": pretrain_parser,
 }
 
 #: what a wrong setting, file or machine raises; other errors are the program's
@@ -62,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str], debug: bool) -> None:
     command = arguments[0] if arguments else "--help"
     if command in OTHERS:
+        if command in LIGHT_PARSERS:
+            LIGHT_PARSERS[command]().parse_args(arguments[1:])  # help and wrong options end here
         module, function = OTHERS[command]
         run: Callable[[list[str]], None] = getattr(importlib.import_module(module), function)
         run(arguments[1:])

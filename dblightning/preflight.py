@@ -262,10 +262,11 @@ def check_class(place: str, path: str, settings: Any, complete: bool) -> None:
         raise Refused(f"{place} names the class {path}, but {error}{_near(path)}") from error
     except LookupError:
         return
+    further = _metric_arguments() if known.open and known.path.startswith("dblightning.") else None
     for name, value in settings.items():
         parameter = known.parameters.get(str(name))
         if parameter is None:
-            if known.open:
+            if known.open and (not further or name in further):
                 continue
             raise Refused(
                 f"{path.rpartition('.')[2]} has no setting {str(name)!r} ({place}.{name})"
@@ -278,6 +279,12 @@ def check_class(place: str, path: str, settings: Any, complete: bool) -> None:
     check_ranges(place, known.path, settings)
     if known.path == BLEND:
         _check_preference(place, settings)
+
+
+def _metric_arguments() -> set[str]:
+    """What every reward takes beside its own arguments: torchmetrics' keyword arguments."""
+    found = alias("dblightning.rewards.base", "METRIC_ARGUMENTS")
+    return {each.value for each in ast.walk(found[0]) if isinstance(each, ast.Constant)} if found else set()
 
 
 def check_value(place: str, parameter: Parameter, value: Any, complete: bool) -> None:

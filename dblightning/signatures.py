@@ -203,7 +203,10 @@ def _signature(module: str, name: str, depth: int) -> Signature:
     found = _imported(module, tree, name)
     if found is not None:
         return _signature(*found, depth - 1)
-    dynamic = any(isinstance(node, ast.FunctionDef) and node.name == "__getattr__" for node in _statements(tree))
+    listed = alias(module, "__all__")  # a module that imports its names when they are used lists them
+    dynamic = listed is None and any(
+        isinstance(node, ast.FunctionDef) and node.name == "__getattr__" for node in _statements(tree)
+    )
     starred = any(
         isinstance(node, ast.ImportFrom) and any(each.name == "*" for each in node.names) for node in _statements(tree)
     )

@@ -183,6 +183,113 @@ def test_a_wrong_run_is_refused_in_a_sentence(command: str, wrong: list[str], ru
     check(code, printed)
 
 
+#: wrong for ``score``; IMAGES, PROMPTS and OUT stand for ones that are right
+SCORE_PARTS = {"--images": "IMAGES", "--prompts": "PROMPTS", "--rewards": "jpeg", "--out": "OUT"}
+SCORE_WRONG: dict[str, list[str]] = {
+    "--images": ["nowhere", "PROMPTS", "EMPTY", "", "BROKEN"],
+    "--prompts": ["nowhere.txt", "EMPTY", "SHORT", "LATIN", "JSONL", "IMAGES"],
+    "--rewards": [
+        "",
+        ",",
+        "jpeg,jpeg",
+        "jepg",
+        "nowhere.Reward",
+        "json.loads",
+        "dblightning.rewards.Nothing",
+        "jpeg.x",
+    ],
+    "--out": ["scores.txt", "nowhere/scores.csv", "PROMPTS", "", "scores"],
+    "--batch-size": ["0", "-1", "many", "1.5", ""],
+    "--device": ["abacus"],
+    "--set": ["jpeg", "jpeg.quality", "=1", "pickscore.weights=x", "jpeg.nothing=1", "jpeg.quality=0", "jpeg.=1"],
+    "--nothing": ["1"],
+    "--overwrite": ["yes"],
+}
+SCORE: list[list[str]] = [
+    *([each for key in SCORE_PARTS if key != left_out for each in (key, SCORE_PARTS[key])] for left_out in SCORE_PARTS),
+    *(
+        [each for key, own in (SCORE_PARTS | {option: value}).items() for each in (key, own)]
+        for option, values in SCORE_WRONG.items()
+        for value in values
+    ),
+    *(
+        [each for pair in SCORE_PARTS.items() for each in pair] + [key]
+        for key in (*SCORE_PARTS, "--batch-size", "--set")
+    ),
+    ["stray"],
+    ["--images"],
+    *([f"{key}=", "--images", "IMAGES"] for key in SCORE_PARTS),
+    [],
+]
+REPORT: list[list[str]] = [
+    [],
+    ["nowhere.parquet"],
+    ["nowhere.parquet", "--out", "out"],
+    ["PROMPTS"],
+    ["PROMPTS", "--out", "out"],
+    ["EMPTY"],
+    ["IMAGES"],
+    ["BROKEN/0.png"],
+    ["FOREIGN", "--out", "out"],
+    ["--out"],
+    ["--out", "out"],
+    ["--nothing", "1"],
+    ["stray1", "stray2"],
+    *([GOOD, *wrong] for GOOD in ("FOREIGN", "nowhere.parquet") for wrong in (
+        ["--samples", "0"], ["--samples", "-1"], ["--samples", "many"], ["--samples", "1.5"], ["--samples"],
+        ["--level", "0"], ["--level", "1"], ["--level", "1.5"], ["--level", "-0.5"], ["--level", "high"], ["--level"],
+        ["--level", "nan"], ["--images", "nowhere"], ["--images", "PROMPTS"], ["--images"], ["--reference"],
+        ["--reference", "x"], ["--reference", "1"], ["--nothing"], ["--seed", "x"], ["--out"], ["--out", "PROMPTS"],
+    )),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Right and wrong files by the names used above."""
+    import pandas as pd
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("files")
+    for name in ("images", "empty", "broken"):
+        (folder / name).mkdir()
+    for index in range(2):
+        Image.new("RGB", (8, 8)).save(folder / "images" / f"{index}.png")
+    (folder / "broken" / "0.png").write_bytes(b"no picture")
+    (folder / "prompts.txt").write_text("a\nb\n")
+    (folder / "short.txt").write_text("a\n")
+    (folder / "latin.txt").write_bytes("é\nb\n".encode("latin-1"))
+    (folder / "prompts.jsonl").write_text("[1]\n{\n")
+    pd.DataFrame({"a": [1.0]}).to_parquet(folder / "foreign.parquet")
+    names = {
+        "IMAGES": "images", "EMPTY": "empty", "BROKEN": "broken", "PROMPTS": "prompts.txt", "SHORT": "short.txt",
+        "LATIN": "latin.txt", "JSONL": "prompts.jsonl", "FOREIGN": "foreign.parquet", "OUT": "scores.csv",
+        "BROKEN/0.png": "broken/0.png",
+    }  # fmt: skip
+    return {key: str(folder / name) for key, name in names.items()}
+
+
+OTHER_CASES = [
+    pytest.param(command, wrong, id=f"{command} {argument_id(wrong)}")
+    for command, each in (("score", SCORE), ("report", REPORT))
+    for wrong in each
+]
+
+
+@pytest.mark.parametrize(("command", "wrong"), OTHER_CASES)
+def test_a_wrong_command_is_refused_in_a_sentence(
+    command: str, wrong: list[str], run: Any, files: dict[str, str]
+) -> None:
+    check(*run(command, *(files.get(each, each) for each in wrong)))
+    assert not Path(files["OUT"]).exists()
+
+
+def test_there_are_sixty_of_each() -> None:
+    counts = {name: len(each) for name, each in (("score", SCORE), ("report", REPORT))}
+    counts |= {"fit": len(ANYWHERE + FIT), "test": len(ANYWHERE + BLENDS)}
+    assert min(counts.values()) >= 56, counts
+
+
 @pytest.mark.parametrize("command", list(CONFIGS))
 def test_the_run_itself_passes_the_check(command: str) -> None:
     from dblightning.preflight import check_command

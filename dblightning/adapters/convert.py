@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from dblightning.adapters.files import (
-    FORMS,
     PEFT_WEIGHTS_NAME,
     WEIGHTS_NAME,
     Form,
@@ -17,6 +15,7 @@ from dblightning.adapters.files import (
     read_lora,
     write_lora,
 )
+from dblightning.arguments import convert_parser
 
 
 def convert(source: str | Path, target: str | Path, to: Form, overwrite: bool = False) -> Path:
@@ -57,12 +56,7 @@ def convert(source: str | Path, target: str | Path, to: Form, overwrite: bool = 
 
 def convert_main(argv: Sequence[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m dblightning convert", description=__doc__.partition(": ")[2])
-    parser.add_argument("source", metavar="IN", help="LoRA file or folder: diffusers, kohya (A1111), PEFT or TRL")
-    parser.add_argument("target", metavar="OUT", help="file (.safetensors) or folder to write")
-    parser.add_argument("--to", choices=FORMS, required=True, help="kohya: ComfyUI and A1111; diffusers; peft")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    arguments = parser.parse_args(argv)
+    arguments = convert_parser().parse_args(argv)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)

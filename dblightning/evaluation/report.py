@@ -5,7 +5,6 @@ python -m dblightning report runs/blend/scores.parquet
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 from tabulate import tabulate
 
+from dblightning.arguments import CommandParser
 from dblightning.evaluation import plots
 from dblightning.evaluation.analysis import Estimates, estimate, summary
 from dblightning.evaluation.cells import cell, readable_labels
@@ -98,7 +98,7 @@ def print_summary(scores: pd.DataFrame | Estimates) -> None:
 
 def report_main(arguments: Sequence[str] | None = None) -> None:
     """The command ``python -m dblightning report``; None takes the process's arguments."""
-    parser = argparse.ArgumentParser(prog="dblightning report", description="Write the report of an evaluation.")
+    parser = CommandParser(prog="dblightning report", description="Write the report of an evaluation.")
     parser.add_argument("scores", nargs="+", type=Path, help="scores.parquet; several are merged")
     parser.add_argument("--out", type=Path, help="folder to write to; default: beside the first score table")
     parser.add_argument("--images", type=Path, help="folder of images; default: images beside each score table")

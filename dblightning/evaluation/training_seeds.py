@@ -5,7 +5,6 @@ python -m dblightning seeds runs/a/scores.parquet runs/b/scores.parquet runs/c/s
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from dblightning.arguments import CommandParser
 from dblightning.evaluation.analysis import Estimates, estimate, oracle_shares, summary
 from dblightning.evaluation.cells import baseline_points
 from dblightning.evaluation.table import preference_sets, preferences, read_scores, weights_label
@@ -122,7 +122,7 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 def seeds_main(arguments: Sequence[str] | None = None) -> None:
     """The command ``python -m dblightning seeds``; None takes the process's arguments."""
-    parser = argparse.ArgumentParser(prog="dblightning seeds", description="Compare blends over training seeds.")
+    parser = CommandParser(prog="dblightning seeds", description="Compare blends over training seeds.")
     parser.add_argument("scores", nargs="+", type=Path, help="scores.parquet, one per training seed")
     parser.add_argument("--level", type=float, default=0.95, help="level of the intervals (default 0.95)")
     options = parser.parse_args(arguments)

@@ -7,7 +7,6 @@ one thread of a Xeon with AMX: 12 minutes for the VAE, 35 to 50 for the rest. Pr
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -24,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from dblightning.arguments import pretrain_parser
 from dblightning.miniature import world
 
 MAX_LENGTH = 16
@@ -355,27 +355,8 @@ def train_unet(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train both stages and write the pipeline to ``--out``."""
-    parser = argparse.ArgumentParser(prog="python -m dblightning pretrain-miniature", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="pipeline folder to write")
-    parser.add_argument("--work", type=Path, help="folder of training states and snapshots (default: OUT.work)")
-    parser.add_argument("--vae-steps", type=int, default=6000)
-    parser.add_argument("--unet-steps", type=int, default=9000)
-    parser.add_argument(
-        "--clean-steps", type=int, default=2900, help="UNet steps on true captions before the careless ones"
-    )
-    parser.add_argument("--vae-batch", type=int, default=32)
-    parser.add_argument("--unet-batch", type=int, default=64)
-    parser.add_argument("--images", type=int, default=80_000, help="training images drawn, once")
-    parser.add_argument("--snapshot-minutes", type=float, default=8.0, help="a whole pipeline every so often")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="continue from the states in --work")
+    parser = pretrain_parser()
     options = parser.parse_args(argv)
-    for name in ("vae_steps", "unet_steps", "vae_batch", "unet_batch", "images", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     work = options.work or options.out.with_name(options.out.name + ".work")

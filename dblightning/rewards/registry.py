@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dblightning.rewards.base import METRIC_ARGUMENTS, RewardMetric
+if TYPE_CHECKING:
+    from dblightning.rewards.base import RewardMetric
 
 #: name → class; a module is imported when one of its rewards is built
 REWARDS = {
@@ -31,6 +32,8 @@ def reward_class(name: str) -> type[RewardMetric]:
     Raises:
         ValueError: neither.
     """
+    from dblightning.rewards.base import RewardMetric
+
     path = REWARDS.get(name, name)
     module, _, attribute = path.rpartition(".")
     if not module:
@@ -50,6 +53,8 @@ def build_reward(name: str, **options: Any) -> RewardMetric:
     Raises:
         ValueError: unknown name, or an argument the reward does not take.
     """
+    from dblightning.rewards.base import METRIC_ARGUMENTS
+
     found = reward_class(name)
     # before the weights are read; the rest a constructor says itself
     parameters = inspect.signature(found).parameters

@@ -11,18 +11,21 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 from tqdm import tqdm
 
-from dblightning.rewards.base import RewardMetric
-from dblightning.rewards.preprocess import from_uint8
+from dblightning.arguments import CommandParser
 from dblightning.rewards.registry import REWARDS, build_reward
+
+if TYPE_CHECKING:  # torch and pandas are imported once the command line is known to be right
+    import pandas as pd
+    import torch
+    from torch import Tensor
+
+    from dblightning.rewards.base import RewardMetric
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -169,6 +172,10 @@ def score_files(
     Raises:
         ValueError: a file that is not an image, or another number of prompts than images.
     """
+    import pandas as pd
+
+    from dblightning.rewards.preprocess import from_uint8
+
     if len(images) != len(prompts):
         raise ValueError(f"got {len(prompts)} prompts for {len(images)} images")
     columns: dict[str, list[float]] = {name: [] for name in rewards}
@@ -192,7 +199,7 @@ def score_files(
 
 def score_main(argv: Sequence[str] | None = None) -> None:
     """The command ``score``; exits with status 1 and one sentence on bad input."""
-    parser = argparse.ArgumentParser(prog="dblightning score", description="Score a folder of images with rewards.")
+    parser = CommandParser(prog="dblightning score", description="Score a folder of images with rewards.")
     parser.add_argument(
         "--images", type=Path, required=True, help="folder of images, taken in the order of their names"
     )
@@ -206,14 +213,14 @@ def score_main(argv: Sequence[str] | None = None) -> None:
         help="argument of a reward's constructor, such as image_reward.weights=/models/ImageReward; may be repeated",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="of the models; a GPU where there is one, else the CPU")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     arguments = parser.parse_args(argv)
     try:
         _score_command(arguments)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         sentence = error.strerror if isinstance(error, OSError) and error.filename is None else None
-        raise SystemExit(f"score: {' '.join((sentence or str(error)).split())}") from error
+        raise SystemExit(f"error: {' '.join((sentence or str(error)).split())}") from error
 
 
 def _score_command(arguments: argparse.Namespace) -> None:
@@ -237,7 +244,10 @@ def _score_command(arguments: argparse.Namespace) -> None:
     prompts = read_prompts(arguments.prompts, images)
     check_images_of(images)
     rewards = {name: build_reward(name, **options[name]) for name in names}
-    table = score_files(rewards, images, prompts, arguments.batch_size, arguments.device)
+    import torch
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    table = score_files(rewards, images, prompts, arguments.batch_size, device)
     write_table(table, out)
     for name in names:
         print(f"{name}: mean {table[name].mean():.4f}, from {table[name].min():.4f} to {table[name].max():.4f}")
@@ -247,6 +257,8 @@ def _score_command(arguments: argparse.Namespace) -> None:
 def _score_batch(
     rewards: dict[str, RewardMetric], columns: dict[str, list[float]], images: Tensor, prompts: Sequence[str]
 ) -> None:
+    import torch
+
     with torch.no_grad():
         for name, reward in rewards.items():
             columns[name].extend(reward.score(images, prompts).tolist())

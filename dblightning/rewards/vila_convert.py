@@ -7,7 +7,6 @@ both backends give the same scores.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dblightning.arguments import VILA_TOLERANCE, convert_vila_parser
 from dblightning.rewards.vila import VILA, SavedModel
 from dblightning.rewards.vila_model import VilaModel, from_praxis, praxis_names, save_vila
 
 #: largest difference of a score v, before scaling, at which the port counts as the same model
-TOLERANCE = 2e-3
+TOLERANCE = VILA_TOLERANCE
 
 
 def convert_vila(
@@ -137,19 +137,12 @@ def probe_pictures(size: int) -> list[Tensor]:
 
 def convert_vila_main(argv: Sequence[str] | None = None) -> None:
     """The command ``convert-vila``; exits with status 1 and one sentence when it refuses."""
-    parser = argparse.ArgumentParser(
-        prog="dblightning convert-vila", description="Convert VILA's SavedModel for VILA(backend='torch')."
-    )
-    parser.add_argument("saved_model", type=Path, help="folder of google/vila/tensorFlow2/image")
-    parser.add_argument("out", type=Path, help="file to write, for example vila.safetensors")
-    parser.add_argument("--names", type=Path, help="JSON file {praxis parameter: variable of the SavedModel}")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest difference of a score allowed")
-    arguments = parser.parse_args(argv)
+    arguments = convert_vila_parser().parse_args(argv)
     names = json.loads(arguments.names.read_text(encoding="utf-8")) if arguments.names else None
     try:
         difference = convert_vila(arguments.saved_model, arguments.out, names, arguments.tolerance)
     except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"convert-vila: {error}") from error
+        raise SystemExit(f"error: {error}") from error
     print(f"{arguments.out}: written; largest difference between the backends {difference:.1e}")
 
 
