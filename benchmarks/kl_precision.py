@@ -153,8 +153,8 @@ def markdown(record: dict[str, Any]) -> str:
     lines += [
         "",
         f"With `float32` the largest error of the KL is {worst:.1e} of it, the smallest cosine {least:.4f}. Denoiser "
-        f"rows per transition: {first['model_rows']:g} with `model`, {first['float32_rows']:g} with `float32`, of which "
-        "one with gradients, in the model's precision.",
+        f"rows per transition: {first['model_rows']:g} with `model`, {first['float32_rows']:g} with `float32`, of "
+        "which one with gradients, in the model's precision.",
     ]
     return "\n".join(lines)
 
