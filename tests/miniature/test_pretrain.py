@@ -87,4 +87,4 @@ def test_the_tokenizer_keeps_every_word_of_the_world_apart_and_every_caption_who
 def test_nonsense_budgets_are_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         pretrain.main(["--out", str(tmp_path / "x"), "--unet-steps", "0"])
-    assert "--unet-steps must be at least 1, got 0" in capsys.readouterr().err
+    assert "--unet-steps: must be an integer of at least 1" in capsys.readouterr().err

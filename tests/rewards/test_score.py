@@ -89,7 +89,7 @@ def test_prompts_by_file_name_may_come_in_any_order(folder: Path) -> None:
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_no_file(folder: Path, change: dict, words: str) -> None:
-    with pytest.raises(SystemExit, match=f"score: .*{words}"):
+    with pytest.raises(SystemExit, match=f"error: .*{words}"):
         run(folder, *change.pop("more", []), **change)
     assert not (folder / "scores.csv").exists()
 
@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_the_old_table_and_nothing_half_written(
 
     monkeypatch.setattr(pd.DataFrame, "to_csv", fill_the_disk)
     monkeypatch.setattr(pd.DataFrame, "to_parquet", fill_the_disk)
-    with pytest.raises(SystemExit, match=rf"score: .*{out} could not be written: No space left on device"):
+    with pytest.raises(SystemExit, match=rf"error: .*{out} could not be written: No space left on device"):
         run(folder, "--overwrite", out=out)
     assert (folder / out).read_text() == "what was here before"
     assert sorted(each.name for each in folder.iterdir()) == sorted({"images", "prompts.txt", out})
