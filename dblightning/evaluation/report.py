@@ -44,7 +44,7 @@ def write_report(
         out: folder to write to; files of the same names are replaced.
         images: folder of ``<blend label>/<prompt_id>-<seed>.png``; None looks in ``images`` beside each score table.
         samples, seed, level: of the bootstrap; see :func:`analysis.estimate`.
-        show: also print the summary, from the same draws.
+        show: also print the summary and the verdict, from the same draws.
 
     Returns:
         What was written, ``report.html`` first.
@@ -73,6 +73,12 @@ def write_report(
     page.write_text(content, encoding="utf-8")
     if show:
         print_summary(estimates)
+        for each in (verdict(estimates, rewards) for rewards in sets):
+            print(
+                f"\n{each.title}: differences of r(w), paired",
+                *(f"  {what}: {text}" for what, text in each.lines),
+                sep="\n",
+            )
     return [page, numbers, *written]
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dblightning.evaluation import report_parts
+from dblightning.evaluation import report, report_parts
 from dblightning.evaluation.analysis import estimate
 from dblightning.evaluation.merge import read_all
 from dblightning.evaluation.report import print_summary, report_main, write_report
@@ -339,6 +339,18 @@ def test_the_command_ends_with_one_line_when_scores_are_missing(
         report_main([str(tmp_path / "scores.parquet")])
     assert stopped.value.code == 2
     assert "there is no score table" in capsys.readouterr().err
+
+
+def test_one_bootstrap_serves_the_report_the_summary_and_the_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(report, "estimate", lambda *given: calls.append(given) or estimate(*given))
+    write_scores(tmp_path / "scores.parquet", evaluation(prompts=3), RECORD)
+    write_report(tmp_path / "scores.parquet", tmp_path, samples=50, show=True)
+    printed = capsys.readouterr().out
+    assert len(calls) == 1
+    assert "db-mpa_0.2" in printed and "DB-MPA beats: " in printed
 
 
 def test_the_printed_summary_has_every_blend(capsys: pytest.CaptureFixture[str]) -> None:
