@@ -395,7 +395,7 @@ class AdapterBank:
         A tensor's version counter does not see ``p.data.mul_`` or a write through another view of the storage.
         Each value, as an integer, is multiplied by an odd number of its own, modulo 2³².
         """
-        flat = torch.cat([side.detach().reshape(-1).float() for side in self._sides]).view(torch.int32)
+        flat = torch.cat([side.flatten() for side in self._sides]).float().view(torch.int32)
         if (
             self._position is None
             or self._position.device != flat.device
