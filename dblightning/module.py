@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dblightning.adapters import ATTENTION
 from dblightning.backbone import Backbone, Conditioning
+from dblightning.batch_size import CudaMeter, largest_batch
 from dblightning.blending import Blend, Single
 from dblightning.checkpointing import save_last_good_state
 from dblightning.distributed import Ranks
-from dblightning.fitting import CudaMeter, largest_batch
 from dblightning.lightning_internals import logged_step, validate_now
 from dblightning.loggers import keep_tables, log_by_prompt
 from dblightning.noise import ImageNoise, image_seed

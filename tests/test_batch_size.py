@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dblightning.fitting import CudaMeter, largest_batch
+from dblightning.batch_size import CudaMeter, largest_batch
 from tests.test_module import build
 
 
