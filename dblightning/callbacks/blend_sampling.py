@@ -21,8 +21,8 @@ from dblightning.data.stream import EvalLoader
 from dblightning.evaluation.analysis import estimate
 from dblightning.evaluation.plots import pareto_figure
 from dblightning.evaluation.sampler import BlendSampler, adapter_folders, load_adapters
+from dblightning.evaluation.scores import preference_rewards, reward_names, weight_names, with_defaults, write_scores
 from dblightning.evaluation.specs import BlendSpec, BlendSweep, expand
-from dblightning.evaluation.table import preference_rewards, reward_names, weight_names, with_defaults, write_scores
 from dblightning.figures import blend_grid_figure
 from dblightning.loggers import log_image
 from dblightning.module import RewardRLModule

@@ -24,7 +24,7 @@ from dblightning.evaluation.intervals import (
     unit_means,
     weighted_means,
 )
-from dblightning.evaluation.table import (
+from dblightning.evaluation.scores import (
     REWARD,
     blend_table,
     held_out_rewards,
@@ -51,7 +51,7 @@ class Estimates:
     The rows are the evaluated blends, then the baselines of every preference (:mod:`dblightning.evaluation.baselines`).
     """
 
-    rows: pd.DataFrame  # see table.blend_table and baselines.baseline_rows; with seconds, unet_rows, images, missing/…
+    rows: pd.DataFrame  # see scores.blend_table and baselines.baseline_rows; with seconds, unet_rows, images, missing/…
     evaluated: int  # the first so many rows are evaluated blends
     quantities: list[str]
     values: np.ndarray  # (rows, quantities)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from dblightning.evaluation.table import INTERPOLATING, WEIGHT, weight_names, weights_of, within
+from dblightning.evaluation.scores import INTERPOLATING, WEIGHT, weight_names, weights_of, within
 
 BEST_SINGLE = "best single adapter"
 RANDOM = "random adapter per image"
@@ -35,7 +35,7 @@ def baseline_rows(blends: pd.DataFrame, rewards: Sequence[str]) -> tuple[pd.Data
     """The baselines of every preference that some blend mixes rewards for, where the adapters alone were evaluated.
 
     Args:
-        blends: of ``table.blend_table``.
+        blends: of ``scores.blend_table``.
         rewards: measured names.
 
     Returns:

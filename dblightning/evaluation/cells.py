@@ -9,7 +9,7 @@ import pandas as pd
 
 from dblightning.evaluation.analysis import Estimates
 from dblightning.evaluation.baselines import BEST_SINGLE, RANDOM, single_blends
-from dblightning.evaluation.table import INTERPOLATING, WEIGHT, fronts, weight_names, weights_of, within
+from dblightning.evaluation.scores import INTERPOLATING, WEIGHT, fronts, weight_names, weights_of, within
 
 EMPTY = "–"
 

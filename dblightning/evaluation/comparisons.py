@@ -24,7 +24,7 @@ from dblightning.evaluation.cells import (
     quantity_decimals,
 )
 from dblightning.evaluation.fronts import REFERENCE_VARIANT
-from dblightning.evaluation.table import INTERPOLATING, weights_label
+from dblightning.evaluation.scores import INTERPOLATING, weights_label
 from dblightning.evaluation.table_formats import Table
 
 #: columns of the score table that hold a prompt's category, the first one found is used

@@ -10,7 +10,7 @@ import pandas as pd
 
 from dblightning.evaluation.analysis import Estimates, estimate
 from dblightning.evaluation.intervals import SAMPLES, interval
-from dblightning.evaluation.table import REWARD, fronts
+from dblightning.evaluation.scores import REWARD, fronts
 
 #: whose hypervolume the others are compared with
 REFERENCE_VARIANT = "DB-MPA"

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dblightning.evaluation.table import REWARD, blend_table, reward_names
+from dblightning.evaluation.scores import REWARD, blend_table, reward_names
 
 #: bootstrap samples: with 10,000 the end of a 95 % interval is known to about 1.5 % of its half width (with 1,000 to
 #: 5 %, and marks that hang on the sign of an end changed with the seed)

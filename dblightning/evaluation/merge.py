@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from dblightning.evaluation.record import differences
-from dblightning.evaluation.table import REWARD, WEIGHT, read_scores, reward_names
+from dblightning.evaluation.scores import REWARD, WEIGHT, read_scores, reward_names
 
 #: parts of the record that decide an image's noise and sampler: what all tables must share
 SHARED = ("base", "num_inference_steps", "eta", "guidance_scale", "negative_prompt", "run_seed", "rewards")

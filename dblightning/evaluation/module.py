@@ -28,9 +28,9 @@ from dblightning.distributed import Ranks
 from dblightning.evaluation.record import differences
 from dblightning.evaluation.report import write_report
 from dblightning.evaluation.sampler import BlendSampler, load_adapters, made_with
+from dblightning.evaluation.scores import write_scores
 from dblightning.evaluation.specs import BlendSpec, BlendSweep, expand
 from dblightning.evaluation.store import REMEDY, Evaluation, Key, RowStore, key_of, keys_of
-from dblightning.evaluation.table import write_scores
 from dblightning.figures import blend_grid_figure
 from dblightning.progress import image_progress
 from dblightning.rewards.base import RewardMetric

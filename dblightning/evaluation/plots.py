@@ -18,8 +18,8 @@ from dblightning.evaluation.baselines import BEST_SINGLE, RANDOM, single_blends
 from dblightning.evaluation.cells import preference_points
 from dblightning.evaluation.comparisons import mixed, reference_variant
 from dblightning.evaluation.fronts import pareto
-from dblightning.evaluation.table import front, weights_label, weights_of, within
-from dblightning.evaluation.tables import kl_points
+from dblightning.evaluation.paper_tables import kl_points
+from dblightning.evaluation.scores import front, weights_label, weights_of, within
 from dblightning.figure_text import figure_text
 
 #: Okabe and Ito's colours, distinct with any colour vision

@@ -22,10 +22,10 @@ from dblightning.evaluation.cells import cell, readable_labels
 from dblightning.evaluation.comparisons import category_column, category_table, compare_all, verdict
 from dblightning.evaluation.intervals import SAMPLES
 from dblightning.evaluation.merge import read_all
+from dblightning.evaluation.paper_tables import all_tables
 from dblightning.evaluation.report_parts import data_uri, image_grids, pareto_plots, record_lines
-from dblightning.evaluation.table import preference_rewards, preference_sets
+from dblightning.evaluation.scores import preference_rewards, preference_sets
 from dblightning.evaluation.table_formats import Table, frame_to_csv, to_csv, to_html, to_latex, to_markdown
-from dblightning.evaluation.tables import all_tables
 
 
 def write_report(

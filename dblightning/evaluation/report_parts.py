@@ -16,9 +16,9 @@ from PIL import Image
 from dblightning.evaluation.analysis import Estimates
 from dblightning.evaluation.baselines import RANDOM
 from dblightning.evaluation.cells import cell, preference_points, readable_labels
+from dblightning.evaluation.paper_tables import kl_points
 from dblightning.evaluation.plots import chord, line_of, plane_points, variant_styles
-from dblightning.evaluation.table import weights_label
-from dblightning.evaluation.tables import kl_points
+from dblightning.evaluation.scores import weights_label
 
 #: plotly's names of matplotlib's markers
 SYMBOLS = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "P": "cross",

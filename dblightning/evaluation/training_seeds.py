@@ -15,7 +15,7 @@ from scipy import stats
 from dblightning.arguments import CommandParser
 from dblightning.evaluation.analysis import Estimates, estimate, oracle_shares, summary
 from dblightning.evaluation.cells import baseline_points
-from dblightning.evaluation.table import preference_sets, preferences, read_scores, weights_label
+from dblightning.evaluation.scores import preference_sets, preferences, read_scores, weights_label
 
 #: quantity → heading
 QUANTITIES = {

@@ -20,7 +20,7 @@ from dblightning.evaluation.fronts import (
     pareto,
 )
 from dblightning.evaluation.intervals import interval
-from dblightning.evaluation.table import RECORD_KEY, blend_table, front, preference_sets, read_scores, write_scores
+from dblightning.evaluation.scores import RECORD_KEY, blend_table, front, preference_sets, read_scores, write_scores
 from tests.evaluation.synthetic import blend, evaluation, preference, score_table
 
 # ── intervals ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ from dblightning.evaluation.analysis import Estimates, estimate
 from dblightning.evaluation.baselines import BEST_SINGLE, RANDOM
 from dblightning.evaluation.cells import baseline_points, preference_points, readable_labels
 from dblightning.evaluation.comparisons import category_table, paired_table, verdict, win_table
-from dblightning.evaluation.tables import adapters_table, gain_table, weighted_table
+from dblightning.evaluation.paper_tables import adapters_table, gain_table, weighted_table
 from tests.evaluation.synthetic import blend, evaluation, preference, score_table
 
 NAMES = ["a", "b"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dblightning.evaluation.merge import read_all
-from dblightning.evaluation.table import write_scores
+from dblightning.evaluation.scores import write_scores
 from tests.evaluation.synthetic import blend, preference, score_table
 
 RECORD: dict[str, Any] = {"base": "miniature", "eta": 1.0, "rewards": {"a": {"class": "A", "quality": 3}}}

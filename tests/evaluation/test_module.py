@@ -22,7 +22,7 @@ from dblightning.backbone import DiffusersBackbone
 from dblightning.data import PromptFileDataModule
 from dblightning.evaluation import BlendEvaluationModule, BlendSpec, BlendSweep
 from dblightning.evaluation.module import ImageKey
-from dblightning.evaluation.table import read_scores
+from dblightning.evaluation.scores import read_scores
 from dblightning.rewards import JPEGCompressibility
 from tests.conftest import randomize
 

@@ -8,8 +8,8 @@ import pytest
 
 from dblightning.evaluation.analysis import Estimates, estimate
 from dblightning.evaluation.comparisons import paired_table
-from dblightning.evaluation.table import read_scores
-from dblightning.evaluation.tables import hypervolume_table, share_table, weighted_table
+from dblightning.evaluation.paper_tables import hypervolume_table, share_table, weighted_table
+from dblightning.evaluation.scores import read_scores
 
 ROOT = Path(__file__).parent.parent.parent
 NAMES = ["alignment", "aesthetic"]

@@ -16,7 +16,7 @@ from dblightning.evaluation.analysis import estimate
 from dblightning.evaluation.merge import read_all
 from dblightning.evaluation.report import print_summary, report_main, write_report
 from dblightning.evaluation.report_parts import IMAGE_BYTES, image_grids, image_uri, pareto_plots
-from dblightning.evaluation.table import preference_sets, write_scores
+from dblightning.evaluation.scores import preference_sets, write_scores
 from tests.evaluation.synthetic import blend, evaluation, preference, score_table
 
 RECORD = {

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from dblightning.evaluation.table import write_scores
+from dblightning.evaluation.scores import write_scores
 from dblightning.evaluation.training_seeds import across_training_seeds, seeds_main, to_markdown
 from tests.evaluation.synthetic import blend, preference, score_table
 

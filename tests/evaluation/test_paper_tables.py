@@ -10,9 +10,7 @@ import pandas as pd
 import pytest
 
 from dblightning.evaluation.analysis import Estimates, estimate, summary
-from dblightning.evaluation.report import write_report
-from dblightning.evaluation.table import preference_sets, write_scores
-from dblightning.evaluation.tables import (
+from dblightning.evaluation.paper_tables import (
     Table,
     all_tables,
     best_blends,
@@ -31,6 +29,8 @@ from dblightning.evaluation.tables import (
     to_markdown,
     weighted_table,
 )
+from dblightning.evaluation.report import write_report
+from dblightning.evaluation.scores import preference_sets, write_scores
 from tests.evaluation.synthetic import blend, evaluation, preference, score_table
 
 NAMES = ["alignment", "aesthetic"]
