@@ -51,7 +51,8 @@ class Estimates:
     The rows are the evaluated blends, then the baselines of every preference (:mod:`dblightning.evaluation.baselines`).
     """
 
-    rows: pd.DataFrame  # see scores.blend_table and baselines.baseline_rows; with seconds, unet_rows, images, missing/…
+    #: see scores.blend_table and baselines.baseline_rows; with seconds, denoiser_rows, images, missing/…
+    rows: pd.DataFrame
     evaluated: int  # the first so many rows are evaluated blends
     quantities: list[str]
     values: np.ndarray  # (rows, quantities)
@@ -158,8 +159,8 @@ def estimate(frame: pd.DataFrame, samples: int = SAMPLES, seed: int = 0, level: 
     quantities += ["weighted", "weighted_gain", "diversity"]
     rows[[MISSING + name for name in rewards]] = np.isnan(scores).sum(axis=1)
     seconds = rows["seconds"].to_numpy()[:evaluated, None, None]
-    unet_rows = rows["unet_rows"].to_numpy(dtype=float)[:evaluated, None, None]
-    for name, own in (("seconds", seconds), ("unet_rows", unet_rows)):
+    denoiser_rows = rows["denoiser_rows"].to_numpy(dtype=float)[:evaluated, None, None]
+    for name, own in (("seconds", seconds), ("denoiser_rows", denoiser_rows)):
         rows[name] = _with_mixtures(own, mixtures)[:, 0, 0]
     return Estimates(
         rows, evaluated, quantities, values, draws, low, high, units, level, held_out_rewards(frame), parts, weighted,
@@ -205,9 +206,9 @@ def _weighted(scores: np.ndarray, blends: pd.DataFrame, rewards: Sequence[str]) 
 
 
 def _with_costs(blends: pd.DataFrame, frame: pd.DataFrame, images: Images) -> pd.DataFrame:
-    seconds, unet_rows = (frame[name].to_numpy(dtype=float)[images.rows] for name in ("seconds", "unet_rows"))
+    seconds, rows = (frame[name].to_numpy(dtype=float)[images.rows] for name in ("seconds", "denoiser_rows"))
     # the median: the first images of a run pay for warming up
-    return blends.assign(seconds=np.median(seconds, axis=1), unet_rows=unet_rows.mean(axis=1), images=seconds.shape[1])
+    return blends.assign(seconds=np.median(seconds, axis=1), denoiser_rows=rows.mean(axis=1), images=seconds.shape[1])
 
 
 # ── diversity ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -259,10 +260,10 @@ def summary(
     """One row per blend with every quantity and its interval.
 
     Columns: the blend's settings and ``variant``; each quantity of :class:`Estimates` with its interval's ends ``_lo``
-    and ``_hi``; ``share_of_oracle`` (see :func:`oracle_shares`); ``seconds`` (median over images) and ``unet_rows`` per
-    image; ``images``; ``missing/<name>``, images without that reward, which its mean leaves out. A weighted reward or a
-    gain leaves out an image when either of its parts is missing. ``attrs["held_out_rewards"]`` names the rewards that
-    no blend weighs.
+    and ``_hi``; ``share_of_oracle`` (see :func:`oracle_shares`); ``seconds`` (median over images) and ``denoiser_rows``
+    per image; ``images``; ``missing/<name>``, images without that reward, which its mean leaves out. A weighted reward
+    or a gain leaves out an image when either of its parts is missing. ``attrs["held_out_rewards"]`` names the rewards
+    that no blend weighs.
 
     Args:
         frame: one row per image, or estimates made already (the other arguments are then unused).

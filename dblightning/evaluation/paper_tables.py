@@ -288,7 +288,7 @@ def _order_note(estimates: Estimates, rewards: Sequence[str]) -> str:
 
 
 def cost_table(estimates: Estimates) -> Table:
-    """Seconds and UNet rows per image, by method: the lowest and highest over its blends."""
+    """Seconds and denoiser rows per image, by method: the lowest and highest over its blends."""
 
     def span(part: pd.Series) -> str:
         if part.isna().all():
@@ -298,7 +298,7 @@ def cost_table(estimates: Estimates) -> Table:
 
     groups = estimates.blends.groupby("variant", sort=False)
     columns = {heading: groups[name].agg(span) for name, heading in
-               {"seconds": "seconds / image", "unet_rows": "UNet rows / image"}.items()}  # fmt: skip
+               {"seconds": "seconds / image", "denoiser_rows": "denoiser rows / image"}.items()}  # fmt: skip
     frame = pd.DataFrame(columns, dtype=object)
     return Table("cost", "Cost per image", decorate(frame, frame.index.tolist(), "method"))
 

@@ -109,7 +109,7 @@ class BlendSampler:
         start = _now(device)
         images = self.generate(batch, spec)
         seconds = (_now(device) - start) / len(images)
-        unet_rows = self.backbone.rows_run / len(images)
+        denoiser_rows = self.backbone.rows_run / len(images)
         scores = {name: reward.score(images, batch["prompt"]).tolist() for name, reward in self.rewards.items()}
         thumbnails = thumbnail(images)
         rows = []
@@ -119,7 +119,7 @@ class BlendSampler:
                 "prompt": prompt,
                 "seed": int(batch["seed"][index]),
                 "seconds": seconds,
-                "unet_rows": unet_rows,
+                "denoiser_rows": denoiser_rows,
                 "thumbnail": thumbnails[index].numpy().tobytes(),
                 **_category(batch, index),
             }

@@ -1,8 +1,8 @@
 """The score table, one row per image: its file, its checks, and what its blends are.
 
 Columns: ``order``, ``blend``, ``method``, ``kl_scale``, ``ls_schedule``, ``adapter``, ``options`` (JSON),
-``weight/<name>``, ``prompt_id``, ``prompt``, ``seed``, ``seconds``, ``unet_rows``, ``reward/<name>`` and ``thumbnail``
-(bytes of an 8×8×3 uint8 image). What made the table, the record, is JSON in the file's metadata.
+``weight/<name>``, ``prompt_id``, ``prompt``, ``seed``, ``seconds``, ``denoiser_rows``, ``reward/<name>`` and
+``thumbnail`` (bytes of an 8×8×3 uint8 image). What made the table, the record, is JSON in the file's metadata.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ REQUIRED = ("order", "blend", "method", "prompt_id", "seed")
 #: columns an evaluation may leave out, with what they then mean
 DEFAULTS: dict[str, Any] = {
     "kl_scale": 1.0, "ls_schedule": "iid", "adapter": None, "options": "{}",
-    "prompt": "", "seconds": np.nan, "unet_rows": np.nan, "thumbnail": None,
+    "prompt": "", "seconds": np.nan, "denoiser_rows": np.nan, "thumbnail": None,
 }  # fmt: skip
+#: columns that earlier versions wrote under another name: the name then → the name now
+FORMER_NAMES = {"unet_rows": "denoiser_rows"}
 NAMES = {
     "base": "Base",
     "single": "single adapter",
@@ -99,7 +101,7 @@ def read_scores(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 
 def with_defaults(frame: pd.DataFrame) -> pd.DataFrame:
-    """The table with every optional column, rewards and weights as floats.
+    """The table with every optional column, rewards and weights as floats, under the names of this version.
 
     Raises:
         ValueError: a required column or all rewards are missing, or there is no row.
@@ -110,6 +112,7 @@ def with_defaults(frame: pd.DataFrame) -> pd.DataFrame:
         raise ValueError(f"not a score table: column {what} is missing, it has {list(frame.columns)}")
     if frame.empty:
         raise ValueError("the score table has no rows: no image was evaluated yet")
+    frame = frame.rename(columns={former: name for former, name in FORMER_NAMES.items() if name not in frame})
     frame = frame.assign(**{name: value for name, value in DEFAULTS.items() if name not in frame})
     frame["kl_scale"] = frame["kl_scale"].astype(float).fillna(1.0)
     frame["ls_schedule"] = frame["ls_schedule"].fillna("iid")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dblightning.evaluation.record import differences
+from dblightning.evaluation.scores import FORMER_NAMES
 from dblightning.evaluation.specs import BlendSpec, blend_key
 
 SETTINGS, ADAPTERS = "settings.json", "adapters.json"
@@ -229,4 +230,6 @@ def _encoded(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decoded(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: base64.b64decode(v["b64"]) if isinstance(v, dict) and "b64" in v else v for key, v in row.items()}
+    """The row of a line, under the names of this version."""
+    named = {FORMER_NAMES.get(key, key): value for key, value in row.items()}
+    return {key: base64.b64decode(v["b64"]) if isinstance(v, dict) and "b64" in v else v for key, v in named.items()}

@@ -44,7 +44,7 @@ def score_table(
         for prompt in range(prompts):
             for seed in range(seeds):
                 row = {"order": order, **settings, "prompt_id": prompt, "prompt": f"prompt <{prompt}> & more"}
-                row |= {"seed": seed, "seconds": 1.0 + order, "unet_rows": 10.0 * (1 + order)}
+                row |= {"seed": seed, "seconds": 1.0 + order, "denoiser_rows": 10.0 * (1 + order)}
                 row |= {f"reward/{name}": value[prompt, seed] for name, value in values.items()}
                 if thumbnail is not None:
                     row["thumbnail"] = thumbnail(settings["blend"], prompt, seed).tobytes()

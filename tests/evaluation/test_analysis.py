@@ -153,10 +153,10 @@ def test_a_weight_on_something_not_measured_gives_no_weighted_reward() -> None:
     assert summary(frame).set_index("method").loc["db-mpa", "gain/a"] == pytest.approx(0.3)
 
 
-def test_seconds_are_the_median_and_unet_rows_the_mean_over_images() -> None:
+def test_seconds_are_the_median_and_denoiser_rows_the_mean_over_images() -> None:
     frame = score_table([(blend("base"), {"r": 0.0})], 3)
-    frame["seconds"], frame["unet_rows"] = [100.0, 1.0, 2.0], [10.0, 20.0, 60.0]
-    assert summary(frame).loc[0, ["seconds", "unet_rows"]].tolist() == [2.0, 30.0]
+    frame["seconds"], frame["denoiser_rows"] = [100.0, 1.0, 2.0], [10.0, 20.0, 60.0]
+    assert summary(frame).loc[0, ["seconds", "denoiser_rows"]].tolist() == [2.0, 30.0]
 
 
 def test_paired_differences_have_shorter_intervals_than_the_means_they_come_from() -> None:
@@ -434,6 +434,12 @@ def test_a_score_table_comes_back_as_it_was_written_with_its_record(tmp_path: Pa
     assert record == {"base": "miniature", "eta": 1.0}
     pd.testing.assert_frame_equal(again, frame, check_dtype=False)
     assert [each.name for each in path.parent.iterdir()] == ["scores.parquet"]
+
+
+def test_a_column_that_an_earlier_version_named_otherwise_is_read_under_todays_name(tmp_path: Path) -> None:
+    frame, path = evaluation(prompts=2), tmp_path / "scores.parquet"
+    write_scores(path, frame.rename(columns={"denoiser_rows": "unet_rows"}), {})
+    pd.testing.assert_frame_equal(read_scores(path)[0], frame, check_dtype=False)
 
 
 def test_files_that_are_no_score_table_are_refused_with_what_is_wrong(tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ def test_the_table_says_what_each_image_was_and_what_it_cost(
 ) -> None:
     code = BlendSpec("code", {"size": 1.0}, options={"candidates": 3, "block_size": 1, "form": "block"})
     scores = run(module(sd15_folder, tmp_path, adapters, blends=[BlendSpec("base"), code]), tmp_path)
-    rows = scores.groupby("blend")["unet_rows"].unique().map(list).to_dict()
+    rows = scores.groupby("blend")["denoiser_rows"].unique().map(list).to_dict()
     assert rows["base"] == [2]  # one row per step
     assert rows["db-mpa_other-0.8_size-0.2"] == [4]  # one per step and adapter
     # one for the first step; the look at its three candidates is also the second step's prediction

@@ -43,6 +43,13 @@ def test_rows_come_back_as_they_were_to_the_last_bit(tmp_path: Path) -> None:
     assert math.isnan(found[1]["reward/a"])
 
 
+def test_a_row_of_an_earlier_version_is_read_under_todays_names(tmp_path: Path) -> None:
+    store = filled(tmp_path, 0)
+    store.append([row("base", 0) | {"unet_rows": 20.0}])
+    (found,) = RowStore(tmp_path).read()
+    assert found["denoiser_rows"] == 20.0 and "unet_rows" not in found
+
+
 def test_a_line_cut_short_is_left_out_and_the_rest_kept(tmp_path: Path) -> None:
     filled(tmp_path).close()
     (file,) = tmp_path.glob("*.jsonl")
