@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dblightning.geneval_prompts import CLASSES
+
 #: Mask2Former with a Swin-S backbone on COCO instances, 50 epochs: the network of the published evaluation, as its
 #: authors trained it. The published evaluation reads mmdetection's own training of it, whose scores differ a little.
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
@@ -193,9 +195,6 @@ def _load(weights: str | Path) -> tuple[Any, Any]:
 
 def _label_names(id2label: dict[int, str], source: str) -> dict[int, str]:
     """A detector's label indices → GenEval's class names."""
-    # not at the top: the data room imports Lightning, which the rewards otherwise do without
-    from dblightning.data.geneval import CLASSES
-
     names = {int(index): SPELLINGS.get(name, name) for index, name in id2label.items()}
     if missing := [name for name in CLASSES if name not in names.values()]:
         raise ValueError(

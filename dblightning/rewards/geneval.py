@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dblightning.geneval_prompts import COLORS, TAGS
 from dblightning.rewards.clip import HUGGINGFACE_FILES, OPEN_CLIP_FILES, CLIPReward, load_clip, open_clip_tokenizer
 from dblightning.rewards.detection import MASK2FORMER, Detection, Detector, TransformersDetector
 from dblightning.rewards.geneval_rules import (
@@ -19,7 +20,6 @@ from dblightning.rewards.geneval_rules import (
     COUNTING_THRESHOLD,
     MAX_OBJECTS,
     POSITION_THRESHOLD,
-    TAGS,
     THRESHOLD,
     Sample,
     crop,
@@ -161,9 +161,6 @@ class GenEvalAccuracy(CLIPReward):
 
     def colors(self, image: Tensor, objects: list[Detection], name: str) -> list[str]:
         """The colour of each object of class ``name`` in an image (3, H, W): the nearest of GenEval's ten by CLIP."""
-        # not at the top: the data room imports Lightning, which the rewards otherwise do without
-        from dblightning.data.geneval import COLORS
-
         texts = [template.format(color=color, name=name) for color in COLORS for template in COLOR_TEMPLATES]
         features = self.text_features(texts).unflatten(0, (len(COLORS), len(COLOR_TEMPLATES))).mean(1)
         features = functional.normalize(features, dim=-1)

@@ -15,10 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dblightning.geneval_prompts import (
+    CLASSES,
+    COLORS,
+    POSITIONS,
+    TAGS,
+    held_out_samples,
+    train_samples,
+    validation_samples,
+)
 from dblightning.rewards.detection import Detection
 
-#: The benchmark's six tasks.
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 #: Detections at or below these confidences are ignored; counting asks for more.
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
@@ -33,7 +40,7 @@ BACKGROUND = 0.6
 #: What CLIP compares an object with; the three texts' features are averaged per colour.
 COLOR_TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
-#: One prompt's metadata, see ``dblightning.data.geneval.Sample``.
+#: One prompt's metadata, see ``dblightning.geneval_prompts.Sample``.
 Sample = Mapping[str, Any]
 #: objects of one class → the colour of each
 ColorsOf = Callable[[list[Detection], str], list[str]]
@@ -147,9 +154,6 @@ def known_samples(metadata: str | Path | list[dict[str, Any]] | None = None) -> 
     Raises:
         FileNotFoundError: no such file. ValueError: a sample that is not in GenEval's format.
     """
-    # not at the top: the data room imports Lightning, which the rewards otherwise do without
-    from dblightning.data.geneval import held_out_samples, train_samples, validation_samples
-
     every = train_samples() + validation_samples() + held_out_samples()
     samples: dict[str, Sample] = {each["prompt"]: each for each in every}
     if metadata is None:
@@ -174,8 +178,6 @@ def _read_lines(path: Path) -> list[Any]:
 
 def _problem(sample: Any) -> str | None:
     """Why a sample is not in GenEval's format; None where it is."""
-    from dblightning.data.geneval import CLASSES, COLORS, POSITIONS
-
     if not isinstance(sample, dict) or not {"prompt", "tag", "include"} <= set(sample):
         return f"expected an object with prompt, tag and include, got {sample!r}"
     if sample["tag"] not in TAGS:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dblightning.data.geneval import CLASSES, COLORS, held_out_samples, train_samples, validation_samples
+from dblightning.geneval_prompts import CLASSES, COLORS, held_out_samples, train_samples, validation_samples
 from dblightning.rewards import GenEvalAccuracy, build_reward
 from dblightning.rewards.detection import Detection, TransformersDetector, instances, mask_boxes
 from dblightning.rewards.geneval_rules import COLOR_TEMPLATES, crop, faults, group_objects, known_samples, relations
