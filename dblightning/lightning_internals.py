@@ -1,10 +1,25 @@
-"""Names of Lightning that are not public, in one place: what to look at when Lightning changes."""
+"""Names of Lightning that are not public, in one place: what to look at when Lightning changes.
+
+Every other module of the package takes these through the functions here (tests/test_lightning_internals.py).
+"""
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies import Strategy
+
+
+def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
+    """The trainer that runs the module, or None outside of one, where the public ``module.trainer`` raises."""
+    return module._trainer
+
+
+def collective_timeout(strategy: Strategy) -> timedelta | None:
+    """How long the strategy's ranks wait for one another in a collective; None where it has a single process."""
+    return getattr(strategy, "_timeout", None)
 
 
 def logged_step(trainer: L.Trainer) -> int:

@@ -22,7 +22,7 @@ from dblightning.batch_size import CudaMeter, largest_batch
 from dblightning.blending import Blend, Single
 from dblightning.checkpointing import save_last_good_state
 from dblightning.distributed import Ranks
-from dblightning.lightning_internals import logged_step, validate_now
+from dblightning.lightning_internals import attached_trainer, collective_timeout, logged_step, validate_now
 from dblightning.loggers import keep_tables, log_by_prompt
 from dblightning.noise import ImageNoise, image_seed
 from dblightning.policy_gradient import OBJECTIVES, PromptStatistics, clip_fraction, explained_variance
@@ -844,7 +844,7 @@ class RewardRLModule(RunState):
 
     def _no_ddp_sync(self) -> AbstractContextManager[None]:
         """DDP's own gradient exchange is off: :meth:`_step` exchanges once per optimiser step."""
-        model = self.trainer.strategy.model if self._trainer is not None else None
+        model = self.trainer.strategy.model if attached_trainer(self) is not None else None
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -864,7 +864,7 @@ class RewardRLModule(RunState):
         self._close_worker()
 
     def setup(self, stage: str) -> None:
-        self.ranks.timeout = getattr(self.trainer.strategy, "_timeout", None)
+        self.ranks.timeout = collective_timeout(self.trainer.strategy)
         if stage == "fit":
             self._check_precision()
         self._check_evaluation_shares()

@@ -18,6 +18,7 @@ from dblightning.adapters import Form, fingerprint
 from dblightning.backbone import Backbone
 from dblightning.checkpointing import StopSignal, read_shard, save_last_good_state
 from dblightning.distributed import Ranks
+from dblightning.lightning_internals import attached_trainer
 from dblightning.policy_gradient import PromptStatistics
 from dblightning.replay import ReplayBuffer
 from dblightning.rewards.base import RewardMetric, RewardUnavailable
@@ -128,7 +129,8 @@ class RunState(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["dblightning"]
-        fitting = self._trainer is None or self._trainer.state.fn == "fit"
+        trainer = attached_trainer(self)
+        fitting = trainer is None or trainer.state.fn == "fit"
         check_finite(checkpoint["state_dict"], "the checkpoint", "take an earlier one")
         check_same_run(state["facts"], self.facts(), adapter_only=not fitting)
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
