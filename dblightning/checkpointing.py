@@ -156,6 +156,19 @@ def read_whole(path: str | Path) -> Any:
         raise DamagedCheckpointError(f"{path} is not an intact checkpoint ({type(error).__name__}: {error})") from error
 
 
+def check_ours(checkpoint: Any, name: str = "the checkpoint") -> None:
+    """Refuse what no training run of this package saved.
+
+    Raises:
+        ValueError: naming the file and what to do.
+    """
+    if not isinstance(checkpoint, dict) or not {"dblightning", "state_dict"} <= checkpoint.keys():
+        raise ValueError(
+            f"{name} was not saved by a training run of this package; give one of a run's checkpoints/*.ckpt, or start "
+            "from an exported adapter (model.init_adapter)"
+        )
+
+
 def newest_whole(folder: str | Path, exclude: str | Path | None = None) -> Path | None:
     """The latest intact checkpoint of a folder, shards included; None where there is none.
 
@@ -240,18 +253,19 @@ class CheckedCheckpointIO(TorchCheckpointIO):
 
         Raises:
             DamagedCheckpointError: naming the latest intact checkpoint in the same folder.
+            ValueError: a checkpoint of another program.
         """
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
         try:
             checkpoint: dict[str, Any] = read_whole(path)
+            check_ours(checkpoint, str(path))
             _check_shards(Path(path), checkpoint)
         except DamagedCheckpointError as error:
             other = newest_whole(Path(path).parent, exclude=path)
             advice = f"the latest intact one is {other}: --ckpt_path {other}" if other else "no other is in its folder"
             raise DamagedCheckpointError(f"{error}; {advice}") from error
-        if "dblightning" in checkpoint:
-            checkpoint["dblightning"]["folder"] = str(Path(path).parent)
+        checkpoint["dblightning"]["folder"] = str(Path(path).parent)
         return checkpoint
 
 

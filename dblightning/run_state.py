@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dblightning.adapters import Form, fingerprint
 from dblightning.backbone import Backbone
-from dblightning.checkpointing import StopSignal, read_shard, save_last_good_state
+from dblightning.checkpointing import StopSignal, check_ours, read_shard, save_last_good_state
 from dblightning.distributed import Ranks
 from dblightning.lightning_internals import attached_trainer
 from dblightning.policy_gradient import PromptStatistics
@@ -128,6 +128,7 @@ class RunState(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_ours(checkpoint)
         state = checkpoint["dblightning"]
         trainer = attached_trainer(self)
         fitting = trainer is None or trainer.state.fn == "fit"

@@ -251,3 +251,11 @@ def test_training_state_of_sd15_at_the_papers_settings_is_below_one_gigabyte() -
     assert megabytes == pytest.approx(153, abs=1)  # what docs/cluster.md states
     # a checkpoint holds no gradients
     assert (3 * 4 * trained + 4 * latents) / 1e6 == pytest.approx(132, abs=1)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}, "epoch": 3}, [1, 2], {"weights": torch.zeros(2)}])
+def test_a_checkpoint_of_another_program_is_refused_by_name(tmp_path: Path, content: Any) -> None:
+    file = tmp_path / "foreign.ckpt"
+    torch.save(content, file)
+    with pytest.raises(ValueError, match=r"foreign\.ckpt was not saved by a training run .*init_adapter"):
+        checkpointing.CheckedCheckpointIO().load_checkpoint(file)
