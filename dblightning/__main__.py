@@ -1,4 +1,4 @@
-"""python -m dblightning …"""
+"""The command line, as ``python -m dblightning``."""
 
 from dblightning.cli import main
 

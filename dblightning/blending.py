@@ -206,8 +206,9 @@ class _Weighted(Blend):
 
 
 class DBMPA(_Weighted):
-    """DB-MPA, ε = Σᵢ wᵢ εᵢ at each step (Algorithm 1, eq. 9), with DB-KLA's λ on top (eqs. 9 and 10 together):
-    ε = (1−λ) ε_pre + λ Σᵢ wᵢ εᵢ.
+    """DB-MPA, ε = Σᵢ wᵢ εᵢ at each step (Algorithm 1, eq. 9).
+
+    With DB-KLA's λ on top (eqs. 9 and 10 together): ε = (1−λ) ε_pre + λ Σᵢ wᵢ εᵢ.
 
     Args:
         weights: adapter → weight, each ≥ 0, sum 1; one mapping for all images, a list with one per image, or a

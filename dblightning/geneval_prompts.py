@@ -43,7 +43,7 @@ Sample = dict[str, Any]
 
 
 def with_article(words: str) -> str:
-    """ "an apple", "a red apple": the article looks at the first letter, as the benchmark's does."""
+    """The words with their article, "an apple", "a red apple"; chosen by first letter, as the benchmark does."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 

@@ -214,11 +214,11 @@ class RunState(L.LightningModule):
 
     @contextmanager
     def last_good_state(self) -> Iterator[None]:
-        """A rollout and its update: one that ends in NaN or infinity, or whose reward is unavailable, stops the run,
-        saved as it was before the rollout.
+        """A rollout and its update, saved as before it where it cannot be finished.
 
-        All ranks stop alike: gradients are averaged before they are checked, weights are the same, and a reward that is
-        unavailable on one rank is raised on all.
+        One that ends in NaN or infinity, or whose reward is unavailable, stops the run. All ranks stop alike: gradients
+        are averaged before they are checked, weights are the same, and a reward that is unavailable on one rank is
+        raised on all.
 
         Raises:
             NonFiniteError: saying what was not finite, and where the state before it is.

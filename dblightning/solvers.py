@@ -156,7 +156,7 @@ class DDIMSolver:
 
 
 class DiffusersSolver:
-    """Any solver of diffusers' schedulers: DPM-Solver++ (SDE or ODE), Euler-ancestral, TCD, …
+    """Any solver of diffusers' schedulers: DPM-Solver++ (SDE or ODE), Euler-ancestral, TCD and others.
 
     Args:
         scheduler: a diffusers scheduler; it is copied, so one object can serve many runs.

@@ -51,12 +51,12 @@ def _with_article(words: str) -> str:
 
 
 def single(color: str, thing: str) -> str:
-    """ "An orange colored sandwich." """
+    """The prompt of one coloured thing, such as "An orange colored sandwich."."""
     return _with_article(f"{color} colored {thing}.").capitalize()
 
 
 def pair(first: tuple[str, str], second: tuple[str, str]) -> str:
-    """ "A red car and a white sheep." from two (colour, object) tuples."""
+    """The prompt of two (colour, object) tuples, such as "A red car and a white sheep."."""
     return f"{_with_article(' '.join(first))} and {_with_article(' '.join(second))}.".capitalize()
 
 

@@ -189,7 +189,7 @@ def verdict(estimates: Estimates, rewards: Sequence[str]) -> Verdict:
 
 
 def _listed(found: Sequence[Comparison], total: int, adapters: dict[tuple[float, ...], str]) -> str:
-    """ "CoDe at w = 0.5, 0.8 (by 0.15, 0.15); …", the baselines first, then by size."""
+    """Comparisons as "CoDe at w = 0.5, 0.8 (by 0.15, 0.15); …", the baselines first, then by size."""
     groups: dict[str, list[Comparison]] = {}
     for each in found:
         groups.setdefault(each.variant, []).append(each)

@@ -204,8 +204,10 @@ def _http() -> Any:
 
 
 def _run_within(seconds: float, request: Coroutine[Any, Any, Any]) -> Any:
-    """The coroutine's result. In a thread of its own: a notebook's thread runs an event loop already, and looking up
-    a host's name cannot be interrupted, only be left behind.
+    """The coroutine's result, from a thread of its own.
+
+    A notebook's thread runs an event loop already, and looking up a host's name cannot be interrupted, only be left
+    behind.
 
     Raises:
         TimeoutError: not done after ``seconds``.

@@ -128,8 +128,10 @@ def check_images_of(paths: Sequence[Path]) -> None:
 
 
 def csv_cell(value: object) -> object:
-    """``value`` as a cell of a CSV file that a spreadsheet shows and does not compute: text that it would take for a
-    formula gets an apostrophe before it."""
+    """``value`` as a cell of a CSV file that a spreadsheet shows and does not compute.
+
+    Text that it would take for a formula gets an apostrophe before it.
+    """
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 

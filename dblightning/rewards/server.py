@@ -313,8 +313,11 @@ def _decode(index: int, text: str) -> Image.Image:
 
 
 class _Refusal(JSONResponse):
-    """An error, in answer to a request that may still be arriving. Its rest is read and dropped for a while:
-    were the connection closed at once, the client's system could discard the answer."""
+    """An error, in answer to a request that may still be arriving.
+
+    Its rest is read and dropped for a while: were the connection closed at once, the client's system could discard the
+    answer.
+    """
 
     def __init__(self, status: int, sentence: str, headers: dict[str, str] | None = None) -> None:
         super().__init__({"error": sentence}, status, {"Connection": "close", **(headers or {})})
@@ -665,8 +668,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _read_token(file: Path | None, variable: str) -> str | None:
-    """The token from a file, else from an environment variable, else None. Not from the command line, which every
-    user of the machine can read."""
+    """The token from a file, else from an environment variable, else None.
+
+    Not from the command line, which every user of the machine can read.
+    """
     return file.read_text(encoding="utf-8").strip() if file is not None else os.environ.get(variable) or None
 
 
