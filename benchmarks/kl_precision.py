@@ -30,7 +30,7 @@ from dblightning.miniature.rewards import ShapeAesthetic
 from dblightning.module import RewardRLModule
 from dblightning.noise import ImageNoise
 from dblightning.replay import Transitions
-from dblightning.sampling import rollout
+from dblightning.rollout import rollout
 
 PRECISIONS = ("bfloat16", "float16", "autocast")
 #: share of the adapter's strength

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dblightning.sampling import Trajectory
+from dblightning.rollout import Trajectory
 
 TENSORS = ("latents", "log_probs", "facts", "prompt_ids", "born", "rows")
 

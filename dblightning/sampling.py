@@ -2,157 +2,55 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from dblightning.backbone import Backbone, Conditioning
 from dblightning.blending import BatchWeights, Blend, BlendPlan, BlendStep, construct
+from dblightning.execution import (
+    MERGED_GROUP,
+    Call,
+    Calls,
+    Execution,
+    arrange,
+    check_execution,
+    count_vectors,
+    predict,
+)
 from dblightning.noise import ImageNoise
-from dblightning.schedule import gaussian_log_prob
-from dblightning.solvers import GaussianSolver, Solver
+from dblightning.solvers import Solver
 
-Execution = Literal["auto", "gated", "merged"]
-
-
-class Trajectory(NamedTuple):
-    """One rollout of B images over T steps, float32."""
-
-    latents: Tensor  # (T + 1, B, C, h, w), from noise to image
-    log_probs: Tensor  # (T, B), of latents[t + 1] given latents[t]; mean over C, h, w
-
-
-class Call(NamedTuple):
-    """One call of the denoiser: some rows of the flattened (K, B)."""
-
-    rows: Tensor  # int64 (r,), k · B + b
-    images: Tensor | None  # int64 (r,), b; None: every image, in order
-    gates: Tensor | None  # (r, m); None: no gates
-    merged: tuple[float, ...] | None  # the gate vector to run on merged weights
+# the names of :mod:`execution` and :mod:`rollout` are here too, where they were at first
+__all__ = [
+    "MERGED_GROUP",
+    "Call",
+    "Calls",
+    "Change",
+    "Execution",
+    "OnStep",
+    "Run",
+    "State",
+    "Steering",
+    "Unsteered",
+    "arrange",
+    "denoise_loop",
+    "predict",
+]
 
 
-class Calls(NamedTuple):
-    """How a blend step is executed, on the latents' device."""
-
-    calls: list[Call]
-    mix: Tensor | None  # (K, B); None: one row per image, unscaled
-    factors: bool
-
-
-#: on the CPU, images per gate vector from which merged weights beat one gated batch (measured on the miniature, where
-#: the gated layer weighs most; see docs/methods.md)
-MERGED_GROUP = 16
-
-
-def arrange(
-    blend: BlendStep,
-    device: torch.device,
-    execution: Execution = "auto",
-    max_rows: int | None = None,
-    merged_limit: int = 4,
-) -> Calls:
-    """Split a blend step into denoiser calls: only rows whose mix is not zero are computed.
-
-    Args:
-        blend: gates and mix, on the CPU.
-        device: where the latents are.
-        execution: "gated" runs all rows in one batch; "merged" runs the rows of each gate vector on merged weights;
-            "auto" takes merged where all rows share one gate vector (and, on the CPU, where each vector has at least
-            16 rows and all merged copies fit), else gated. Gradients to the adapters need "gated".
-        max_rows: rows per denoiser call, before guidance doubles them; None is no limit. A run that is out of memory
-            halves it and tries again.
-        merged_limit: merged copies that may be kept.
-    """
-    needed = (blend.mix != 0).any(1)
-    gates, mix = blend.gates[needed], blend.mix[needed]
-    batch = mix.shape[1]
-    row_of, image_of = (mix != 0).nonzero(as_tuple=True)
-    vectors = gates[row_of, image_of]  # (R, m)
-    unique, which, counts = _distinct(vectors)
-    if execution == "auto":
-        large = device.type == "cpu" and int(counts.min()) >= MERGED_GROUP
-        fits = int((unique != 0).any(1).sum()) <= merged_limit
-        execution = "merged" if len(unique) == 1 or (large and fits) else "gated"
-    if execution == "merged":
-        vectors_used: list[tuple[float, ...] | None] = [tuple(vector.tolist()) for vector in unique]
-        groups = [(which == each).nonzero().flatten() for each in range(len(unique))]
-    else:
-        vectors_used, groups = [None], [torch.arange(len(row_of))]
-    calls = []
-    for group, vector in zip(groups, vectors_used, strict=True):
-        for part in group.split(max_rows or len(group)):
-            images = image_of[part]
-            in_order = len(part) == batch and bool((images == torch.arange(batch)).all())
-            gated = vector is None and bool(vectors[part].any())
-            calls.append(
-                Call(
-                    (row_of[part] * batch + images).to(device),
-                    None if in_order else images.to(device),
-                    vectors[part].to(device) if gated else None,
-                    vector,
-                )
-            )
-    plain = mix.shape[0] == 1 and bool((mix == 1).all())
-    return Calls(calls, None if plain else mix.to(device), blend.factors)
-
-
-def _distinct(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct rows of (R, m), the index of each row's, and how often each occurs."""
-    if vectors.shape[1] == 0:  # no adapters
-        count = len(vectors)
-        return vectors[:1], torch.zeros(count, dtype=torch.int64), torch.tensor([count])
-    return torch.unique(vectors, dim=0, return_inverse=True, return_counts=True)
-
-
-def predict(
-    backbone: Backbone,
-    latents: Tensor,
-    timesteps: Tensor,
-    conditioning: Conditioning,
-    calls: Calls,
-    guidance_scale: float,
-) -> Tensor:
-    """The blended prediction of B images, Σ_k mix[k, b] · ε(x_b, t, c_b ; gates[k, b]).
-
-    Args:
-        latents: (B, C, h, w), as the denoiser wants them.
-        timesteps: int64 (B,).
-        conditioning: B rows.
-        calls: of :func:`arrange`.
-        guidance_scale: classifier-free guidance; 1 off. Applied per row, which equals applying it to the mix.
-
-    Returns:
-        (B, C, h, w), float32.
-    """
-    outputs = [
-        backbone.denoise(
-            latents if call.images is None else latents[call.images],
-            timesteps if call.images is None else timesteps[call.images],
-            conditioning if call.images is None else conditioning.rows(call.images),
-            guidance_scale,
-            gates=call.gates,
-            factors=calls.factors,
-            merged=call.merged,
-        )
-        for call in calls.calls
-    ]
-    if calls.mix is None and len(outputs) == 1:
-        return outputs[0]
-    output = torch.cat(outputs)
-    # scattered to (K, B) and summed over K, not index_add: atomics would make a GPU's sum depend on its order
-    height = 1 if calls.mix is None else len(calls.mix)
-    rows = torch.zeros(height * len(latents), *output.shape[1:], dtype=output.dtype, device=output.device)
-    rows = rows.index_copy(0, torch.cat([call.rows for call in calls.calls]), output)
-    if calls.mix is None:
-        return rows
-    shape = (height, len(latents), *[1] * (output.ndim - 1))
-    return (calls.mix.to(output.dtype).view(shape) * rows.unflatten(0, shape[:2])).sum(0)
+def __getattr__(name: str) -> Any:
+    """``Trajectory`` and ``rollout``, from the module above that now holds them."""
+    if name in ("Trajectory", "rollout"):
+        return getattr(importlib.import_module("dblightning.rollout"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass
@@ -172,11 +70,9 @@ class Run:
     _copied: dict[int, Conditioning] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.execution not in ("auto", "gated", "merged"):
-            raise ValueError(f"execution must be auto, gated or merged, got {self.execution!r}")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, or None for no limit, got {self.max_rows}")
-        if self.execution == "auto" and not self._vectors_last():
+        check_execution(self.execution, self.max_rows)
+        limit = self.backbone.adapters.merged_limit
+        if self.execution == "auto" and count_vectors(self.plan, self.num_steps) > limit:
             self.execution = "gated"  # merging anew at every step costs more than gating
 
     @property
@@ -187,14 +83,6 @@ class Run:
     @property
     def num_steps(self) -> int:
         return len(self.solver.timesteps)
-
-    def _vectors_last(self) -> bool:
-        vectors: set[bytes] = set()
-        for step_index in range(self.num_steps):
-            gates, mix, _ = self.plan(step_index)
-            distinct, _, _ = _distinct(gates[mix != 0])
-            vectors |= {vector.numpy().tobytes() for vector in distinct if vector.any()}  # the base needs no copy
-        return len(vectors) <= self.backbone.adapters.merged_limit
 
     def images(self, part: slice) -> Run:
         """The same run for some of its images."""
@@ -403,39 +291,3 @@ def denoise_loop(
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-@torch.no_grad()
-def rollout(
-    backbone: Backbone,
-    conditioning: Conditioning,
-    solver: GaussianSolver,
-    blend: Blend,
-    noise: ImageNoise,
-    guidance_scale: float,
-    execution: Execution = "auto",
-) -> Trajectory:
-    """Sample trajectories for the policy gradient, with the log-prob of every step.
-
-    The log-prob is evaluated on the stored float32 latents, so that the on-policy ratio is 1 up to kernel noise.
-
-    Raises:
-        ValueError: a step without noise (eta 0), which has no density.
-    """
-    stds = solver.stds()
-    if bool((stds <= 0).any()):
-        raise ValueError(
-            f"step {int((stds <= 0).nonzero()[0])} adds no noise (eta {solver.eta}), so it has no density; "
-            "train with eta > 0 and a scheduler whose set_alpha_to_one is false"
-        )
-    walk: list[Tensor] = []
-    log_probs: list[Tensor] = []
-
-    def record(step_index: int, latents: Tensor, output: Tensor, next_latents: Tensor) -> None:
-        walk.append(latents)
-        log_probs.append(gaussian_log_prob(solver.gaussian(output, latents, step_index), next_latents))
-
-    last = denoise_loop(
-        backbone, conditioning, solver, blend, noise, guidance_scale, execution=execution, on_step=record
-    )
-    return Trajectory(torch.stack([*walk, last]), torch.stack(log_probs))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dblightning.replay import TENSORS, ReplayBuffer
-from dblightning.sampling import Trajectory
+from dblightning.rollout import Trajectory
 
 STEPS, SHAPE = 5, (2, 3, 3)
 
