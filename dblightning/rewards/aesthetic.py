@@ -61,10 +61,10 @@ class AestheticScore(CLIPReward):
                 f"the aesthetic head takes {head.layers[0].in_features} features, the CLIP network gives {features}; "
                 "the published head belongs to OpenAI's ViT-L/14"
             )
-        self.hold("head", head)
+        self.register_frozen("head", head)
 
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return self.held("head")(self.image_features(images))
+        return self.frozen("head")(self.image_features(images))
 
 
 def load_head(path: Path) -> LinearHead:

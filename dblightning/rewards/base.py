@@ -85,9 +85,10 @@ class RewardMetric(Metric):
 
     ``score`` returns one value per image and keeps no state; ``update`` and ``compute`` average it over batches and
     ranks. Called as a function, a ``differentiable`` reward returns the batch's mean with its gradient to the images.
-    A subclass writes ``_score`` only, and passes its network to ``hold``.
+    A subclass writes ``_score`` only, and passes its network to
+    ``register_frozen``.
 
-    Held networks are frozen and in eval mode, whatever happens to the module around the reward: they follow it to a
+    Such networks are frozen and in eval mode, whatever happens to the module around the reward: they follow it to a
     device, but are no part of its parameters, its checkpoints, its ``train()`` or its precision. ``reward.to(dtype)``
     (or ``half``, ``double``, …) called on the reward itself changes theirs.
 
@@ -119,7 +120,7 @@ class RewardMetric(Metric):
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be >= 1, or None for no limit, got {micro_batch_size}")
         self.micro_batch_size = micro_batch_size
-        self._held: dict[str, nn.Module] = {}
+        self._frozen_networks: dict[str, nn.Module] = {}
         self.add_state("total", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("total_squares", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -233,22 +234,25 @@ class RewardMetric(Metric):
             variance = (self.total_squares / self.count - mean.square()).clamp_min(0) * self.count / (self.count - 1)
             return (variance / self.count).sqrt().float()
 
-    # ── held networks ────────────────────────────────────────────────────────────────────────────────────────────
+    # ── frozen networks ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def hold(self, name: str, module: nn.Module) -> None:
-        """Keep a frozen network under ``name``, to be read with ``held``; see the class docstring."""
-        self._held[name] = module.eval().requires_grad_(False)
+    def register_frozen(self, name: str, module: nn.Module) -> None:
+        """Freeze a network and keep it under ``name``, to be read with ``frozen``; see the class docstring."""
+        self._frozen_networks[name] = module.eval().requires_grad_(False)
 
-    def held(self, name: str) -> Any:
-        """The network kept under ``name``."""
-        return self._held[name]
+    def frozen(self, name: str) -> Any:
+        """The network registered under ``name``."""
+        return self._frozen_networks[name]
+
+    #: the names of earlier versions
+    hold, held = register_frozen, frozen
 
     def set_dtype(self, dst_type: str | torch.dtype) -> RewardMetric:
-        """Run the held networks in ``dst_type``; the running mean stays in float64."""
+        """Run the frozen networks in ``dst_type``; the running mean stays in float64."""
         dtype = getattr(torch, dst_type) if isinstance(dst_type, str) else dst_type
         for module in self.modules():
             if isinstance(module, RewardMetric):
-                for network in module._held.values():
+                for network in module._frozen_networks.values():
                     network.to(dtype)
                 module._weights_changed()
         return self
@@ -278,10 +282,10 @@ class RewardMetric(Metric):
             return tensor.to(fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device)
 
         super()._apply(move, exclude_state)
-        for network in self._held.values():
+        for network in self._frozen_networks.values():
             network._apply(move)
         self._weights_changed()
         return self
 
     def _weights_changed(self) -> None:
-        """Called when a held network changed device or dtype; a subclass drops what it cached."""
+        """Called when a frozen network changed device or dtype; a subclass drops what it cached."""

@@ -67,7 +67,7 @@ class CLIPReward(RewardMetric):
     ) -> None:
         super().__init__(micro_batch_size, **kwargs)
         check_preprocessing(preprocessing)
-        self.hold("clip", model)
+        self.register_frozen("clip", model)
         self.tokenizer = tokenizer
         self.resize = resize
         self.crop_rounding = crop_rounding
@@ -80,17 +80,17 @@ class CLIPReward(RewardMetric):
     @property
     def image_size(self) -> int:
         """Side in pixels of the images the network sees."""
-        size = self.held("clip").visual.image_size
+        size = self.frozen("clip").visual.image_size
         return int(size[0] if isinstance(size, Sequence) else size)
 
     @property
     def logit_scale(self) -> Tensor:
         """exp of the network's learned temperature, about 100: scalar."""
-        return self.held("clip").logit_scale.exp()
+        return self.frozen("clip").logit_scale.exp()
 
     def pixels(self, images: Tensor) -> Tensor:
         """What the network sees of images (B, 3, H, W) in [0, 1]: (B, 3, S, S), normalised."""
-        weight = next(self.held("clip").parameters())
+        weight = next(self.frozen("clip").parameters())
         exact = is_exact(self.preprocessing, images)
         # half precision keeps 11 bits at most: resize and normalise above it
         images = images.to(weight.device, torch.promote_types(images.dtype, torch.float32))
@@ -105,18 +105,18 @@ class CLIPReward(RewardMetric):
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit-length features (B, D) of images (B, 3, H, W) in [0, 1]; float32 unless the network runs in float64."""
-        return _unit(self.held("clip").encode_image(self.pixels(images)))
+        return _unit(self.frozen("clip").encode_image(self.pixels(images)))
 
     @torch.no_grad()
     def text_features(self, prompts: list[str]) -> Tensor:
         """Unit-length features (B, D) of texts. Each different text is encoded once, and kept for the next batch."""
-        device = next(self.held("clip").parameters()).device
+        device = next(self.frozen("clip").parameters()).device
         # features of an autocast region are of its precision: neither taken from the cache nor put into it
         cache = self._texts if not torch.is_autocast_enabled(device.type) else OrderedDict()
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
         features = {prompt: cache[prompt] for prompt in prompts if prompt in cache}
         if new:
-            encoded = _unit(self.held("clip").encode_text(self.tokenizer(new).to(device)))
+            encoded = _unit(self.frozen("clip").encode_text(self.tokenizer(new).to(device)))
             features.update(zip(new, encoded, strict=True))
         for prompt, feature in features.items():
             cache[prompt] = feature

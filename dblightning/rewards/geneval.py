@@ -103,7 +103,7 @@ class GenEvalAccuracy(CLIPReward):
         self.samples = samples
         self._plain_detector = None if isinstance(found, nn.Module) else found
         if isinstance(found, nn.Module):
-            self.hold("detector", found)
+            self.register_frozen("detector", found)
         self.threshold = threshold
         self.counting_threshold = counting_threshold
         self.max_objects = max_objects
@@ -115,7 +115,7 @@ class GenEvalAccuracy(CLIPReward):
     @property
     def detector(self) -> Detector:
         """What finds the objects."""
-        return self.held("detector") if self._plain_detector is None else self._plain_detector
+        return self.frozen("detector") if self._plain_detector is None else self._plain_detector
 
     def sample(self, prompt: str) -> Sample:
         """A prompt's metadata.

@@ -65,7 +65,7 @@ class ImageReward(RewardMetric):
         check_preprocessing(preprocessing)
         path = _convert.find_file(weights, ("ImageReward.pt",), "THUDM/ImageReward", "ImageReward")
         model = load_image_reward(path)
-        self.hold("model", model)
+        self.register_frozen("model", model)
         self.tokenizer = load_tokenizer(tokenizer, path.parent)
         rows = model.text.embeddings.word_embeddings.num_embeddings
         if len(self.tokenizer) != rows:
@@ -77,7 +77,7 @@ class ImageReward(RewardMetric):
         self.preprocessing = preprocessing
 
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        model: ImageRewardModel = self.held("model")
+        model: ImageRewardModel = self.frozen("model")
         weight = model.vision.embeddings.class_embedding
         exact = is_exact(self.preprocessing, images)
         images = images.to(weight.device, torch.promote_types(images.dtype, torch.float32))

@@ -75,10 +75,10 @@ class VILA(RewardMetric):
                 raise ValueError("backend 'tensorflow' takes the folder of a SavedModel, got a VilaModel")
             self._saved_model = SavedModel(weights)
         elif isinstance(weights, VilaModel):
-            self.hold("model", weights)
+            self.register_frozen("model", weights)
         else:
             path = _convert.find_file(weights, ("vila.safetensors",), None, "VILA (run `dblightning convert-vila`)")
-            self.hold("model", load_vila(path))
+            self.register_frozen("model", load_vila(path))
 
     @property
     def differentiable(self) -> bool:
@@ -88,7 +88,7 @@ class VILA(RewardMetric):
         if self._saved_model is not None:
             score = self._saved_model.score(images).to(images.device)
         else:
-            model: VilaModel = self.held("model")
+            model: VilaModel = self.frozen("model")
             weight = model.positions
             exact = is_exact(self.preprocessing, images)
             images = images.to(weight.device, torch.promote_types(images.dtype, torch.float32))

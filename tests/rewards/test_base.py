@@ -40,13 +40,13 @@ class Brightness(RewardMetric):
         super().__init__(micro_batch_size, **kwargs)
         network = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Dropout(0.5))
         nn.init.constant_(network[0].weight, weight)
-        self.hold("network", network)
+        self.register_frozen("network", network)
         self.batches: list[int] = []
 
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         self.batches.append(len(prompts))
         red = images[:, 0].mean((-2, -1))[:, None]
-        return self.held("network")(red.to(self.held("network")[0].weight.dtype)).squeeze(-1)
+        return self.frozen("network")(red.to(self.frozen("network")[0].weight.dtype)).squeeze(-1)
 
 
 class Blue(RewardMetric):
@@ -167,11 +167,11 @@ class Around(nn.Module):
         self.reward = Brightness(0.3)
 
 
-def test_a_held_network_is_no_part_of_the_module_around_it() -> None:
+def test_a_frozen_network_is_no_part_of_the_module_around_it() -> None:
     around = Around().train()
     assert set(around.state_dict()) == {"own.weight", "own.bias"}
     assert [name for name, _ in around.named_parameters()] == ["own.weight", "own.bias"]
-    network = around.reward.held("network")
+    network = around.reward.frozen("network")
     assert not network.training and not network[1].training
     assert not network[0].weight.requires_grad
 
@@ -181,20 +181,26 @@ def test_a_trainers_precision_leaves_the_rewards_alone_and_its_own_call_changes_
     around.to(torch.bfloat16)
     around.half()
     assert around.own.weight.dtype == torch.float16
-    assert around.reward.held("network")[0].weight.dtype == torch.float32
+    assert around.reward.frozen("network")[0].weight.dtype == torch.float32
     around.reward.update(GOOD, ["a", "b"])
     assert around.reward.total.dtype == torch.float64
     for dtype, change in ((torch.float64, "double"), (torch.bfloat16, "bfloat16"), (torch.float32, "float")):
         assert getattr(around.reward, change)() is around.reward
-        assert around.reward.held("network")[0].weight.dtype == dtype
+        assert around.reward.frozen("network")[0].weight.dtype == dtype
     around.reward.to("cpu", torch.float16)
-    assert around.reward.held("network")[0].weight.dtype == torch.float16
+    assert around.reward.frozen("network")[0].weight.dtype == torch.float16
     assert around.reward.total.dtype == torch.float64
 
 
-def test_a_held_network_follows_to_a_device() -> None:
+def test_the_names_of_earlier_versions_register_and_read_a_network() -> None:
+    reward = Brightness()
+    reward.hold("other", torch.nn.Linear(1, 1))
+    assert reward.held("other") is reward.frozen("other") and not reward.frozen("other").weight.requires_grad
+
+
+def test_a_frozen_network_follows_to_a_device() -> None:
     around = Around().to("meta")
-    assert around.reward.held("network")[0].weight.device.type == "meta"
+    assert around.reward.frozen("network")[0].weight.device.type == "meta"
     assert around.reward.total.device.type == "meta"
 
 

@@ -77,7 +77,7 @@ def test_pickscore_reads_single_files_of_both_formats(tmp_path: Path, clip_folde
     """open_clip's file, made here from the reverse of the key map, scores as the folder does."""
     images = tiny.pictures(2)
     expected = PickScore(clip_folder).score(images, ["a", "b"])
-    state = PickScore(clip_folder).held("clip").state_dict()
+    state = PickScore(clip_folder).frozen("clip").state_dict()
     torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": tiny.OPEN_CLIP_CONFIG}))
     torch.testing.assert_close(PickScore(tmp_path).score(images, ["a", "b"]), expected)
@@ -199,8 +199,8 @@ def test_clip_score_is_two_and_a_half_cosines_above_zero(clip_folder: Path, shap
 def test_texts_are_encoded_once_and_again_after_a_change_of_precision(clip_folder: Path) -> None:
     reward = PickScore(clip_folder)
     encoded: list[int] = []
-    encode = reward.held("clip").encode_text
-    reward.held("clip").encode_text = lambda ids: encoded.append(len(ids)) or encode(ids)
+    encode = reward.frozen("clip").encode_text
+    reward.frozen("clip").encode_text = lambda ids: encoded.append(len(ids)) or encode(ids)
     images = tiny.pictures(4)
     first = reward.score(images, ["a", "b", "a", "a"])
     assert encoded == [2]

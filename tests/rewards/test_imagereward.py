@@ -67,7 +67,7 @@ def test_the_gradient_is_the_packages(image_reward_folder: Path, image_reward_fi
     pixels = normalize(short_side_crop(tiny.reference_pictures()[1], 224, exact=True), CLIP_MEAN, CLIP_STD)
     pixels.requires_grad_()
     tokens = reward.tokenizer(PROMPTS[1], return_tensors="pt")
-    raw = reward.held("model")(pixels, tokens.input_ids, tokens.attention_mask)
+    raw = reward.frozen("model")(pixels, tokens.input_ids, tokens.attention_mask)
     (raw / 1.0333394966054072).sum().backward()
     expected = image_reward_fixture["gradient"]
     # kernels add in another order: 1e-4 of the largest entry
