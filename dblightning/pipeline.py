@@ -14,11 +14,11 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from dblightning.backbone import COMPONENTS, Conditioning, DiffusersBackbone, load_pipeline
+from dblightning.backbone import FAMILIES, Conditioning, DiffusersBackbone, Size, load_pipeline
 from dblightning.blending import Base, BatchWeights, Blend, WeightSchedule, resolve_blend
 from dblightning.noise import GeneratorNoise
 from dblightning.pipeline_call import CallbackTensors, CallSettings, RunningCalls
-from dblightning.pipeline_inputs import SizeInputs, TextInputs, condition, embeds_dtype, repeated
+from dblightning.pipeline_inputs import SizeInputs, TextInputs, check_taken, condition, repeated
 from dblightning.pipeline_lora import REFUSED, LoraMethods
 from dblightning.prompt_cache import has_lora
 from dblightning.sampling import Change, Execution, Steering, denoise_loop
@@ -197,12 +197,13 @@ class DiffusionBlendPipeline(LoraMethods):
         pipeline = self.backbone.pipeline
         if options.get("push_to_hub"):
             raise ValueError("push_to_hub would leave the adapters behind; save to a folder and upload the folder")
-        if has_lora(self.backbone.text_encoder) or has_lora(self.backbone.text_encoder_2):
+        if any(has_lora(encoder) for encoder in self.backbone.text_encoders):
             raise ValueError(
                 "a text encoder carries a LoRA, which would be saved as weights nobody can load; unload it"
             )
-        names = [] if self.backbone.unet is None else self.adapters.names
-        (_unadapted(pipeline) if has_lora(self.backbone.unet) else pipeline).save_pretrained(save_directory, **options)
+        names = [] if self.backbone.denoiser is None else self.adapters.names
+        plain = _unadapted(self.backbone) if has_lora(self.backbone.denoiser) else pipeline
+        plain.save_pretrained(save_directory, **options)
         for name in names:
             self.adapters.export(name, Path(save_directory) / "adapters" / name, pipeline, self._metadata.get(name))
         (Path(save_directory) / INDEX_NAME).write_text(json.dumps({"adapters": names}))
@@ -222,7 +223,7 @@ class DiffusionBlendPipeline(LoraMethods):
 
     def __setattr__(self, name: str, value: Any) -> None:
         own = name == "backbone" or name in self.__dict__ or hasattr(type(self), name)
-        if own and name not in ("scheduler", *COMPONENTS):
+        if own and name != "scheduler":
             object.__setattr__(self, name, value)
         elif "backbone" in self.__dict__ and hasattr(self.backbone.pipeline, name):
             setattr(self.backbone.pipeline, name, value)
@@ -244,7 +245,7 @@ class DiffusionBlendPipeline(LoraMethods):
 
     def to(self, *args: Any, **kwargs: Any) -> DiffusionBlendPipeline:
         """Move to a device or a dtype, as diffusers' pipelines do; the adapters keep their float32 values."""
-        bank = None if self.backbone.unet is None else self.adapters
+        bank = None if self.backbone.denoiser is None else self.adapters
         if bank is None:
             self.backbone.pipeline.to(*args, **kwargs)
             return self
@@ -359,7 +360,7 @@ class DiffusionBlendPipeline(LoraMethods):
         names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         self._check(prompts, prompt_embeds, output_type, per_prompt, names)
         if guidance_scale is None:
-            guidance_scale = 5.0 if backbone.is_xl else 7.5
+            guidance_scale = backbone.family.guidance_scale
         chosen, steering = self._blend(
             blend, method, weights, kl_scale, normalize, ls_schedule, rewards, method_options, steering
         )
@@ -367,8 +368,8 @@ class DiffusionBlendPipeline(LoraMethods):
         if eta is None and noisy and "eta" in inspect.signature(type(self.scheduler).step).parameters:
             eta = 1.0
         solver = self._solver(num_inference_steps, eta, timesteps, sigmas, denoising_end)
-        shape = self._latent_shape(height, width)
-        factor = pipeline.vae_scale_factor
+        size = self._size(height, width)
+        shape = backbone.latent_shape_of(size)
         inputs = TextInputs(
             prompts,
             prompt_2,
@@ -389,7 +390,7 @@ class DiffusionBlendPipeline(LoraMethods):
             cross_attention_kwargs=cross_attention_kwargs,
             denoising_end=denoising_end,
             num_timesteps=len(solver.timesteps),
-            embedded_guidance=backbone.unet.config.time_cond_proj_dim is not None,
+            embedded_guidance=backbone.family.guidance == "embedded",
         )
         device = backbone.device
         sizes = SizeInputs(
@@ -402,16 +403,14 @@ class DiffusionBlendPipeline(LoraMethods):
         )
         inputs.check(backbone)
         sizes.check(backbone)
-        noise = GeneratorNoise(generator, images, device, embeds_dtype(backbone))
+        noise = GeneratorNoise(generator, images, device, backbone.family.embeds_dtype)
         if not backbone.can_merge:  # hooks move or cast the weights; merged copies would stay as they are
             execution = "gated"
         before = self._calls.start(call)
         try:
             # offloaded models leave the device when a call ends, so those calls take turns
-            with backbone.lock if hasattr(backbone.unet, "_hf_hook") else nullcontext():
-                conditioning = condition(
-                    backbone, inputs, sizes, call, per_prompt, (shape[1] * factor, shape[2] * factor)
-                )
+            with backbone.lock if hasattr(backbone.denoiser, "_hf_hook") else nullcontext():
+                conditioning = condition(backbone, inputs, sizes, call, per_prompt, size)
                 first = noise(shape) if latents is None else latents.to(device)
                 with self.progress_bar(total=len(solver.timesteps)) as bar:
                     try:
@@ -437,7 +436,7 @@ class DiffusionBlendPipeline(LoraMethods):
             pipeline.maybe_free_model_hooks()
         if return_dict:
             return BlendOutput(made, unsafe)
-        return (made,) if backbone.is_xl else (made, unsafe)
+        return (made, unsafe) if backbone.family.has_verdicts else (made,)
 
     def _check(
         self,
@@ -499,8 +498,8 @@ class DiffusionBlendPipeline(LoraMethods):
         sigmas: Sequence[float] | None,
         denoising_end: float | None,
     ) -> Solver:
-        if denoising_end is not None and not self.backbone.is_xl:
-            raise ValueError("denoising_end belongs to SDXL; this is a Stable Diffusion 1.x or 2.x model")
+        if denoising_end is not None:
+            check_taken(self.backbone, ["denoising_end"])
         if timesteps is not None and sigmas is not None:
             raise ValueError("give timesteps or sigmas, not both")
         custom: dict[str, Any] = {
@@ -517,21 +516,19 @@ class DiffusionBlendPipeline(LoraMethods):
             solver.timesteps = solver.timesteps[: int(kept.sum())]
         return solver
 
-    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """(C, h, w) of a picture of this size."""
+    def _size(self, height: int | None, width: int | None) -> Size:
+        """Height and width of the images in pixels."""
         backbone = self.backbone
-        sizes = [
-            default if each is None else each
-            for each, default in zip((height, width), backbone.default_size, strict=True)
-        ]
-        factor = self.vae_scale_factor
-        for each in sizes:
-            if each < factor or each % factor:
+        default_height, default_width = backbone.default_size
+        size = (default_height if height is None else height, default_width if width is None else width)
+        unit = backbone.family.size_unit
+        for each in size:
+            if each < unit or each % unit:
                 raise ValueError(
-                    f"height and width must be multiples of {factor}, and are best multiples of {backbone.size_step} "
+                    f"height and width must be multiples of {unit}, and are best multiples of {backbone.size_step} "
                     f"for this model, got {each}"
                 )
-        return backbone.latent_shape[0], sizes[0] // factor, sizes[1] // factor
+        return size
 
     def _on_step(
         self,
@@ -587,32 +584,34 @@ class DiffusionBlendPipeline(LoraMethods):
             return (pipeline.watermark.apply_watermark(images * 2 - 1) / 2 + 0.5).clamp(0, 1), None
         if getattr(pipeline, "safety_checker", None) is None:
             return images, None
-        _, unsafe = pipeline.run_safety_checker(images * 2 - 1, self.backbone.device, self.backbone.unet.dtype)
+        _, unsafe = pipeline.run_safety_checker(images * 2 - 1, self.backbone.device, self.backbone.denoiser.dtype)
         black = torch.tensor(unsafe, device=images.device).view(-1, 1, 1, 1)
         return torch.where(black, torch.zeros_like(images), images), list(unsafe)
 
 
 def _assembled(components: dict[str, Any]) -> Any:
-    """A plain pipeline of components."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    """A plain pipeline of components.
 
-    if {"text_encoder_2", "tokenizer_2"} & components.keys():
-        return StableDiffusionXLPipeline(**components)
-    checked = components.get("safety_checker") is not None
-    defaults = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": checked}
-    return StableDiffusionPipeline(**{**defaults, **components})
+    Raises:
+        ValueError: components of no known family.
+    """
+    for family in dict.fromkeys(FAMILIES.values()):
+        pipeline = family.assemble(components)
+        if pipeline is not None:
+            return pipeline
+    raise ValueError(f"no family of models has the components {sorted(components)}; the families are {list(FAMILIES)}")
 
 
-def _unadapted(pipeline: Any) -> Any:
+def _unadapted(backbone: DiffusersBackbone) -> Any:
     """A pipeline of the same components whose denoiser shares the base weights and has no adapter layers."""
-    unet = pipeline.unet
-    unet = getattr(unet, "_orig_mod", unet)
+    pipeline, denoiser = backbone.pipeline, getattr(backbone.denoiser, "_orig_mod", backbone.denoiser)
     weights = {
-        key.replace(".base_layer.", "."): value for key, value in unet.state_dict().items() if ".lora_" not in key
+        key.replace(".base_layer.", "."): value for key, value in denoiser.state_dict().items() if ".lora_" not in key
     }
     with torch.device("meta"):
-        plain = type(unet).from_config(unet.config)
+        plain = type(denoiser).from_config(denoiser.config)
     plain.load_state_dict(weights, assign=True)
-    made = type(pipeline)(**{**pipeline.components, "unet": plain}, **pipeline.parameters)
+    parts = {**pipeline.components, backbone.family.denoiser_name: plain}
+    made = type(pipeline)(**parts, **pipeline.parameters)
     made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
     return made

@@ -81,20 +81,16 @@ class CallbackTensors:
 
     def __init__(self, conditioning: Conditioning, guided: bool) -> None:
         self.conditioning = conditioning
+        both = conditioning.guided() if guided else conditioning
         held = {
-            "prompt_embeds": self._joined("negative_prompt_embeds", "prompt_embeds", guided),
+            "prompt_embeds": both.prompt_embeds,
             "negative_prompt_embeds": conditioning.negative_prompt_embeds,
         }
-        if conditioning.size is not None:
-            held["add_text_embeds"] = self._joined("negative_pooled", "pooled", guided)
-            held["add_time_ids"] = self._joined("negative_size", "size", guided)
+        if both.added is not None:
+            held["add_text_embeds"] = both.pooled
+            held |= {f"add_{name}": part for name, part in both.added.items()}
         self.held = held
         self._seen = {name: _mark(tensor) for name, tensor in held.items()}
-
-    def _joined(self, negative: str, positive: str, guided: bool) -> Tensor:
-        rows = getattr(self.conditioning, positive)
-        before = getattr(self.conditioning, negative)
-        return torch.cat([rows if before is None else before, rows]) if guided else rows
 
     def taken(self, returned: Mapping[str, Any]) -> Conditioning | None:
         """The conditioning after a callback, or None if it changed nothing (by returning a tensor or in place).
@@ -108,16 +104,21 @@ class CallbackTensors:
         places = {
             "prompt_embeds": ("negative_prompt_embeds", "prompt_embeds"),
             "add_text_embeds": ("negative_pooled", "pooled"),
-            "add_time_ids": ("negative_size", "size"),
         }
         changes: dict[str, Any] = {}
+        added: dict[str, dict[str, Tensor]] = {}
         for name, given in self.held.items():
             value = returned.get(name, given)
             if value is given and _unchanged(value, self._seen[name]):
                 continue
-            negative, positive = places.get(name, ("", "negative_prompt_embeds"))
-            changes.update(self._rows(name, value, given, negative, positive))
+            if name in places or name == "negative_prompt_embeds":
+                changes |= self._rows(name, value, given, *places.get(name, ("", "negative_prompt_embeds")))
+            else:
+                for place, rows in self._rows(name, value, given, "negative_added", "added").items():
+                    added.setdefault(place, {})[name.removeprefix("add_")] = rows
             self.held[name], self._seen[name] = value, _mark(value)
+        for place, parts in added.items():
+            changes[place] = {**(getattr(self.conditioning, place) or self.conditioning.added or {}), **parts}
         if not changes:
             return None
         self.conditioning = self.conditioning._replace(**changes)

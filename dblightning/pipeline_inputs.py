@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dblightning.adapters import silence_text_adapters
-from dblightning.backbone import Conditioning, DiffusersBackbone
+from dblightning.backbone import Conditioning, DiffusersBackbone, Text
 from dblightning.pipeline_call import CallSettings
 
 Texts = str | Sequence[str]
@@ -40,16 +40,13 @@ class TextInputs:
     def embeddings(self, backbone: DiffusersBackbone) -> dict[str, Tensor | None]:
         """Those of the four embeddings that the model has, by name."""
         names = ["prompt_embeds", "negative_prompt_embeds"]
-        if backbone.is_xl:
+        if backbone.family.takes("pooled_prompt_embeds"):
             names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
         return {name: getattr(self, name) for name in names}
 
     def check(self, backbone: DiffusersBackbone) -> None:
         """Raises ValueError for inputs of another model, and for numbers of texts that do not fit."""
-        xl_only = ("prompt_2", "negative_prompt_2", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        stray = [name for name in xl_only if getattr(self, name) is not None]
-        if stray and not backbone.is_xl:
-            raise ValueError(f"{stray[0]} belongs to SDXL; leave it out for this model")
+        check_taken(backbone, [name for name, value in vars(self).items() if value is not None])
         for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
             texts = getattr(self, name)
             if texts is not None and not isinstance(texts, str) and len(texts) != self.count:
@@ -70,29 +67,15 @@ class SizeInputs:
 
     def check(self, backbone: DiffusersBackbone) -> None:
         """Raises ValueError for sizes given to a model that takes none."""
-        if not backbone.is_xl and self != SizeInputs():
-            stray = [name for name, value in vars(self).items() if value not in (None, (0, 0))]
-            raise ValueError(f"{stray[0]} belongs to SDXL; leave it out for this model")
+        check_taken(backbone, [name for name, value in vars(self).items() if value not in (None, (0, 0))])
 
-    def ids(self, backbone: DiffusersBackbone, rows: int, size: tuple[int, int], like: Tensor) -> dict[str, Tensor]:
-        """``Conditioning.size`` and, where both of its sizes are given, ``negative_size``; none for other models."""
-        if not backbone.is_xl:
-            return {}
-        made = {
-            "size": backbone.size_ids(
-                rows, like, size, self.original_size, self.crops_coords_top_left, self.target_size
-            )
-        }
-        if self.negative_original_size is not None and self.negative_target_size is not None:
-            made["negative_size"] = backbone.size_ids(
-                rows,
-                like,
-                size,
-                self.negative_original_size,
-                self.negative_crops_coords_top_left,
-                self.negative_target_size,
-            )
-        return made
+
+def check_taken(backbone: DiffusersBackbone, names: Sequence[str]) -> None:
+    """Raises ValueError for arguments that the wrapped pipeline's own call does not have."""
+    stray = [name for name in names if not backbone.family.takes(name)]
+    if stray:
+        kind = type(backbone.pipeline).__name__
+        raise ValueError(f"{stray[0]} is no argument of a {kind}; leave it out for this model")
 
 
 def condition(
@@ -117,19 +100,11 @@ def condition(
     make = _from_embeddings if given else _from_texts
     conditioning = make(backbone, inputs, call, per_prompt)
     attention = {key: value for key, value in (call.cross_attention_kwargs or {}).items() if key != "scale"}
-    return conditioning._replace(
-        **sizes.ids(backbone, inputs.count * per_prompt, size, conditioning.prompt_embeds),
+    return backbone.sized(conditioning, size, **vars(sizes))._replace(
         guidance_rescale=call.guidance_rescale,
         lora_scale=float(scale),
         attention_kwargs=attention or None,
     )
-
-
-def embeds_dtype(backbone: DiffusersBackbone) -> torch.dtype:
-    """Precision of the embeddings, in which diffusers draws its noise."""
-    encoder = backbone.text_encoder_2 if backbone.is_xl else backbone.text_encoder
-    dtype: torch.dtype = (backbone.unet if encoder is None else encoder).dtype
-    return dtype
 
 
 def repeated(values: Texts | None, count: int, each: int) -> list[str] | None:
@@ -143,7 +118,7 @@ def repeated(values: Texts | None, count: int, each: int) -> list[str] | None:
 def _from_texts(backbone: DiffusersBackbone, inputs: TextInputs, call: CallSettings, per_prompt: int) -> Conditioning:
     """All from texts, through the backbone's cache."""
 
-    def pairs(first: Texts | None, second: Texts | None) -> list[tuple[str, str | None]]:
+    def pairs(first: Texts | None, second: Texts | None) -> list[Text]:
         none: list[str | None] = [None] * (inputs.count * per_prompt)
         seconds = repeated(second, inputs.count, per_prompt) or none
         return list(zip(repeated(first or "", inputs.count, per_prompt) or [], seconds, strict=True))
@@ -154,7 +129,7 @@ def _from_texts(backbone: DiffusersBackbone, inputs: TextInputs, call: CallSetti
         call.clip_skip,
         thorough=True,
     )
-    if inputs.negative_prompt is None and backbone.zero_negative:
+    if inputs.negative_prompt is None and backbone.family.zero_negative:
         negative_embeds, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
     return Conditioning(embeds, pooled, negative_embeds, negative_pooled)
 
@@ -165,31 +140,20 @@ def _from_embeddings(
     """Embeddings that the caller gave, some or all; the wrapped pipeline makes those that are missing."""
     count, pipeline = inputs.count, backbone.pipeline
     texts: dict[str, Any] = {"prompt": inputs.prompt, "negative_prompt": repeated(inputs.negative_prompt, count, 1)}
-    if backbone.is_xl:
-        texts["prompt_2"] = repeated(inputs.prompt_2, count, 1)
-        texts["negative_prompt_2"] = repeated(inputs.negative_prompt_2, count, 1)
-    embeddings = inputs.embeddings(backbone)
-    pipeline.check_inputs(height=8, width=8, callback_steps=None, **texts, **embeddings)
+    for name in ("prompt_2", "negative_prompt_2"):
+        if backbone.family.takes(name):
+            texts[name] = repeated(getattr(inputs, name), count, 1)
     makes_negative = inputs.negative_prompt_embeds is None and not (
-        backbone.zero_negative and inputs.negative_prompt is None
+        backbone.family.zero_negative and inputs.negative_prompt is None
     )
     if call.guided and makes_negative and pipeline.tokenizer is None:
         raise ValueError("guidance needs negative_prompt_embeds, or a text encoder to make them; or guidance_scale=1")
     silence_text_adapters(pipeline)
     with backbone.lock:
-        made = pipeline.encode_prompt(
-            device=backbone.device,
-            num_images_per_prompt=per_prompt,
-            do_classifier_free_guidance=call.guided,
-            clip_skip=call.clip_skip,
-            **texts,
-            **embeddings,
+        embeds, pooled, negative_embeds, negative_pooled = backbone.family.complete(
+            texts, inputs.embeddings(backbone), backbone.device, per_prompt, call.guided, call.clip_skip
         )
-    embeds, negative_embeds = made[0], made[1]
-    pooled, negative_pooled = made[2:] if backbone.is_xl else (embeds[:, -1], None)
     call.has_negatives = negative_embeds is not None
-    if negative_embeds is None:
+    if negative_embeds is None or negative_pooled is None:
         negative_embeds, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
-    elif negative_pooled is None:
-        negative_pooled = negative_embeds[:, -1]
     return Conditioning(embeds, pooled.to(embeds), negative_embeds, negative_pooled.to(embeds))

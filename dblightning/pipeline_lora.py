@@ -19,6 +19,7 @@ REFUSED = {
     "fuse_lora": "the base model stays apart from its adapters; pass weights={'name': 1.0} (a single gate already runs "
     "on merged weights), or fuse in a plain pipeline",
     "load_lora_into_unet": "use load_lora_weights(path, adapter_name='name')",
+    "load_lora_into_transformer": "use load_lora_weights(path, adapter_name='name')",
     "load_lora_into_text_encoder": "adapters here belong to the denoiser; use load_lora_weights(path)",
     "set_lora_device": "adapters live where the denoiser lives; use pipe.to(device), or delete_adapters('name')",
     "enable_lora_hotswap": "load adapters under names of their own and choose with weights=",
@@ -60,7 +61,7 @@ class LoraMethods:
 
     def load_adapter(self, name: str, path: str | Path, allow_other_base: bool = False) -> dict[str, Any]:
         """Load a LoRA under a name and return its metadata; see :meth:`AdapterBank.load`."""
-        if any(getattr(each, "fused_projections", False) for each in self.backbone.unet.modules()):
+        if any(getattr(each, "fused_projections", False) for each in self.backbone.denoiser.modules()):
             raise ValueError("fused projections bypass adapters; call unfuse_qkv_projections() before loading one")
         metadata = self.adapters.load(name, path, self.backbone.pipeline, allow_other_base)
         self._metadata[name] = metadata
@@ -140,7 +141,7 @@ class LoraMethods:
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """The adapters of each component."""
-        return {"unet": self.adapters.names} if self.adapters.names else {}
+        return {self.backbone.family.denoiser_name: self.adapters.names} if self.adapters.names else {}
 
     def disable_lora(self) -> None:
         """Calls without ``weights`` run the base model."""

@@ -74,7 +74,7 @@ def text_state(pipeline: Any, thorough: bool = False) -> tuple[Any, ...]:
             transfer from the device, so a training step goes without.
     """
     parts: list[Any] = []
-    for suffix in ("", "_2"):
+    for suffix in ("", "_2", "_3"):
         tokenizer = getattr(pipeline, f"tokenizer{suffix}", None)
         encoder = getattr(pipeline, f"text_encoder{suffix}", None)
         if tokenizer is not None:

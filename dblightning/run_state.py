@@ -96,12 +96,12 @@ class RunState(L.LightningModule):
 
     def facts(self) -> dict[str, Any]:
         """What must be the same for a checkpoint's adapter and replay buffer to keep their meaning."""
-        unet = getattr(self.backbone.adapters, "unet", None)
+        denoiser = getattr(self.backbone.adapters, "denoiser", None)
         scheduler = {key: value for key, value in dict(self.backbone.scheduler_config).items() if key[0] != "_"}
         return {
             "reward": self.reward.name,
             "adapter_name": self.adapter_name,
-            "base": fingerprint(unet) if unet is not None else None,
+            "base": fingerprint(denoiser) if denoiser is not None else None,
             "latent_shape": list(self.backbone.latent_shape),
             "scheduler": scheduler,
             **{name: _plain(self.hparams[name]) for name in FIXED},

@@ -49,16 +49,26 @@ class AdapterBank:
     says which adapters run, and how strongly.
 
     Args:
-        unet: the frozen denoiser, a diffusers model with PEFT support. Its parameters get ``requires_grad=False``;
+        denoiser: the frozen model, a diffusers model with PEFT support. Its parameters get ``requires_grad=False``;
             LoRAs it already has are taken over at full strength (with a warning where ``set_adapters`` scaled them).
         merged_limit: how many merged copies of the adapted matrices may be kept (one per gate vector in use).
+        prefix: what the denoiser's keys in a LoRA file in diffusers' form start with.
+        target_modules: the layers that a new adapter is put on, where none are named.
 
     Raises:
         ValueError: an adapter of the model cannot be gated; the model is as it was.
     """
 
-    def __init__(self, unet: nn.Module, merged_limit: int = 4) -> None:
-        self.unet = unet
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        merged_limit: int = 4,
+        prefix: str = "unet",
+        target_modules: Sequence[str] = ATTENTION,
+    ) -> None:
+        self.denoiser = denoiser
+        self.prefix = prefix
+        self.target_modules = tuple(target_modules)
         self.state = GateState()
         self.merged_limit = merged_limit
         self._merged_keys: OrderedDict[tuple[Any, ...], None] = OrderedDict()
@@ -71,11 +81,16 @@ class AdapterBank:
         self._stacked = False
         self._installed: dict[str, Any] = {}  # the model's PEFT configs, as `refresh` found them
         self._position: Tensor | None = None
-        _check_layers(_tuner_layers(unet))
-        unet.requires_grad_(False)
-        self._fingerprint = fingerprint(unet)
+        _check_layers(_tuner_layers(denoiser))
+        denoiser.requires_grad_(False)
+        self._fingerprint = fingerprint(denoiser)
         self.state.names = list(self._configs())
         self.refresh()
+
+    @property
+    def unet(self) -> nn.Module:
+        """The denoiser under its first name."""
+        return self.denoiser
 
     @property
     def names(self) -> list[str]:
@@ -93,7 +108,7 @@ class AdapterBank:
         name: str,
         rank: int = 4,
         lora_alpha: float | None = None,
-        target_modules: Sequence[str] = ATTENTION,
+        target_modules: Sequence[str] | None = None,
         seed: int | None = None,
     ) -> None:
         """Create a new adapter, initially without effect (B = 0), and make it trainable in float32.
@@ -102,22 +117,21 @@ class AdapterBank:
             name: the adapter's name; by custom the reward it is trained on.
             rank: LoRA rank (paper: 4).
             lora_alpha: LoRA alpha; the scale is alpha / rank. Defaults to ``rank``, scale 1.
-            target_modules: name endings of the linear layers and convolutions to adapt.
+            target_modules: name endings of the linear layers and convolutions to adapt; None takes the bank's.
             seed: seed of A's initial values; None takes torch's global generator.
 
         Raises:
             ValueError: the name exists, no layer matches, or a matched layer cannot be adapted; nothing is added.
         """
         self._check_new(name)
-        config = LoraConfig(
-            r=rank, lora_alpha=rank if lora_alpha is None else lora_alpha, target_modules=list(target_modules)
-        )
+        targets = self.target_modules if target_modules is None else target_modules
+        config = LoraConfig(r=rank, lora_alpha=rank if lora_alpha is None else lora_alpha, target_modules=list(targets))
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
             with self._or_nothing(name), _several_adapters():
                 try:
-                    self.unet.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+                    self.denoiser.add_adapter(config, adapter_name=name)  # type: ignore[operator]
                 except ValueError as error:
                     raise ValueError(f"no adapter {name!r}: {error}") from error
                 self._adopt(name)
@@ -144,7 +158,7 @@ class AdapterBank:
         """
         self._check_new(name)
         try:
-            file = read_lora(path, self._layers_per_block())
+            file = read_lora(path, self._layers_per_block(), self.prefix)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"no LoRA for adapter {name!r}: {error}") from error
         assert file.path is not None
@@ -160,11 +174,11 @@ class AdapterBank:
             warnings.warn(f"adapter {name!r}: {file.assumed}", stacklevel=2)
         config = lora_config(modules, (each for each, _ in self._modules()))
         with self._or_nothing(name), _several_adapters():
-            self.unet.load_lora_adapter(  # type: ignore[operator]
-                {f"unet.{key}": tensor for key, tensor in _peft_state(modules).items()},
-                prefix="unet",
+            self.denoiser.load_lora_adapter(  # type: ignore[operator]
+                {f"{self.prefix}.{key}": tensor for key, tensor in _peft_state(modules).items()},
+                prefix=self.prefix,
                 adapter_name=name,
-                metadata={f"unet.{key}": value for key, value in config.items()},
+                metadata={f"{self.prefix}.{key}": value for key, value in config.items()},
                 _pipeline=pipeline,
             )
             self._adopt(name)
@@ -209,8 +223,8 @@ class AdapterBank:
         }
         config = self._configs()[name].to_dict()
         file = {"diffusers": WEIGHTS_NAME, "peft": PEFT_WEIGHTS_NAME}.get(format, f"{name}.safetensors")
-        lora = LoraFile({"unet": self.factors(name)}, facts)
-        return write_lora(Path(folder) / file, lora, format, {"unet": config})
+        lora = LoraFile({self.prefix: self.factors(name)}, facts, denoiser=self.prefix)
+        return write_lora(Path(folder) / file, lora, format, {self.prefix: config})
 
     def factors(self, name: str) -> dict[str, LoraFactors]:
         """The adapter's modules and their factors, detached and on the CPU."""
@@ -237,7 +251,7 @@ class AdapterBank:
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """The adapter's tensors as PEFT names them, detached and on the CPU."""
-        state = get_peft_model_state_dict(self.unet, adapter_name=name)
+        state = get_peft_model_state_dict(self.denoiser, adapter_name=name)
         return {key: value.detach().cpu().clone() for key, value in state.items()}
 
     def load_state_dict(self, name: str, state: dict[str, Tensor]) -> None:
@@ -248,7 +262,7 @@ class AdapterBank:
         """
         own = {
             _state_key(key, name): parameter
-            for key, parameter in self.unet.named_parameters()
+            for key, parameter in self.denoiser.named_parameters()
             if f".{name}." in key and ".lora_" in key
         }
         if set(own) != set(state):
@@ -466,7 +480,7 @@ class AdapterBank:
         Raises:
             ValueError: an adapter that cannot be gated, before any layer is changed.
         """
-        layers = _tuner_layers(self.unet)
+        layers = _tuner_layers(self.denoiser)
         _check_layers(layers)
         configs = self._configs()
         scaled: dict[str, float] = {}
@@ -501,7 +515,7 @@ class AdapterBank:
 
     def _configs(self) -> dict[str, Any]:
         """The model's adapters as PEFT has them: name → config."""
-        return dict(getattr(self.unet, "peft_config", None) or {})
+        return dict(getattr(self.denoiser, "peft_config", None) or {})
 
     def _follow(self) -> None:
         """Take over what happened to the model's adapters by other means than this bank's."""
@@ -520,7 +534,7 @@ class AdapterBank:
             self.state.names = before
             raise
         if gone:  # the base may have been changed for good: fuse_lora(), then unload_lora_weights()
-            self._fingerprint = fingerprint(self.unet)
+            self._fingerprint = fingerprint(self.denoiser)
 
     def _check_use(self, adapted: bool) -> None:
         """Raises ValueError if diffusers' own methods have set the model's adapters otherwise than the gates say."""
@@ -565,21 +579,21 @@ class AdapterBank:
         self.state.names = [each for each in self.state.names if each != name]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=f"Adapter {name} was active")
-            self.unet.delete_adapters(name)  # type: ignore[operator]
-        for path, module in list(self.unet.named_modules()):
+            self.denoiser.delete_adapters(name)  # type: ignore[operator]
+        for path, module in list(self.denoiser.named_modules()):
             if isinstance(module, BaseTunerLayer) and not isinstance(module, GatedLayer) and why_not(module):
                 parent, _, child = path.rpartition(".")
-                setattr(self.unet.get_submodule(parent), child, module.get_base_layer())
+                setattr(self.denoiser.get_submodule(parent), child, module.get_base_layer())
         self.refresh()
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Names and modules of the denoiser that are its own, not an adapter's."""
-        for name, module in self.unet.named_modules():
+        for name, module in self.denoiser.named_modules():
             if ".lora_" not in name and not name.endswith(".base_layer"):
                 yield name, module
 
     def _layers_per_block(self) -> int:
-        count = getattr(getattr(self.unet, "config", None), "layers_per_block", 2)
+        count = getattr(getattr(self.denoiser, "config", None), "layers_per_block", 2)
         return count if isinstance(count, int) else 2
 
     def _check_known(self, name: str) -> None:
@@ -601,7 +615,7 @@ class AdapterBank:
         if theirs is None or allow_other_base:
             return
         # half-precision copies of one model differ by 1e-5 in these means and 8-bit ones by 1e-2, another model by more
-        eight_bits = any(parameter.element_size() == 1 for parameter in self.unet.parameters())
+        eight_bits = any(parameter.element_size() == 1 for parameter in self.denoiser.parameters())
         tolerance = 2e-2 if eight_bits else 1e-3
         same = len(theirs) == len(self._fingerprint) and all(
             abs(a - b) <= tolerance * abs(b) for a, b in zip(theirs, self._fingerprint, strict=True)
@@ -614,12 +628,12 @@ class AdapterBank:
 
     def _fitting(self, name: str, file: LoraFile) -> dict[str, LoraFactors]:
         """The file's factors for the denoiser, in its modules' shapes."""
-        modules = file.modules.get("unet", {})
+        modules = file.modules.get(file.denoiser, {})
         own = dict(self._modules())
         if not any(module in own for module in modules) and (not modules or file.foreign):
             raise ValueError(
-                f"adapter {name!r}: no key of {file.path} starts with 'unet.' or 'lora_unet_' or names a module of the "
-                f"denoiser, so it holds no denoiser LoRA{', only ' + left_out(file) if left_out(file) else ''}"
+                f"adapter {name!r}: no key of {file.path} starts with '{self.prefix}.' or 'lora_unet_' or names a "
+                f"module of the denoiser, so it holds no denoiser LoRA{', only ' + left_out(file) if left_out(file) else ''}"
             )
         return {module: self._fit(name, file, module, own.get(module), each) for module, each in modules.items()}
 

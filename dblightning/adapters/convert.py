@@ -38,10 +38,10 @@ def convert(source: str | Path, target: str | Path, to: Form, overwrite: bool = 
     lora = read_lora(source)
     if lora.assumed:
         warnings.warn(lora.assumed, stacklevel=2)
-    if to == "peft" and lora.modules.keys() != {"unet"}:
-        if "unet" not in lora.modules:
+    if to == "peft" and lora.modules.keys() != {lora.denoiser}:
+        if lora.denoiser not in lora.modules:
             raise ValueError(f"{source} holds no denoiser LoRA, which is all that the peft form can hold")
-        lost = sorted(lora.modules.keys() - {"unet"})
+        lost = sorted(lora.modules.keys() - {lora.denoiser})
         warnings.warn(f"the peft form holds the denoiser's part alone; left out: {', '.join(lost)}", stacklevel=2)
     path = Path(target)
     if path.suffix != ".safetensors":

@@ -58,12 +58,13 @@ class LoraFile:
     """A LoRA, whatever form its file has.
 
     Attributes:
-        modules: component ("unet", "text_encoder", "text_encoder_2") → module → factors.
+        modules: component (``denoiser``, "text_encoder", "text_encoder_2") → module → factors.
         facts: what :meth:`AdapterBank.export` noted; {} for a foreign file.
         header: the file's other metadata.
         path: where it was read.
         assumed: why the scale is a guess, "" where it is known.
         foreign: no key says that it is a denoiser's.
+        denoiser: the denoiser's name in ``modules``, which its keys in diffusers' form start with.
     """
 
     modules: dict[str, dict[str, LoraFactors]]
@@ -72,6 +73,7 @@ class LoraFile:
     path: Path | None = None
     assumed: str = ""
     foreign: bool = False
+    denoiser: str = "unet"
 
 
 def find_file(path: str | Path) -> Path:
@@ -98,12 +100,13 @@ def find_file(path: str | Path) -> Path:
     return files[0]
 
 
-def read_lora(path: str | Path, layers_per_block: int = 2) -> LoraFile:
+def read_lora(path: str | Path, layers_per_block: int = 2, denoiser: str = "unet") -> LoraFile:
     """Read a LoRA of any form; see docs/adapters.md.
 
     Args:
         path: file or folder.
         layers_per_block: of the denoiser, for keys that count its blocks as the original code does (SDXL by kohya).
+        denoiser: what the denoiser's keys in diffusers' form start with.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -116,19 +119,19 @@ def read_lora(path: str | Path, layers_per_block: int = 2) -> LoraFile:
     tensors = load_file(file)
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        component, module, part = _parse(key, file, layers_per_block)
+        component, module, part = _parse(key, file, layers_per_block, denoiser)
         if part in parts.setdefault((component, module), {}):
             raise ValueError(f"{file} holds {part} of {component}.{module} twice, the second time as {key!r}")
         parts[component, module][part] = tensor
-    config, native = _config(file, header, any(key.startswith("base_model.model.") for key in tensors))
+    config, native = _config(file, header, any(key.startswith("base_model.model.") for key in tensors), denoiser)
     modules: dict[str, dict[str, LoraFactors]] = {}
     for (component, module), found in parts.items():
         modules.setdefault(component, {})[module] = _factors(file, component, module, found, config)
     facts = json.loads(header.pop(METADATA_KEY, "{}"))
     header.pop(CONFIG_KEY, None)
     header.pop("format", None)
-    named = any(key.startswith(("unet.", "lora_unet_", "lycoris_", "base_model.model.")) for key in tensors)
-    return LoraFile(modules, facts, header, file, native, not named)
+    named = any(key.startswith((f"{denoiser}.", "lora_unet_", "lycoris_", "base_model.model.")) for key in tensors)
+    return LoraFile(modules, facts, header, file, native, not named, denoiser)
 
 
 def _header(file: Path) -> dict[str, str]:
@@ -141,20 +144,22 @@ def _header(file: Path) -> dict[str, str]:
         raise ValueError(f"{file} is no readable safetensors file ({error}); export the adapter again") from error
 
 
-def _config(file: Path, header: Mapping[str, str], native: bool) -> tuple[dict[str, dict[str, Any]], str]:
+def _config(
+    file: Path, header: Mapping[str, str], native: bool, denoiser: str
+) -> tuple[dict[str, dict[str, Any]], str]:
     """PEFT's configs by component, and why the scale is a guess."""
     beside = file.parent / PEFT_CONFIG_NAME
     if native and not beside.is_file() and CONFIG_KEY not in header:
         return {}, f"{beside} is missing, which says lora_alpha: alpha is taken to be the rank, scale 1"
     if native and beside.is_file():
         flat = json.loads(beside.read_text(encoding="utf-8"))
-        configs = {"unet": flat}
+        configs = {denoiser: flat}
     else:
         packed = json.loads(header.get(CONFIG_KEY, "{}"))
         configs = {}
         for key, value in packed.items():
             component, dot, rest = key.partition(".")
-            configs.setdefault(component if dot else "unet", {})[rest if dot else key] = value
+            configs.setdefault(component if dot else denoiser, {})[rest if dot else key] = value
     for config in configs.values():
         kind = config.get("peft_type") or "LORA"
         if str(kind).rpartition(".")[2] != "LORA":
@@ -167,12 +172,10 @@ def _config(file: Path, header: Mapping[str, str], native: bool) -> tuple[dict[s
     return configs, ""
 
 
-_COMPONENTS = {
-    "lora_unet": "unet", "lycoris": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder",
-    "lora_te2": "text_encoder_2",
-}  # fmt: skip
+#: text encoders' prefixes in kohya's keys; the others are the denoiser's
+_TEXT_ENCODERS = {"lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
 #: what the keys of other models' LoRAs start with
-OTHER_MODELS = ("transformer", "prior", "controlnet", "diffusion_model", "decoder")
+OTHER_MODELS = ("unet", "transformer", "prior", "controlnet", "diffusion_model", "decoder")
 _KOHYA = re.compile(r"(lora_unet|lycoris|lora_te1|lora_te2|lora_te)_([^.]+)\.(.+)")
 _PARTS = {
     "lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up",
@@ -210,7 +213,7 @@ _NOT_LORA: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 
-def _parse(key: str, file: Path, layers_per_block: int) -> tuple[str, str, str]:
+def _parse(key: str, file: Path, layers_per_block: int, denoiser: str) -> tuple[str, str, str]:
     """(component, module, part) of a key."""
     for pattern, kind in _NOT_LORA:
         if pattern.search(key):
@@ -220,21 +223,21 @@ def _parse(key: str, file: Path, layers_per_block: int) -> tuple[str, str, str]:
         prefix, name, ending = kohya.groups()
         if ending not in _PARTS:
             raise ValueError(f"{file} holds {key!r}, which is no part of a LoRA; known endings are {sorted(_PARTS)}")
-        return _COMPONENTS[prefix], module_name(name, layers_per_block), _PARTS[ending]
+        return _TEXT_ENCODERS.get(prefix, denoiser), module_name(name, layers_per_block), _PARTS[ending]
     plain = key.removeprefix("base_model.model.").replace(".processor.", ".").replace(".base_layer.", ".")
     component, _, rest = plain.partition(".")
-    if component in OTHER_MODELS:
+    if component in OTHER_MODELS and component != denoiser:
         raise ValueError(
-            f"no key of {file} starts with 'unet.' or 'lora_unet_', so it holds no denoiser LoRA; {key!r} belongs to "
-            "another kind of model"
+            f"no key of {file} starts with '{denoiser}.' or 'lora_unet_', so it holds no denoiser LoRA; {key!r} "
+            "belongs to another kind of model"
         )
-    if component not in ("unet", "text_encoder", "text_encoder_2"):
-        component, rest = "unet", plain
+    if component not in (denoiser, "text_encoder", "text_encoder_2"):
+        component, rest = denoiser, plain
     for pattern, part in _ENDINGS:
         found = pattern.search(rest)
         if found:
             module = rest[: found.start()]
-            if component == "unet":
+            if component == denoiser:
                 module += ".0" if module.endswith(".to_out") else ""
             else:  # diffusers' first names of the text encoder's projections
                 module = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", module)
@@ -314,7 +317,7 @@ def _targets(modules: Iterable[str], every: Iterable[str]) -> list[str]:
 
 def left_out(file: LoraFile) -> str:
     """What of a file is not the denoiser's, in words; "" for nothing."""
-    others = {component: len(found) for component, found in file.modules.items() if component != "unet"}
+    others = {component: len(found) for component, found in file.modules.items() if component != file.denoiser}
     return " and ".join(f"{count} modules of the {component}" for component, count in others.items())
 
 
@@ -349,9 +352,10 @@ def write_lora(
         tensors = _kohya_tensors(lora)
         header |= _kohya_header(lora)
     else:
-        components = {name: found for name, found in lora.modules.items() if form == "diffusers" or name == "unet"}
         tensors = {}
-        for component, found in components.items():
+        for component, found in lora.modules.items():
+            if form == "peft" and component != lora.denoiser:
+                continue
             prefix = f"{component}." if form == "diffusers" else "base_model.model."
             for module, each in found.items():
                 tensors |= {prefix + key: tensor for key, tensor in peft_tensors(module, each).items()}
@@ -361,7 +365,7 @@ def write_lora(
             header[CONFIG_KEY] = json.dumps(packed, indent=2, sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     if form == "peft":
-        config = {"peft_type": "LORA", **{key: _jsonable(value) for key, value in configs["unet"].items()}}
+        config = {"peft_type": "LORA", **{key: _jsonable(value) for key, value in configs[lora.denoiser].items()}}
         _replace(path.parent / PEFT_CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True).encode())
     write_tensors(path, tensors, header)
     return path
@@ -399,10 +403,10 @@ def _kohya_tensors(lora: LoraFile) -> dict[str, Tensor]:
     biased = [module for found in lora.modules.values() for module, each in found.items() if each.bias is not None]
     if biased:
         raise ValueError(f"kohya's form has no place for lora_bias ({biased[0]}); write the diffusers or peft form")
-    xl = is_xl(lora)
+    first = "lora_te1" if two_text_encoders(lora) else "lora_te"
     tensors = {}
     for component, found in lora.modules.items():
-        prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if xl else "lora_te"}.get(component, "lora_te2")
+        prefix = {lora.denoiser: "lora_unet", "text_encoder": first}.get(component, "lora_te2")
         for module, each in found.items():
             name = f"{prefix}_{kohya_name(module)}"
             tensors[f"{name}.lora_down.weight"] = each.down
@@ -420,7 +424,7 @@ def _alpha_dtype(alpha: float) -> torch.dtype:
 
 
 def _kohya_header(lora: LoraFile) -> dict[str, str]:
-    config = lora_config(lora.modules["unet"]) if "unet" in lora.modules else {}
+    config = lora_config(lora.modules[lora.denoiser]) if lora.denoiser in lora.modules else {}
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.get("r", "")),
@@ -428,11 +432,11 @@ def _kohya_header(lora: LoraFile) -> dict[str, str]:
     } | {key: value for key, value in lora.header.items() if key.startswith("ss_")}
 
 
-def is_xl(lora: LoraFile) -> bool:
-    """Whether a LoRA is SDXL's: it has a second text encoder, or its cross-attention reads 2,048 channels."""
-    unet = lora.modules.get("unet", {})
+def two_text_encoders(lora: LoraFile) -> bool:
+    """Whether a LoRA's model is SDXL: there is a second text encoder, or cross-attention reads 2,048 channels."""
+    denoiser = lora.modules.get(lora.denoiser, {})
     wide = any(
-        name.endswith(("attn2.to_k", "attn2.to_v")) and each.down.shape[1] == 2048 for name, each in unet.items()
+        name.endswith(("attn2.to_k", "attn2.to_v")) and each.down.shape[1] == 2048 for name, each in denoiser.items()
     )
     return wide or "text_encoder_2" in lora.modules
 
@@ -452,9 +456,10 @@ def base_name(pipeline: Any) -> str:
     return Path(origin).name if Path(origin).is_dir() else origin
 
 
-def fingerprint(unet: nn.Module, count: int = 16) -> list[float]:
+def fingerprint(denoiser: nn.Module, count: int = 16) -> list[float]:
     """Mean |w| of evenly spaced weights of a denoiser: tells base models apart, whatever the precision they are in."""
-    weights = [parameter for name, parameter in unet.named_parameters() if parameter.ndim > 1 and ".lora_" not in name]
+    named = denoiser.named_parameters()
+    weights = [parameter for name, parameter in named if parameter.ndim > 1 and ".lora_" not in name]
     chosen = weights[:: max(1, len(weights) // count)][:count]
     return [round(weight.detach().float().abs().mean().item(), 8) for weight in chosen]
 

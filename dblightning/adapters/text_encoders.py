@@ -16,7 +16,7 @@ def silence_text_adapters(pipeline: Any) -> None:
     Raises:
         ValueError: an adapter is fused into a text encoder's weights.
     """
-    for component in ("text_encoder", "text_encoder_2"):
+    for component in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         encoder: Any = getattr(pipeline, component, None)
         if not getattr(encoder, "peft_config", None):
             continue

@@ -1,21 +1,26 @@
-"""A frozen denoiser with adapters: the interface, and diffusers pipelines behind it."""
+"""A frozen denoiser with adapters: the interface, diffusers pipelines behind it, and one file per family of models."""
 
-from dblightning.backbone.diffusers import (
-    COMPONENTS,
-    Backbone,
-    Conditioning,
-    DiffusersBackbone,
-    denormalized,
-    load_pipeline,
-    lock_of,
-)
+from dblightning.backbone.base import Backbone, Conditioning, Prediction, Size
+from dblightning.backbone.diffusers import DiffusersBackbone, lock_of
+from dblightning.backbone.family import FAMILIES, Family, Guidance, Text, denormalized, family_of, register
+from dblightning.backbone.loading import load_pipeline
+from dblightning.backbone.stable_diffusion import StableDiffusion, StableDiffusionXL
 
 __all__ = [
-    "COMPONENTS",
+    "FAMILIES",
     "Backbone",
     "Conditioning",
     "DiffusersBackbone",
+    "Family",
+    "Guidance",
+    "Prediction",
+    "Size",
+    "StableDiffusion",
+    "StableDiffusionXL",
+    "Text",
     "denormalized",
+    "family_of",
     "load_pipeline",
     "lock_of",
+    "register",
 ]

@@ -1,0 +1,156 @@
+"""The interface of a denoiser with adapters, and what it is conditioned on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dblightning.adapters import AdapterBank
+
+#: height and width of an image in pixels
+Size = tuple[int, int]
+#: what a model's output is: ε, v = √ᾱ ε − √(1−ᾱ) x₀, x₀, or the velocity ε − x₀ of a flow
+Prediction = Literal["epsilon", "v_prediction", "sample", "velocity"]
+
+
+class Conditioning(NamedTuple):
+    """What the denoiser is conditioned on, for B images."""
+
+    prompt_embeds: Tensor  # (B, L, D) text encoder output
+    pooled: Tensor  # (B, P) one vector per prompt: the model's pooled embedding, else the end-of-text state
+    negative_prompt_embeds: Tensor  # (B, L, D)
+    negative_pooled: Tensor  # (B, P)
+    #: the images' height and width in pixels; None: the backbone's own
+    size: Size | None = None
+    #: further inputs of the denoiser, (B, …) each, by the family's names: SDXL's ``time_ids``
+    added: Mapping[str, Tensor] | None = None
+    negative_added: Mapping[str, Tensor] | None = None  # of guidance's unconditional pass; None: ``added``
+    guidance_rescale: float = 0.0  # φ in [0, 1] of Lin et al. 2023, eq. (16)
+    lora_scale: float = 1.0  # scales every adapter's ΔW
+    attention_kwargs: Mapping[str, Any] | None = None  # handed to the attention processors
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """The conditioning of rows ``index``, int64 (R,)."""
+        return self._each(lambda part: part[index.to(part.device)])
+
+    def to(self, dtype: torch.dtype) -> Conditioning:
+        """The same in another precision."""
+        return self._each(lambda part: part.to(dtype))
+
+    def guided(self) -> Conditioning:
+        """Both passes of classifier-free guidance in 2B rows: the unconditional ones, then the conditional ones."""
+        added = self.added and {
+            name: torch.cat([(self.negative_added or self.added)[name], part]) for name, part in self.added.items()
+        }
+        return self._replace(
+            prompt_embeds=torch.cat([self.negative_prompt_embeds, self.prompt_embeds]),
+            pooled=torch.cat([self.negative_pooled, self.pooled]),
+            added=added,
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        changed: dict[str, Any] = {
+            name: change(part) for name, part in self._asdict().items() if isinstance(part, Tensor)
+        }
+        for name, parts in (("added", self.added), ("negative_added", self.negative_added)):
+            changed[name] = None if parts is None else {key: change(part) for key, part in parts.items()}
+        return self._replace(**changed)
+
+
+class Backbone(nn.Module, ABC):
+    """A frozen denoiser with adapters. Latents are float32 (B, C, h, w); images float (B, 3, H, W) in [0, 1]."""
+
+    adapters: AdapterBank
+    #: rows the denoiser has run since the count was last set to 0; guidance's second pass is not counted apart
+    rows_run: int = 0
+
+    @property
+    @abstractmethod
+    def scheduler_config(self) -> dict[str, Any]:
+        """The noise schedule, as in a diffusers scheduler's config."""
+
+    @property
+    def prediction(self) -> Prediction:
+        """What :meth:`denoise` returns.
+
+        Raises:
+            ValueError: a ``prediction_type`` of no known kind.
+        """
+        return prediction_of(self.scheduler_config)
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of the backbone's own size."""
+
+    def latent_shape_of(self, size: Size | None) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of ``size``; None is the backbone's own.
+
+        Raises:
+            ValueError: a size that this backbone does not make.
+        """
+        if size is not None:
+            raise ValueError(f"a {type(self).__name__} makes images of one size, got {size}")
+        return self.latent_shape
+
+    @property
+    @abstractmethod
+    def pooled_dim(self) -> int:
+        """P, the size of ``Conditioning.pooled``."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], negative_prompt: str | Sequence[str] | None = None) -> Conditioning:
+        """Conditioning of B prompts; each text is encoded once and cached.
+
+        ``negative_prompt`` None means none given: the empty text, or zeros where the pipeline says so (SDXL).
+        """
+
+    @abstractmethod
+    def denoise(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+        gates: Tensor | None = None,
+        factors: bool = False,
+        merged: Sequence[float] | None = None,
+    ) -> Tensor:
+        """Model output of R rows with guidance applied.
+
+        Args:
+            latents: (R, C, h, w), float32.
+            timesteps: scheduler timesteps, int64 (R,).
+            conditioning: R rows.
+            guidance_scale: classifier-free guidance; 1 turns it off (and halves the cost).
+            gates: (R, m), a gate vector per row; None is the base model.
+            factors: see :class:`dblightning.blending.BlendStep`.
+            merged: instead of ``gates``, one gate vector for all rows, run on merged weights.
+
+        Returns:
+            (R, C, h, w), float32; see :attr:`prediction`.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], float32, differentiable."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Always evaluation mode: the frozen model has no dropout to switch on."""
+        return super().train(False)
+
+
+def prediction_of(scheduler_config: Mapping[str, Any]) -> Prediction:
+    """What a model predicts, as its diffusers scheduler's config says."""
+    kind = scheduler_config.get("prediction_type", "epsilon")
+    if kind not in get_args(Prediction):
+        raise ValueError(f"prediction_type must be one of {get_args(Prediction)}, got {kind!r}")
+    return cast(Prediction, kind)
