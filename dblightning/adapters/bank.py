@@ -631,9 +631,10 @@ class AdapterBank:
         modules = file.modules.get(file.denoiser, {})
         own = dict(self._modules())
         if not any(module in own for module in modules) and (not modules or file.foreign):
+            others = left_out(file)
             raise ValueError(
                 f"adapter {name!r}: no key of {file.path} starts with '{self.prefix}.' or 'lora_unet_' or names a "
-                f"module of the denoiser, so it holds no denoiser LoRA{', only ' + left_out(file) if left_out(file) else ''}"
+                f"module of the denoiser, so it holds no denoiser LoRA{f', only {others}' if others else ''}"
             )
         return {module: self._fit(name, file, module, own.get(module), each) for module, each in modules.items()}
 
