@@ -192,7 +192,6 @@ class StableDiffusionXL(UNetFamily):
 
         The unconditional pass has its own where both of its sizes are given.
         """
-
         size = size or self.default_size
 
         def ids(prefix: str) -> dict[str, Tensor]:
