@@ -6,11 +6,10 @@ from dblightning.adapters.files import (
     METADATA_KEY,
     WEIGHTS_NAME,
     Form,
-    base_name,
     find_file,
-    fingerprint,
     read_metadata,
 )
+from dblightning.adapters.fit import base_name, fingerprint
 from dblightning.adapters.gated import GatedConv2d, GatedLayer, GatedLinear, GateState
 from dblightning.adapters.text_encoders import silence_text_adapters
 

@@ -1,27 +1,20 @@
-"""LoRA files: reading every common form, writing three of them, metadata, and what tells base models apart.
-
-| form | keys | LoRA scale |
-|---|---|---|
-| diffusers | ``unet.<module>.lora_A.weight``; ``unet.<module>.lora.down.weight``, as TRL writes | header |
-| kohya (A1111, ComfyUI) | ``lora_unet_<module with underscores>.lora_down.weight`` | ``.alpha`` per module |
-| peft | ``base_model.model.<module>.lora_A.weight`` | ``adapter_config.json`` beside the file |
-"""
+"""LoRA files: reading every common form (:mod:`keys` lists them), writing three of them, and their metadata."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dblightning.adapters.kohya import kohya_name, module_name
+from dblightning.adapters.keys import parse
+from dblightning.adapters.kohya import kohya_name
+from dblightning.adapters.lora import LoraFactors, LoraFile, lora_config, peft_tensors, two_text_encoders
 
 Form = Literal["diffusers", "kohya", "peft"]
 FORMS: tuple[Form, ...] = ("diffusers", "kohya", "peft")
@@ -36,44 +29,6 @@ OTHER_VARIANTS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "modules_to_save",
     "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
-
-
-@dataclass
-class LoraFactors:
-    """One module's low-rank update, (alpha / r) B A, in the file's own precision."""
-
-    down: Tensor  # A: (r, in), of a convolution (r, in, kh, kw)
-    up: Tensor  # B: (out, r) or (out, r, 1, 1)
-    alpha: float  # the scale times r
-    bias: Tensor | None = None  # lora_bias: (out,)
-    magnitude: Tensor | None = None  # DoRA: (out,)
-
-    @property
-    def rank(self) -> int:
-        return len(self.down)
-
-
-@dataclass
-class LoraFile:
-    """A LoRA, whatever form its file has.
-
-    Attributes:
-        modules: component (``denoiser``, "text_encoder", "text_encoder_2") → module → factors.
-        facts: what :meth:`AdapterBank.export` noted; {} for a foreign file.
-        header: the file's other metadata.
-        path: where it was read.
-        assumed: why the scale is a guess, "" where it is known.
-        foreign: no key says that it is a denoiser's.
-        denoiser: the denoiser's name in ``modules``, which its keys in diffusers' form start with.
-    """
-
-    modules: dict[str, dict[str, LoraFactors]]
-    facts: dict[str, Any] = field(default_factory=dict)
-    header: dict[str, str] = field(default_factory=dict)
-    path: Path | None = None
-    assumed: str = ""
-    foreign: bool = False
-    denoiser: str = "unet"
 
 
 def find_file(path: str | Path) -> Path:
@@ -119,7 +74,7 @@ def read_lora(path: str | Path, layers_per_block: int = 2, denoiser: str = "unet
     tensors = load_file(file)
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        component, module, part = _parse(key, file, layers_per_block, denoiser)
+        component, module, part = parse(key, file, layers_per_block, denoiser)
         if part in parts.setdefault((component, module), {}):
             raise ValueError(f"{file} holds {part} of {component}.{module} twice, the second time as {key!r}")
         parts[component, module][part] = tensor
@@ -172,79 +127,6 @@ def _config(
     return configs, ""
 
 
-#: text encoders' prefixes in kohya's keys; the others are the denoiser's
-_TEXT_ENCODERS = {"lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
-#: what the keys of other models' LoRAs start with
-OTHER_MODELS = ("unet", "transformer", "prior", "controlnet", "diffusion_model", "decoder")
-_KOHYA = re.compile(r"(lora_unet|lycoris|lora_te1|lora_te2|lora_te)_([^.]+)\.(.+)")
-_PARTS = {
-    "lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up",
-    "alpha": "alpha", "dora_scale": "dora_scale", "lora_up.bias": "bias", "lora_B.bias": "bias",
-}  # fmt: skip
-#: endings of dotted keys; the adapter's name may stand in PEFT's, as in a model's own state_dict
-_ENDINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern + "$"), part)
-    for pattern, part in (
-        (r"\.lora_A(\.[^.]+)?\.weight", "down"),
-        (r"\.lora_B(\.[^.]+)?\.weight", "up"),
-        (r"\.lora_B(\.[^.]+)?\.bias", "bias"),
-        (r"\.lora_magnitude_vector(\.[^.]+)?(\.weight)?", "magnitude"),
-        (r"(\.lora|\.lora_linear_layer|_lora)\.down\.weight", "down"),
-        (r"(\.lora|\.lora_linear_layer|_lora)\.up\.weight", "up"),
-        (r"\.lora_down\.weight", "down"),
-        (r"\.lora_up\.weight", "up"),
-        (r"\.dora_scale", "dora_scale"),
-        (r"\.alpha", "alpha"),
-    )
-)
-#: (pattern of a key, what it is) of network types that are not LoRA
-_NOT_LORA: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), kind)
-    for pattern, kind in (
-        (r"\.hada_", "a LoHa (Hadamard product)"),
-        (r"\.lokr_", "a LoKr (Kronecker product)"),
-        (r"\.lora_mid\.", "a Tucker-decomposed LoRA"),
-        (r"\.b?oft_", "an OFT"),
-        (r"\.[ab][12]\.weight$", "a GLoRA"),
-        (r"\.on_input$", "an IA³"),
-        (r"\.diff(_b)?$", "full weight differences"),
-        (r"\.[wb]_norm$", "a norm's weights"),
-    )
-)
-
-
-def _parse(key: str, file: Path, layers_per_block: int, denoiser: str) -> tuple[str, str, str]:
-    """(component, module, part) of a key."""
-    for pattern, kind in _NOT_LORA:
-        if pattern.search(key):
-            raise ValueError(f"{file} holds {kind} ({key!r}), which is not LoRA; load a LoRA or DoRA file")
-    kohya = _KOHYA.fullmatch(key)
-    if kohya:
-        prefix, name, ending = kohya.groups()
-        if ending not in _PARTS:
-            raise ValueError(f"{file} holds {key!r}, which is no part of a LoRA; known endings are {sorted(_PARTS)}")
-        return _TEXT_ENCODERS.get(prefix, denoiser), module_name(name, layers_per_block), _PARTS[ending]
-    plain = key.removeprefix("base_model.model.").replace(".processor.", ".").replace(".base_layer.", ".")
-    component, _, rest = plain.partition(".")
-    if component in OTHER_MODELS and component != denoiser:
-        raise ValueError(
-            f"no key of {file} starts with '{denoiser}.' or 'lora_unet_', so it holds no denoiser LoRA; {key!r} "
-            "belongs to another kind of model"
-        )
-    if component not in (denoiser, "text_encoder", "text_encoder_2"):
-        component, rest = denoiser, plain
-    for pattern, part in _ENDINGS:
-        found = pattern.search(rest)
-        if found:
-            module = rest[: found.start()]
-            if component == denoiser:
-                module += ".0" if module.endswith(".to_out") else ""
-            else:  # diffusers' first names of the text encoder's projections
-                module = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", module)
-            return component, module, part
-    raise ValueError(f"{file} holds {key!r}, which is no part of a LoRA")
-
-
 def _factors(
     file: Path, component: str, module: str, found: dict[str, Tensor], configs: dict[str, dict[str, Any]]
 ) -> LoraFactors:
@@ -278,50 +160,6 @@ def _alpha(config: Mapping[str, Any] | None, module: str, rank: int) -> float:
             alpha = value
             break
     return float(alpha) * (rank**0.5 if config.get("use_rslora") else 1.0)
-
-
-def lora_config(modules: Mapping[str, LoraFactors], every: Iterable[str] = ()) -> dict[str, Any]:
-    """PEFT's settings of a LoRA, as arguments of ``LoraConfig``.
-
-    Args:
-        modules: module → factors.
-        every: names of all modules of the model, to name the targets by their endings where those say the same.
-    """
-    rank = Counter(each.rank for each in modules.values()).most_common(1)[0][0]
-    alpha = Counter(each.alpha for each in modules.values()).most_common(1)[0][0]
-    return {
-        "r": rank,
-        "lora_alpha": _number(alpha),
-        "rank_pattern": {_exactly(name): each.rank for name, each in modules.items() if each.rank != rank},
-        "alpha_pattern": {_exactly(name): _number(each.alpha) for name, each in modules.items() if each.alpha != alpha},
-        "target_modules": _targets(modules, every),
-        "use_dora": any(each.magnitude is not None for each in modules.values()),
-        "lora_bias": any(each.bias is not None for each in modules.values()),
-    }
-
-
-def _exactly(module: str) -> str:
-    return "^" + re.escape(module)
-
-
-def _number(value: float) -> float | int:
-    return int(value) if value == int(value) else value
-
-
-def _targets(modules: Iterable[str], every: Iterable[str]) -> list[str]:
-    wanted = set(modules)
-    endings = sorted({re.search(r"[^.]+(\.\d+)?$", name)[0] for name in wanted})  # type: ignore[index]
-    matched = {name for name in every if any(name == each or name.endswith("." + each) for each in endings)}
-    return endings if matched == wanted else sorted(wanted)
-
-
-def left_out(file: LoraFile) -> str:
-    """What of a file is not the denoiser's, in words; "" for nothing."""
-    others = {component: len(found) for component, found in file.modules.items() if component != file.denoiser}
-    return " and ".join(f"{count} modules of the {component}" for component, count in others.items())
-
-
-# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def write_lora(
@@ -388,17 +226,6 @@ def _replace(path: Path, content: bytes) -> None:
         raise
 
 
-def peft_tensors(module: str, each: LoraFactors) -> dict[str, Tensor]:
-    """A module's tensors by PEFT's keys."""
-    found = {f"{module}.lora_A.weight": each.down, f"{module}.lora_B.weight": each.up}
-    if each.bias is not None:
-        found[f"{module}.lora_B.bias"] = each.bias
-    if each.magnitude is not None:
-        shape = (1, -1, 1, 1) if each.down.ndim == 4 else (-1,)
-        found[f"{module}.lora_magnitude_vector"] = each.magnitude.view(shape)
-    return found
-
-
 def _kohya_tensors(lora: LoraFile) -> dict[str, Tensor]:
     biased = [module for found in lora.modules.values() for module, each in found.items() if each.bias is not None]
     if biased:
@@ -432,36 +259,10 @@ def _kohya_header(lora: LoraFile) -> dict[str, str]:
     } | {key: value for key, value in lora.header.items() if key.startswith("ss_")}
 
 
-def two_text_encoders(lora: LoraFile) -> bool:
-    """Whether a LoRA's model is SDXL: there is a second text encoder, or cross-attention reads 2,048 channels."""
-    denoiser = lora.modules.get(lora.denoiser, {})
-    wide = any(
-        name.endswith(("attn2.to_k", "attn2.to_v")) and each.down.shape[1] == 2048 for name, each in denoiser.items()
-    )
-    return wide or "text_encoder_2" in lora.modules
-
-
-# ── what is known about a file and a base ────────────────────────────────────────────────────────────────────────────
-
-
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The facts :meth:`AdapterBank.export` put into an adapter's file (or folder); {} for a foreign file."""
     path = Path(path)
     return json.loads(_header(find_file(path)).get(METADATA_KEY, "{}"))
-
-
-def base_name(pipeline: Any) -> str:
-    """A short name of the pipeline's origin: the hub id, or the last part of the folder."""
-    origin = str(pipeline.config.get("_name_or_path") or "")
-    return Path(origin).name if Path(origin).is_dir() else origin
-
-
-def fingerprint(denoiser: nn.Module, count: int = 16) -> list[float]:
-    """Mean |w| of evenly spaced weights of a denoiser: tells base models apart, whatever the precision they are in."""
-    named = denoiser.named_parameters()
-    weights = [parameter for name, parameter in named if parameter.ndim > 1 and ".lora_" not in name]
-    chosen = weights[:: max(1, len(weights) // count)][:count]
-    return [round(weight.detach().float().abs().mean().item(), 8) for weight in chosen]
 
 
 def _jsonable(value: Any) -> Any:
