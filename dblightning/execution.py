@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dblightning.adapters import Gating
 from dblightning.backbone import Backbone, Conditioning
 from dblightning.blending import BlendPlan, BlendStep
 
@@ -18,8 +19,7 @@ class Call(NamedTuple):
 
     rows: Tensor  # int64 (r,), k · B + b
     images: Tensor | None  # int64 (r,), b; None: every image, in order
-    gates: Tensor | None  # (r, m); None: no gates
-    merged: tuple[float, ...] | None  # the gate vector to run on merged weights
+    gating: Gating  # of r rows
 
 
 class Calls(NamedTuple):
@@ -27,7 +27,6 @@ class Calls(NamedTuple):
 
     calls: list[Call]
     mix: Tensor | None  # (K, B); None: one row per image, unscaled
-    factors: bool
 
 
 #: on the CPU, images per gate vector from which merged weights beat one gated batch (measured on the miniature, where
@@ -79,12 +78,11 @@ def arrange(
                 Call(
                     (row_of[part] * batch + images).to(device),
                     None if in_order else images.to(device),
-                    vectors[part].to(device) if gated else None,
-                    vector,
+                    Gating(vectors[part].to(device) if gated else None, blend.factors, vector),
                 )
             )
     plain = mix.shape[0] == 1 and bool((mix == 1).all())
-    return Calls(calls, None if plain else mix.to(device), blend.factors)
+    return Calls(calls, None if plain else mix.to(device))
 
 
 def check_execution(execution: str, max_rows: int | None) -> None:
@@ -143,9 +141,7 @@ def predict(
             timesteps if call.images is None else timesteps[call.images],
             conditioning if call.images is None else conditioning.rows(call.images),
             guidance_scale,
-            gates=call.gates,
-            factors=calls.factors,
-            merged=call.merged,
+            call.gating,
         )
         for call in calls.calls
     ]

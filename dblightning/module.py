@@ -31,9 +31,10 @@ from dblightning.progress import RolloutProgress
 from dblightning.replay import ReplayBuffer, Transitions
 from dblightning.rewards.base import RewardMetric, RewardUnavailable
 from dblightning.rewards.worker import RewardWorker
+from dblightning.rollout import Trajectory, rollout
 from dblightning.run_folder import RunGuard
 from dblightning.run_state import RunState
-from dblightning.sampling import Execution, Trajectory, denoise_loop, rollout
+from dblightning.sampling import Execution, denoise_loop
 from dblightning.schedule import GaussianStep, gaussian_kl, gaussian_log_prob, to_epsilon
 from dblightning.settings import RULES, Number, check, check_settings
 from dblightning.solvers import make_solver

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from dblightning.adapters import AdapterBank, GatedLayer, read_metadata
+from dblightning.adapters import AdapterBank, GatedLayer, Gating, read_metadata
 from dblightning.backbone import DiffusersBackbone
 from tests.conftest import randomize
 
@@ -33,12 +33,16 @@ def inputs(rows: int = 3) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def ours(backbone: Any, gates: list[list[float]] | None, **options: Any) -> Tensor:
+def ours(
+    backbone: Any,
+    gates: list[list[float]] | None,
+    factors: bool = False,
+    merged: list[float] | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
     latents, timesteps = inputs()
-    conditioning = backbone.encode(PROMPTS)
-    return backbone.denoise(
-        latents, timesteps, conditioning, gates=None if gates is None else torch.tensor(gates), **options
-    )
+    gating = Gating(None if gates is None else torch.tensor(gates), factors, None if merged is None else tuple(merged))
+    return backbone.denoise(latents, timesteps, backbone.encode(PROMPTS), guidance_scale, gating)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
+from dblightning.adapters import Gating
 from dblightning.backbone import DiffusersBackbone, load_pipeline
 from dblightning.blending import Base
 from dblightning.noise import ImageNoise
@@ -173,8 +174,8 @@ def test_a_compiled_denoiser_is_traced_without_a_break_and_computes_the_same(
     def outputs() -> list[Tensor]:
         with torch.no_grad():
             found = [
-                backbone.denoise(*arguments, **use)  # type: ignore[arg-type]
-                for use in ({}, {"gates": gates}, {"merged": (0.5, 0.5)}, {"merged": (1.0, 0.0)})
+                backbone.denoise(*arguments, use)  # type: ignore[arg-type]
+                for use in (Gating(), Gating(gates), Gating(merged=(0.5, 0.5)), Gating(merged=(1.0, 0.0)))
             ]
         backbone.adapters.train_only("two")
         parameters = backbone.adapters.parameters("two")

@@ -333,7 +333,7 @@ def test_the_exact_soup_is_db_mpa_to_first_order_in_the_adapters(ours: Any) -> N
 def kinds(blend: Any, batch: int, names: list[str], device: str = "cpu", **options: Any) -> list[str]:
     step = blend.start(names, batch, 4)(0)
     calls = arrange(step, torch.device(device), **options).calls
-    return ["merged" if call.merged is not None else "gated" for call in calls]
+    return ["merged" if call.gating.merged is not None else "gated" for call in calls]
 
 
 def test_auto_merges_one_vector_and_gates_mixed_rows() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dblightning.adapters import Gating
 from dblightning.backbone import Backbone, Conditioning
 from dblightning.blending import DBKLA, DBMPA, DBMPALS, Single
 from dblightning.gaussian_mixture import (
@@ -97,16 +98,13 @@ class MixtureBackbone(Backbone):
         timesteps: Tensor,
         conditioning: Conditioning,
         guidance_scale: float = 1.0,
-        gates: Tensor | None = None,
-        factors: bool = False,
-        merged: Sequence[float] | None = None,
+        gates: Gating | Tensor | None = None,
     ) -> Tensor:
-        if merged is not None:
-            gates = torch.tensor(merged).expand(len(latents), -1)
-        if gates is None:
-            gates = torch.zeros(len(latents), len(self.models) - 1)
+        vectors = Gating.of(gates).vectors(len(latents))
+        if vectors is None:
+            vectors = torch.zeros(len(latents), len(self.models) - 1)
         rows = []
-        for row, gate, timestep in zip(latents, gates, timesteps, strict=True):
+        for row, gate, timestep in zip(latents, vectors, timesteps, strict=True):
             assert gate.sum() in (0, 1)  # a blend's rows are models
             model = self.models[int(gate.argmax()) + 1 if gate.any() else 0]
             x = row.flatten(1).T.double()

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dblightning.adapters import Gating
 from dblightning.backbone import Backbone, Conditioning
 from dblightning.rewards.base import RewardMetric
 
@@ -94,16 +95,13 @@ class GaussianBackbone(Backbone):
         timesteps: Tensor,
         conditioning: Conditioning,
         guidance_scale: float = 1.0,
-        gates: Tensor | None = None,
-        factors: bool = False,
-        merged: Sequence[float] | None = None,
+        gates: Gating | Tensor | None = None,
     ) -> Tensor:
         output = self.base_epsilon(latents, self.alphas[timesteps].view(-1, 1, 1, 1))
-        if merged is not None:
-            gates = torch.tensor(merged).expand(len(latents), -1)
-        if gates is not None:
+        vectors = Gating.of(gates).vectors(len(latents))
+        if vectors is not None:
             shifts = torch.stack([shift[timesteps] for shift in self.shifts.values()], dim=1)
-            output = output + (gates * shifts).sum(1).view(-1, 1, 1, 1)
+            output = output + (vectors * shifts).sum(1).view(-1, 1, 1, 1)
         return output
 
     def decode(self, latents: Tensor) -> Tensor:

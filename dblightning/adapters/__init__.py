@@ -11,6 +11,7 @@ from dblightning.adapters.files import (
 )
 from dblightning.adapters.fit import base_name, fingerprint
 from dblightning.adapters.gated import GatedConv2d, GatedLayer, GatedLinear, GateState
+from dblightning.adapters.gating import Gating
 from dblightning.adapters.text_encoders import silence_text_adapters
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "GatedConv2d",
     "GatedLayer",
     "GatedLinear",
+    "Gating",
     "base_name",
     "find_file",
     "fingerprint",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dblightning.adapters.gating import Gating
 from dblightning.adapters.layers import AdaptedLayers
 
 #: elements that :meth:`AdapterForwards._checksum` reads at once
@@ -41,6 +42,12 @@ class AdapterForwards(AdaptedLayers):
         super()._lay_out()
         self._on_device.clear()
         self._stacked, self._stacks = False, ([], [])
+
+    def use(self, gating: Gating) -> AbstractContextManager[None]:
+        """Forwards inside use these gates, or merged weights."""
+        if gating.merged is None:
+            return self.gated(gating.gates, gating.factors)
+        return self.merged(gating.merged, gating.factors)
 
     @contextmanager
     def gated(self, gates: Tensor | None, factors: bool = False) -> Iterator[None]:

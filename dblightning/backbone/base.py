@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from dblightning.adapters import AdapterBank
+from dblightning.adapters import AdapterBank, Gating
 
 #: height and width of an image in pixels
 Size = tuple[int, int]
@@ -116,9 +116,7 @@ class Backbone(nn.Module, ABC):
         timesteps: Tensor,
         conditioning: Conditioning,
         guidance_scale: float = 1.0,
-        gates: Tensor | None = None,
-        factors: bool = False,
-        merged: Sequence[float] | None = None,
+        gates: Gating | Tensor | None = None,
     ) -> Tensor:
         """Model output of R rows with guidance applied.
 
@@ -127,9 +125,7 @@ class Backbone(nn.Module, ABC):
             timesteps: scheduler timesteps, int64 (R,).
             conditioning: R rows.
             guidance_scale: classifier-free guidance; 1 turns it off (and halves the cost).
-            gates: (R, m), a gate vector per row; None is the base model.
-            factors: see :class:`dblightning.blending.BlendStep`.
-            merged: instead of ``gates``, one gate vector for all rows, run on merged weights.
+            gates: a :class:`Gating` of R rows; (R, m) alone, a gate vector per row; None is the base model.
 
         Returns:
             (R, C, h, w), float32; see :attr:`prediction`.

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dblightning.adapters import AdapterBank, silence_text_adapters
+from dblightning.adapters import AdapterBank, Gating, silence_text_adapters
 from dblightning.backbone.base import Backbone, Conditioning, Prediction, Size
 from dblightning.backbone.family import Family, Text, family_of
 from dblightning.backbone.loading import load_pipeline
@@ -350,26 +350,19 @@ class DiffusersBackbone(Backbone):
         timesteps: Tensor,
         conditioning: Conditioning,
         guidance_scale: float = 1.0,
-        gates: Tensor | None = None,
-        factors: bool = False,
-        merged: Sequence[float] | None = None,
+        gates: Gating | Tensor | None = None,
     ) -> Tensor:
         family = self.family
         guided = guidance_scale > 1 and family.guidance == "classifier-free"
+        gating = Gating.of(gates).scaled(conditioning.lora_scale)
         rows, count = conditioning, len(latents)
         if guided:
             rows = conditioning.guided()
             latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
-            gates = None if gates is None else torch.cat([gates, gates])
-        if conditioning.lora_scale != 1:
-            # factors are averaged apart: the root on each side scales their product
-            scale = conditioning.lora_scale**0.5 if factors else conditioning.lora_scale
-            gates = None if gates is None else gates * scale
-            merged = None if merged is None else [value * scale for value in merged]
+            gating = gating.repeated(2)
         with self.lock:
             self.rows_run += count
-            bank = self.adapters
-            with bank.gated(gates, factors) if merged is None else bank.merged(merged, factors):
+            with self.adapters.use(gating):
                 output = family.forward(latents, timesteps, rows, guidance_scale).float()
         if not guided:
             return output
