@@ -1,4 +1,4 @@
-"""Where a benchmark's record goes: the screen, and files if asked for."""
+"""Where a benchmark's record goes: the screen, and files if requested."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
 The gain is paired: the adapter's images less the base model's, on the same held-out prompts, the same noise and by the
 same scorer, which is this package's sampler for every contestant. Rounds are interleaved, and every contestant's
 adapter is scored after each of its rounds, or every few (``--score-every``); neither the scoring nor the waiting
-counts. A contestant stops at the largest gain asked for, or after ``--max-cpu-seconds``. A run is small evidence: give
+counts. A contestant stops at the largest gain requested, or after ``--max-cpu-seconds``. A run is small evidence: give
 several seeds.
 """
 

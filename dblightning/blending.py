@@ -457,7 +457,7 @@ def check_options(options: Mapping[str, Any] | None, apart: Sequence[str]) -> di
     """
     for name, value in (options or {}).items():
         if name in apart:
-            raise ValueError(f"{name} is no option, got {value!r} among the options; give it beside them")
+            raise ValueError(f"{name} is not an option, got {value!r} among the options; give it beside them")
     return dict(options or {})
 
 

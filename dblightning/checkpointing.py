@@ -81,7 +81,7 @@ class StopSignal:
         """End the process with exit code 75 if a signal was received.
 
         Args:
-            state: what is saved and how to go on, for the message.
+            state: what is saved and how to resume, for the message.
 
         Raises:
             Preempted: a signal was received.
@@ -107,7 +107,7 @@ def serialized(state: Any) -> bytes:
     return body + MARK + hashlib.sha256(body).digest()
 
 
-def write_whole(data: bytes, path: str | Path) -> None:
+def write_atomically(data: bytes, path: str | Path) -> None:
     """Put ``data`` at ``path`` so that at any moment the old file or the new one is there, never a part.
 
     Raises:
@@ -137,8 +137,8 @@ def write_whole(data: bytes, path: str | Path) -> None:
         os.close(folder)
 
 
-def read_whole(path: str | Path) -> Any:
-    """What :func:`write_whole` and :func:`serialized` wrote, on the CPU; a plain ``torch.save`` file too.
+def read_intact(path: str | Path) -> Any:
+    """What :func:`write_atomically` and :func:`serialized` wrote, on the CPU; a plain ``torch.save`` file too.
 
     Raises:
         FileNotFoundError: no such file.
@@ -169,7 +169,7 @@ def check_ours(checkpoint: Any, name: str = "the checkpoint") -> None:
         )
 
 
-def newest_whole(folder: str | Path, exclude: str | Path | None = None) -> Path | None:
+def latest_intact(folder: str | Path, exclude: str | Path | None = None) -> Path | None:
     """The latest intact checkpoint of a folder, shards included; None where there is none.
 
     Args:
@@ -179,7 +179,7 @@ def newest_whole(folder: str | Path, exclude: str | Path | None = None) -> Path 
     files = [file for file in Path(folder).glob("*.ckpt") if exclude is None or file != Path(exclude)]
     for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True):
         try:
-            _check_shards(file, read_whole(file))
+            _check_shards(file, read_intact(file))
         except (OSError, DamagedCheckpointError) as error:
             warnings.warn(f"skipping a checkpoint: {error}", stacklevel=2)
         else:
@@ -203,7 +203,7 @@ def write_shards(ranks: Ranks, path: str | Path, state: dict[str, Any]) -> list[
     with ranks.together("writing a checkpoint's shard"):
         data = serialized(state)
         name = f"{Path(path).stem}.rank{ranks.rank}.{data[-32:].hex()[:8]}.shard"
-        write_whole(data, Path(path).with_name(name))
+        write_atomically(data, Path(path).with_name(name))
     return ranks.gather({"shard": name, "bytes": len(data)})
 
 
@@ -212,7 +212,7 @@ def read_shard(folder: str | Path, entry: dict[str, Any]) -> dict[str, Any]:
     if "shard" not in entry:
         return entry
     try:
-        state: dict[str, Any] = read_whole(Path(folder) / entry["shard"])
+        state: dict[str, Any] = read_intact(Path(folder) / entry["shard"])
     except FileNotFoundError as error:
         raise DamagedCheckpointError(
             f"the checkpoint's shard {entry['shard']} is not in {folder}: copy the shards along with the checkpoint, "
@@ -222,7 +222,7 @@ def read_shard(folder: str | Path, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):
-    """Lightning's file access through :func:`write_whole` and :func:`read_whole`; remote addresses as before."""
+    """Lightning's file access through :func:`write_atomically` and :func:`read_intact`; remote addresses as before."""
 
     def __init__(self) -> None:
         self.held_back: list[Exception] | None = None
@@ -240,7 +240,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         try:
-            write_whole(serialized(checkpoint), path)
+            write_atomically(serialized(checkpoint), path)
         except Exception as error:
             if self.held_back is None:
                 raise
@@ -258,11 +258,11 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
         try:
-            checkpoint: dict[str, Any] = read_whole(path)
+            checkpoint: dict[str, Any] = read_intact(path)
             check_ours(checkpoint, str(path))
             _check_shards(Path(path), checkpoint)
         except DamagedCheckpointError as error:
-            other = newest_whole(Path(path).parent, exclude=path)
+            other = latest_intact(Path(path).parent, exclude=path)
             advice = f"the latest intact one is {other}: --ckpt_path {other}" if other else "no other is in its folder"
             raise DamagedCheckpointError(f"{error}; {advice}") from error
         checkpoint["dblightning"]["folder"] = str(Path(path).parent)
@@ -315,7 +315,7 @@ class RunCheckpoint(Checkpoint):
                 f"each run logs to a new folder (now {folder.parent}), so the last run's checkpoint cannot be "
                 "determined; give RunCheckpoint a folder, or the logger a fixed version, or name a file in --ckpt_path"
             )
-        found = newest_whole(folder)
+        found = latest_intact(folder)
         if found is None and any(folder.glob("*.ckpt")):
             raise DamagedCheckpointError(f"every checkpoint in {folder} is damaged; remove them to start over")
         return found

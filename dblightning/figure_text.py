@@ -8,7 +8,7 @@ import re
 def figure_text(text: object) -> str:
     r"""Text that matplotlib draws character by character.
 
-    A dollar sign opens mathtext, which fails on text such as "$\frac{"; control characters are no valid SVG.
+    A dollar sign opens mathtext, which fails on text such as "$\frac{"; control characters are not valid SVG.
     """
     shown = "".join(each if each.isprintable() or each == "\n" else " " for each in str(text))
     return shown.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Progress where output is no terminal, and libraries' advertisements left out of it."""
+"""Progress where output is not a terminal, and libraries' advertisements left out of it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def duration(seconds: float) -> str:
 
 
 class RolloutProgress(L.Callback):
-    """One line per rollout where standard output is no terminal; there, Lightning's bar moves once per rollout.
+    """One line per rollout where standard output is not a terminal; there, Lightning's bar moves once per rollout.
 
     Every ``RewardRLModule`` brings one. ``Trainer(enable_progress_bar=False)`` turns both off.
     """

@@ -15,7 +15,7 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 
 from dblightning.adapters import read_metadata
-from dblightning.checkpointing import newest_whole, read_whole
+from dblightning.checkpointing import latest_intact, read_intact
 from dblightning.loggers import drop_table
 from dblightning.run_state import RunState, changed_settings
 
@@ -174,7 +174,7 @@ class RunGuard(L.Callback):
     """Refuse a fit that would replace another run's files, or write where another run is writing.
 
     Every ``RewardRLModule`` brings one. It asks the trainer's callbacks for their ``outputs(trainer, module)``: place
-    written to → files there now. A fit that resumes from a checkpoint may replace them, and one that is told to.
+    written to → files there now. A fit that resumes from a checkpoint may replace them, one with ``overwrite`` too.
 
     Args:
         overwrite: replace the files of an earlier run; its checkpoints are removed when training starts.
@@ -294,8 +294,8 @@ def _changed(module: RunState, files: Iterable[Path]) -> list[tuple[str, tuple[A
     reward = None
     for file in files:
         try:
-            if file.suffix == ".ckpt" and (found := newest_whole(file.parent)) is not None:
-                state = read_whole(found)
+            if file.suffix == ".ckpt" and (found := latest_intact(file.parent)) is not None:
+                state = read_intact(found)
                 saved, reward = (
                     state.get(module.CHECKPOINT_HYPER_PARAMS_KEY, {}),
                     state["dblightning"]["facts"]["reward"],

@@ -1,4 +1,4 @@
-"""The state of a training run: what a checkpoint holds, whose checkpoint it is, and how a run goes on from it."""
+"""The state of a training run: what a checkpoint holds, which run it belongs to, and how a run resumes from it."""
 
 from __future__ import annotations
 
@@ -342,7 +342,7 @@ def check_same_run(saved: dict[str, Any], own: dict[str, Any], adapter_only: boo
         different.append("base")
     if different:
         what = "; ".join(f"{name} was {saved.get(name)!r} and is {own[name]!r}" for name in different if name != "base")
-        base = "the base model is another one" if "base" in different else ""
+        base = "the base model differs" if "base" in different else ""
         raise ValueError(
             f"the checkpoint is of another run: {'; '.join(filter(None, (base, what)))}. Resume with its settings, or "
             "start a new run from its exported adapter (init_adapter)"

@@ -179,7 +179,7 @@ class DDIMSchedule:
         scheduler = ddim_scheduler(scheduler_config)
         if scheduler.config["clip_sample"] or scheduler.config["thresholding"]:
             raise ValueError(
-                "the scheduler clips or thresholds its x0 prediction, so a step is no Gaussian with an affine mean; "
+                "the scheduler clips or thresholds its x0 prediction, so a step is not a Gaussian with an affine mean; "
                 "set clip_sample and thresholding to false in scheduler_config.json"
             )
         num_train_timesteps: int = scheduler.config["num_train_timesteps"]

@@ -22,7 +22,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dblightning.checkpointing import Preempted, RunCheckpoint, newest_whole
+from dblightning.checkpointing import Preempted, RunCheckpoint, latest_intact
 from dblightning.data import PromptFileDataModule
 from dblightning.distributed import DDP
 from dblightning.module import RewardRLModule
@@ -163,7 +163,7 @@ def run(
         str(prompts), batch_size=batch_size, rollouts_per_epoch=rollouts_per_epoch, eval_batch_size=1,
         limit_test_prompts=validate or None,
     )  # fmt: skip
-    found = newest_whole(folder / "checkpoints") if resume else None
+    found = latest_intact(folder / "checkpoints") if resume else None
     trainer.fit(module, datamodule=data, ckpt_path=str(found) if found else None)
     assert module.replay is not None
     if rank() == 0:

@@ -178,7 +178,7 @@ def test_merged_copies_follow_the_base_weights(pipeline: Any) -> None:
 
 
 def test_a_refused_load_leaves_the_model_as_it_was(backbone: Any, tmp_path: Path) -> None:
-    """What cannot be gated: attention's group norm, an embedding, another shape, a kernel that is no 1×1."""
+    """What cannot be gated: attention's group norm, an embedding, another shape, a kernel that is not 1×1."""
     bank = backbone.adapters
     base = gated(bank)
     layers = [(name, type(module)) for name, module in bank.unet.named_modules()]

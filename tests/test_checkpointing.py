@@ -15,13 +15,13 @@ from dblightning.checkpointing import (
     CheckedCheckpointIO,
     DamagedCheckpointError,
     RunCheckpoint,
-    newest_whole,
+    latest_intact,
+    read_intact,
     read_shard,
-    read_whole,
     remove_all_but,
     serialized,
+    write_atomically,
     write_shards,
-    write_whole,
 )
 from dblightning.distributed import Ranks
 from dblightning.run_state import changed_settings, check_same_run
@@ -31,7 +31,7 @@ STATE = {"weights": torch.arange(1000.0), "rollouts": 3, "names": ["a", "b"]}
 
 def saved(path: Path, state: Any = None, age: int = 0) -> Path:
     """A checkpoint written ``age`` seconds ago."""
-    write_whole(serialized(STATE if state is None else state), path)
+    write_atomically(serialized(STATE if state is None else state), path)
     os.utime(path, (path.stat().st_mtime - age,) * 2)
     return path
 
@@ -41,7 +41,7 @@ def saved(path: Path, state: Any = None, age: int = 0) -> Path:
 
 def test_a_checkpoint_is_read_back_by_us_and_by_plain_torch(tmp_path: Path) -> None:
     file = saved(tmp_path / "run.ckpt")
-    for state in (read_whole(file), torch.load(file, weights_only=True)):
+    for state in (read_intact(file), torch.load(file, weights_only=True)):
         assert torch.equal(state["weights"], STATE["weights"])
         assert (state["rollouts"], state["names"]) == (3, ["a", "b"])
     data = file.read_bytes()
@@ -50,7 +50,7 @@ def test_a_checkpoint_is_read_back_by_us_and_by_plain_torch(tmp_path: Path) -> N
 
 def test_a_plain_torch_file_is_read_too(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "plain.ckpt")
-    assert read_whole(tmp_path / "plain.ckpt")["rollouts"] == 3
+    assert read_intact(tmp_path / "plain.ckpt")["rollouts"] == 3
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
@@ -59,7 +59,7 @@ def test_a_cut_file_is_recognised(tmp_path: Path, kept: float) -> None:
     data = file.read_bytes()
     file.write_bytes(data[: int(kept * len(data))])
     with pytest.raises(DamagedCheckpointError, match="run.ckpt is not an intact checkpoint"):
-        read_whole(file)
+        read_intact(file)
 
 
 def test_a_single_flipped_bit_is_recognised(tmp_path: Path) -> None:
@@ -69,14 +69,14 @@ def test_a_single_flipped_bit_is_recognised(tmp_path: Path) -> None:
     file.write_bytes(data)
     assert torch.load(file, weights_only=True)["rollouts"] == 3  # torch does not see it
     with pytest.raises(DamagedCheckpointError, match="SHA-256"):
-        read_whole(file)
+        read_intact(file)
 
 
 def test_a_pickled_object_is_not_loaded(tmp_path: Path) -> None:
     file = tmp_path / "code.ckpt"
-    write_whole(serialized({"path": Path("x")}), file)
+    write_atomically(serialized({"path": Path("x")}), file)
     with pytest.raises(DamagedCheckpointError, match="weights_only|Unsupported"):
-        read_whole(file)
+        read_intact(file)
 
 
 class HalfFull:
@@ -103,7 +103,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path: Path, monke
     opened = builtins.open
     monkeypatch.setattr(checkpointing, "open", lambda *a: HalfFull(opened(*a)), raising=False)
     with pytest.raises(OSError, match="the disk is full. Earlier checkpoints are untouched") as raised:
-        write_whole(serialized({"other": torch.zeros(9)}), file)
+        write_atomically(serialized({"other": torch.zeros(9)}), file)
     assert raised.value.errno == errno.ENOSPC
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]  # the half is gone
@@ -119,29 +119,29 @@ def test_a_process_killed_while_writing_leaves_the_old_checkpoint(
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_whole(serialized({"other": 1}), file)
-    assert read_whole(file)["rollouts"] == 3
-    assert newest_whole(tmp_path) == file
+        write_atomically(serialized({"other": 1}), file)
+    assert read_intact(file)["rollouts"] == 3
+    assert latest_intact(tmp_path) == file
 
 
 # ── which one ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path) is None
+def test_the_latest_intact_checkpoint_is_found(tmp_path: Path) -> None:
+    assert latest_intact(tmp_path) is None
     old = saved(tmp_path / "rollout-000002.ckpt", age=20)
     middle = saved(tmp_path / "rollout-000004.ckpt", age=10)
     newest = saved(tmp_path / "rollout-000001.ckpt")
-    assert newest_whole(tmp_path) == newest
+    assert latest_intact(tmp_path) == newest
     newest.write_bytes(newest.read_bytes()[:-1000])
     with pytest.warns(UserWarning, match="skipping a checkpoint: .*rollout-000001"):
-        assert newest_whole(tmp_path) == middle
-    assert newest_whole(tmp_path, exclude=newest) == middle
+        assert latest_intact(tmp_path) == middle
+    assert latest_intact(tmp_path, exclude=newest) == middle
     middle.unlink()
-    assert newest_whole(tmp_path, exclude=newest) == old
+    assert latest_intact(tmp_path, exclude=newest) == old
 
 
-def test_loading_a_damaged_checkpoint_offers_the_newest_whole_one(tmp_path: Path) -> None:
+def test_loading_a_damaged_checkpoint_offers_the_latest_intact_one(tmp_path: Path) -> None:
     good = saved(tmp_path / "rollout-000002.ckpt", age=10)
     bad = saved(tmp_path / "rollout-000004.ckpt")
     bad.write_bytes(bad.read_bytes()[:500])
@@ -156,11 +156,11 @@ def test_a_checkpoint_without_one_of_its_shards_is_damaged(tmp_path: Path) -> No
     entries = write_shards(Ranks(), tmp_path / "rollout-000002.ckpt", {"replay": torch.ones(3)})
     assert torch.equal(read_shard(tmp_path, entries[0])["replay"], torch.ones(3))
     saved(tmp_path / "rollout-000002.ckpt", {"dblightning": {"ranks": entries}})
-    assert newest_whole(tmp_path) is not None
+    assert latest_intact(tmp_path) is not None
     shard = tmp_path / entries[0]["shard"]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="lacks its shard"):
-        assert newest_whole(tmp_path) is None
+        assert latest_intact(tmp_path) is None
     shard.unlink()
     with pytest.raises(DamagedCheckpointError, match="all of them see"):
         read_shard(tmp_path, entries[0])
@@ -199,7 +199,7 @@ def test_a_checkpoint_of_the_same_run_is_taken() -> None:
         ({"rank": 8}, "rank was 4 and is 8"),
         ({"eta": 0.9995}, "eta was 1.0 and is 0.9995"),
         ({"target_modules": ["to_q", "to_k"]}, "target_modules was"),
-        ({"base": [0.5, 0.26]}, "the base model is another one"),
+        ({"base": [0.5, 0.26]}, "the base model differs"),
     ],
 )
 def test_a_checkpoint_that_means_something_else_is_refused(change: dict[str, Any], message: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from dblightning.checkpointing import read_whole
+from dblightning.checkpointing import read_intact
 from dblightning.distributed import DDP, Ranks
 from tests import launching
 from tests.distributed_fit import run
@@ -102,7 +102,7 @@ def test_a_reward_unavailable_to_one_rank_stops_all_with_the_state_before_the_ro
     for each in fits["unavailable"]:
         assert each["error"].startswith("RewardUnavailable: rollout 2: no answer from the scorer. The state before")
         saved = Path(re.findall(r"saved in (\S+)", each["error"])[0])
-        assert read_whole(saved)["dblightning"]["rollouts_done"] == 1
+        assert read_intact(saved)["dblightning"]["rollouts_done"] == 1
 
 
 def test_a_rank_whose_first_rewards_are_all_nan_goes_on_with_the_others(fits: dict[str, Any]) -> None:

@@ -159,7 +159,7 @@ def test_a_sweep_runs_methods_of_ones_own(my_package: str) -> None:
         (dict(method="{}.Share"), "Share needs weights"),
         (dict(method="{}.Share", weights={"a": 1.0}, kl_scale=0.5), "Share has no kl_scale, got 0.5"),
         (dict(method="{}.Share", weights={"a": 1.0}, options={"shrae": 1}), r"no option 'shrae'; it has \['share'\]"),
-        (dict(method="{}.Share", options={"weights": 1}), "weights is no option"),
+        (dict(method="{}.Share", options={"weights": 1}), "weights is not an option"),
         (dict(method="{}.Share", weights={"a": 1.0}, adapter="x"), "leave adapter out"),
         (dict(method="{}.Nothing"), "must be a Blend or Steering class"),
         (dict(method="{}.Missing"), "cannot be imported: .* has no attribute 'Missing'"),

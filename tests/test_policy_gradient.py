@@ -81,7 +81,7 @@ def test_a_prompts_images_of_the_same_rollout_are_its_group_where_they_are_enoug
     statistics.update(torch.tensor([7, 8, 7, 8, 7, 7, 8]), torch.tensor([1.0, 9.0, 2.0, 9.0, 3.0, 6.0, 9.0]))
     mean, std = statistics(torch.tensor([7, 8]))
     group, pool = moments([1.0, 2.0, 3.0, 6.0]), moments([-3.0] * 12 + [1.0, 9.0, 2.0, 9.0, 3.0, 6.0, 9.0])
-    assert mean.tolist() == pytest.approx([group[0], pool[0]])  # three of 8 are no group
+    assert mean.tolist() == pytest.approx([group[0], pool[0]])  # three of 8 are not a group
     assert std.tolist() == pytest.approx([group[1], pool[1]])
 
 

@@ -1,4 +1,4 @@
-"""What a log that is no terminal shows of a run."""
+"""What a log that is not a terminal shows of a run."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dblightning.checkpointing import PREEMPTED, Preempted, newest_whole
+from dblightning.checkpointing import PREEMPTED, Preempted, latest_intact
 from tests import launching
 from tests.distributed_fit import run
 
@@ -39,7 +39,7 @@ def test_a_signal_saves_at_the_rollouts_end_and_the_resumed_run_is_identical(
     with pytest.raises(Preempted, match=f"stopped by {name} after rollout {after + 1}") as stop:
         run(tmp_path, "run", **RUN, signals=signals, every_n_rollouts=100)
     assert stop.value.code == PREEMPTED == 75
-    saved = newest_whole(tmp_path / "run" / "checkpoints")
+    saved = latest_intact(tmp_path / "run" / "checkpoints")
     assert saved is not None
     assert saved.name == f"rollout-{after + 1:06d}.ckpt"
     launching.assert_same_end(run(tmp_path, "run", **RUN, resume=True), whole[1])
@@ -72,7 +72,7 @@ def killed_and_resumed(out: Path, at_step: int, processes: int, seed: int = 0) -
     codes = launching.finish(out, [{"name": "run", **RUN, "signals": signals}], processes)
     assert codes[seed % processes] == -signal.SIGKILL
     done = at_step // 4
-    saved = newest_whole(out / "run" / "checkpoints")
+    saved = latest_intact(out / "run" / "checkpoints")
     # saved every second rollout, so a kill costs less than two
     assert (saved.name if saved else "none") == (f"rollout-{done - done % 2:06d}.ckpt" if done >= 2 else "none")
     codes = launching.finish(out, [{"name": "run", **RUN, "resume": True}], processes)
@@ -122,14 +122,14 @@ def test_two_ranks_stop_together_when_one_is_told_to_and_resume_identically(tmp_
 def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     import torch
 
-    from dblightning.checkpointing import read_whole, serialized, write_whole
+    from dblightning.checkpointing import read_intact, serialized, write_atomically
 
     run(tmp_path, "run", **(RUN | {"epochs": 1}))
-    file = newest_whole(tmp_path / "run" / "checkpoints")
+    file = latest_intact(tmp_path / "run" / "checkpoints")
     assert file is not None
-    state = read_whole(file)
+    state = read_intact(file)
     state["dblightning"]["ranks"] *= 2
-    write_whole(serialized(state), file)
+    write_atomically(serialized(state), file)
     with pytest.raises(ValueError, match="saved by 2 processes and this run has 1"):
         run(tmp_path, "run", **RUN, resume=True)
     assert torch.is_tensor(state["state_dict"]["adapter.shift"])

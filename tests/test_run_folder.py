@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from dblightning import cli
 from dblightning.callbacks import BeforeAfterGrid, ExportAdapter
-from dblightning.checkpointing import RunCheckpoint, newest_whole
+from dblightning.checkpointing import RunCheckpoint, latest_intact
 from dblightning.run_folder import FolderInUseError, FolderLock, RunGuard
 from tests.toy import LinearReward
 from tests.toy_fit import fit, module
@@ -128,7 +128,7 @@ def test_a_second_run_in_the_same_folder_is_refused_with_what_differs_and_writes
         fit(tmp_path, module(type("Other", (LinearReward,), {})(), learning_rate=0.04), **saver(tmp_path))
     assert contents(tmp_path) == before
     resumed = module()
-    fit(tmp_path, resumed, str(newest_whole(tmp_path / "saved")), max_epochs=2, **saver(tmp_path))
+    fit(tmp_path, resumed, str(latest_intact(tmp_path / "saved")), max_epochs=2, **saver(tmp_path))
     assert resumed.rollouts_done == 6
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from dblightning.callbacks import BeforeAfterGrid, BlendSamplingCallback, ExportAdapter, SampleGrid
-from dblightning.checkpointing import RunCheckpoint, newest_whole, read_whole
+from dblightning.checkpointing import RunCheckpoint, latest_intact, read_intact
 from dblightning.data import PromptFileDataModule
 from dblightning.evaluation import BlendSpec
 from dblightning.module import RewardRLModule
@@ -80,10 +80,10 @@ def test_an_update_that_turns_to_nan_stops_the_run_saved_as_it_was_before_the_ro
     with pytest.raises(NonFiniteError, match="rollout 3: .*saved in .*before_non_finite_update.ckpt") as stop:
         fit(tmp_path / "run", poisoned, callbacks=callbacks)
     assert "learning_rate" in str(stop.value)
-    found = newest_whole(tmp_path / "saved")
+    found = latest_intact(tmp_path / "saved")
     assert found is not None
     assert found.name == "before_non_finite_update.ckpt"
-    assert all(torch.isfinite(tensor).all() for tensor in read_whole(found)["state_dict"].values())
+    assert all(torch.isfinite(tensor).all() for tensor in read_intact(found)["state_dict"].values())
     resumed = module(kl_target=0.5)
     assert_equal(state(resumed, fit(tmp_path / "run", resumed, str(found))), whole)
 
@@ -192,9 +192,9 @@ def test_a_resumed_run_counts_its_earlier_rollouts_towards_max_steps(tmp_path: P
     first = module()
     fit(tmp_path, first, max_steps=2, **saver)
     again, more = module(), module()
-    fit(tmp_path, again, str(newest_whole(tmp_path / "saved")), max_steps=2, **saver)
+    fit(tmp_path, again, str(latest_intact(tmp_path / "saved")), max_steps=2, **saver)
     assert again.rollouts_done == 2
-    fit(tmp_path, more, str(newest_whole(tmp_path / "saved")), max_steps=5, **saver)
+    fit(tmp_path, more, str(latest_intact(tmp_path / "saved")), max_steps=5, **saver)
     assert more.rollouts_done == 5
 
 
@@ -221,7 +221,7 @@ def test_a_resumed_run_draws_on_from_the_generators_of_numpy_and_python(tmp_path
     fit(tmp_path, module(DrawingReward()), **saver)
     seed(2)
     resumed = module(DrawingReward())
-    given = fit(tmp_path, resumed, str(newest_whole(tmp_path / "saved")), max_epochs=2, **saver)
+    given = fit(tmp_path, resumed, str(latest_intact(tmp_path / "saved")), max_epochs=2, **saver)
     assert_equal(state(resumed, given), expected)
 
 
@@ -311,7 +311,7 @@ def test_a_reward_that_gives_up_stops_the_run_saved_as_it_was_before_the_rollout
     callbacks = [RunCheckpoint(str(tmp_path / "saved"), every_n_rollouts=100)]
     with pytest.raises(RewardUnavailable, match=r"rollout 3: no answer .*saved in .*before_unavailable_reward.ckpt"):
         fit(tmp_path / "run", run, callbacks=callbacks)
-    found = newest_whole(tmp_path / "saved")
+    found = latest_intact(tmp_path / "saved")
     assert found is not None
     assert found.name == "before_unavailable_reward.ckpt"
     resumed = module(GivesUp(), **settings)
@@ -327,9 +327,9 @@ def test_a_reward_that_gives_up_in_a_validation_stops_the_run_saved_as_it_is(tmp
     callbacks = [RunCheckpoint(str(tmp_path / "saved"), every_n_rollouts=100)]
     with pytest.raises(RewardUnavailable, match=r"validation after rollout 2: no answer .*saved in .*reward.ckpt"):
         fit(tmp_path / "run", run, callbacks=callbacks, **validating)
-    found = newest_whole(tmp_path / "saved")
+    found = latest_intact(tmp_path / "saved")
     assert found is not None
-    assert read_whole(found)["dblightning"]["rollouts_done"] == 2
+    assert read_intact(found)["dblightning"]["rollouts_done"] == 2
     resumed = module()
     assert_equal(state(resumed, fit(tmp_path / "run", resumed, str(found), **validating)), whole)
 

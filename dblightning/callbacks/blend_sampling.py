@@ -107,7 +107,7 @@ class BlendSamplingCallback(L.Callback):
         self.grid_prompts = grid_prompts
         self.out = out
         self._spent = self._last = 0.0  # seconds
-        self._told: set[str] = set()
+        self._announced: set[str] = set()
 
     # ── when ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -202,8 +202,8 @@ class BlendSamplingCallback(L.Callback):
         known = {module.adapter_name, *self._folders(module)}
         ready = [spec for spec in self.blends if known.issuperset(spec.adapters)]
         for spec in self.blends:
-            if spec not in ready and spec.label not in self._told:
-                self._told.add(spec.label)
+            if spec not in ready and spec.label not in self._announced:
+                self._announced.add(spec.label)
                 rank_zero_info(f"blend sampling: {spec.label} waits for {sorted(set(spec.adapters) - known)}")
         return ready
 
@@ -293,7 +293,7 @@ class BlendSamplingCallback(L.Callback):
             titles = [label.replace("_", "\n") for label in labels]
             figures["images"] = blend_grid_figure(images, titles, [prompts[each] for each in ids])
         measured = reward_names(scores)
-        # an adapter whose name is no measured reward still belongs in the picture
+        # an adapter whose name is not a measured reward still belongs in the picture
         scores = scores.drop(columns=[f"weight/{name}" for name in weight_names(scores) if name not in measured])
         weighed = preference_rewards(scores)
         axes = weighed if len(weighed) > 1 else measured[:2]

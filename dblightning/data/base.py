@@ -1,4 +1,4 @@
-"""What every prompt DataModule does: endless training batches, finite evaluation, shards, a resumable cursor."""
+"""Base class for prompt DataModules: endless training batches, finite evaluation, shards, a resumable cursor."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class PromptDataModule(LightningDataModule):
     limit leaves the ids as they are: it takes a random sample of the list, with the list's mix of strata (such as
     prompts of one and of two things), and a larger limit holds the smaller one's prompts.
 
-    Three lists: prompts to train on, to validate on while training goes on, and to test on once at the end.
+    Three lists: prompts to train on, to validate on during training, and to test on once at the end.
 
-    Training draws an endless stream that walks through all prompts, shuffled anew each time round; ranks take disjoint
+    Training draws an endless stream that goes through all prompts, shuffled anew each time round; ranks take disjoint
     parts of it and no (prompt, seed) pair comes twice. Evaluation visits every (prompt, seed) pair of its prompts once,
     shared out over the ranks without padding: ranks may get different numbers of batches, so an evaluation step must
     not hold a collective operation. The loaders are plain iterables that Lightning does not reshard; no Trainer option
     is needed.
 
     The training stream's position is in ``state_dict`` and hence in every checkpoint. It counts prompts drawn by all
-    ranks in batches that were worked off, so a run goes on exactly where it stopped, also from the middle of an epoch,
-    and may go on with another batch size or number of ranks.
+    ranks in batches that were worked off, so a run resumes exactly where it stopped, also in the middle of an epoch,
+    and may resume with another batch size or number of ranks.
 
     Args:
         train: prompts to learn on.
@@ -71,9 +71,9 @@ class PromptDataModule(LightningDataModule):
         limit_test_prompts: keep a random sample of so many test prompts; None keeps all.
         limit_val_prompts: keep a random sample of so many validation prompts; None takes ``limit_test_prompts``.
         prompt_order: "sample" limits by a random sample; "file" keeps the first prompts of the list instead, which are
-            no sample where the list is sorted in any way.
-        limit_seed: of that random sample, apart from ``seed``, so that training runs of several seeds are evaluated on
-            the same prompts.
+            not a sample where the list is sorted in any way.
+        limit_seed: of that random sample, separate from ``seed``, so that training runs of several seeds are evaluated
+            on the same prompts.
         seed: of the shuffling of the training prompts.
 
     Raises:
@@ -176,16 +176,16 @@ class PromptDataModule(LightningDataModule):
         if self.prompt_order == "file":
             return prompts.subset(range(limit))
         strata = [None] * len(prompts) if self._strata is None else self._strata(prompts)
-        # not sorted: a larger limit goes on where the smaller ends, so an evaluation makes only what is new
+        # not sorted: a larger limit continues where the smaller ends, so an evaluation makes only what is new
         return prompts.subset(sample_order(strata, self.limit_seed)[:limit])
 
     def train_dataloader(self) -> TrainLoader:
-        """``rollouts_per_epoch`` batches of the endless stream; each pass goes on where the last one stopped.
+        """``rollouts_per_epoch`` batches of the endless stream; each pass continues where the last one stopped.
 
         With ``Trainer(overfit_batches=N)`` every pass has the prompts of the first N batches, with new noise.
 
         Raises:
-            ValueError: a checkpoint was loaded whose stream is another than this module's.
+            ValueError: a checkpoint was loaded whose stream differs from this module's.
         """
         self._check_resumed()
         rank, world_size = rank_and_world_size(self.trainer)
@@ -221,7 +221,7 @@ class PromptDataModule(LightningDataModule):
         return {"position": position, **self._stream()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved position. A position in another stream is refused, but not before training starts."""
+        """Resume from a saved position. A position in another stream is refused, but not before training starts."""
         self._cursor.resume(state_dict["position"])
         self._resumed_from = {key: value for key, value in state_dict.items() if key != "position"}
 
@@ -237,7 +237,7 @@ class PromptDataModule(LightningDataModule):
         if changed:
             was, now = ({key: source.get(key) for key in changed} for source in (self._resumed_from, stream))
             raise ValueError(
-                f"the checkpoint's stream of training prompts is another one: it has {was}, this run {now}; "
+                f"the checkpoint's stream of training prompts differs: it has {was}, this run {now}; "
                 "resume with the same prompts, seed and samples_per_prompt, or start a new run from its weights"
             )
 

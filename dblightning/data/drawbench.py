@@ -11,7 +11,7 @@ from dblightning.data.base import PromptDataModule
 from dblightning.data.prompt_file import read_prompts
 from dblightning.data.stream import PromptSet
 
-#: what a prompt asks for: one or two (colour, object)
+#: what a prompt requests: one or two (colour, object)
 Scene = list[tuple[str, str]]
 
 #: object → colours, in DrawBench's order: "A red colored car."

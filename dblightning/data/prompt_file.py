@@ -39,7 +39,7 @@ def read_prompts(path: str | Path, prompt_column: str | Sequence[str] = "prompt"
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another suffix; a file that is no UTF-8 or not of its kind; no prompt in it; a row without one; a
+        ValueError: another suffix; a file that is not UTF-8 or not of its kind; no prompt in it; a row without one; a
             column named like a batch's own entries.
     """
     path = Path(path).expanduser()

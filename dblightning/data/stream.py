@@ -126,7 +126,7 @@ def _shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 class PromptSampler:
     """Draws a rank's share of each rollout batch from one global order.
 
-    The order walks through all prompts, shuffled anew each time round. A step takes the next ``world_size`` ·
+    The order goes through all prompts, shuffled anew each time round. A step takes the next ``world_size`` ·
     ``prompts_per_rank`` prompts and gives each rank its own run of them, so that the ranks' batches laid end to end are
     the batch one process with ``world_size`` times the batch size would draw. The seed index counts a prompt's uses:
     a (prompt, seed) pair never comes twice.
@@ -231,7 +231,7 @@ class Cursor:
 
 
 class TrainLoader:
-    """The training stream, in epochs of ``num_batches``; each pass goes on where the last one stopped.
+    """The training stream, in epochs of ``num_batches``; each pass continues where the last one stopped.
 
     A batch counts as drawn when it is handed out. ``in_flight`` says how many of those are not worked off yet: a
     checkpoint written in the middle of one repeats it.

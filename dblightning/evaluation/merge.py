@@ -38,7 +38,7 @@ def read_all(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]]
     first_path, frame, record = parts[0]
     record = dict(record)
     for path, other, other_record in parts[1:]:
-        pair = f"{first_path} and {path} cannot be put together"
+        pair = f"{first_path} and {path} cannot be merged"
         _check_settings(record, other_record, pair)
         _check_rows(frame, other, pair)
         repeated = sorted(set(frame["blend"]) & set(other["blend"]))

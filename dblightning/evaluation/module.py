@@ -60,7 +60,7 @@ class BlendEvaluationModule(L.LightningModule):
         adapters: name → folder of an exported LoRA. The miniature's shipped ones are added when the backbone is the
             miniature, under their own names, unless a name is given here.
         rewards: name → reward, for ``test``, and for code and rgg. Those a preference names are its axes; the others
-            show what a method does to rewards nobody asked for.
+            show what a method does to rewards that nobody requested.
         num_inference_steps, eta, guidance_scale, negative_prompt: sampling settings.
         seed: of the noise.
         out: folder for what is written.
@@ -128,7 +128,7 @@ class BlendEvaluationModule(L.LightningModule):
                     before = json.loads(file.read_bytes())
                     found = list(differences(_essentials(before), _essentials(self._recorded(spec))))
                 except (ValueError, TypeError, AttributeError) as error:
-                    raise ValueError(f"{file} is no record of an image ({error}); {REMEDY}") from error
+                    raise ValueError(f"{file} is not a record of an image ({error}); {REMEDY}") from error
                 if found:
                     name, was, now = found[0]
                     raise ValueError(
@@ -166,7 +166,7 @@ class BlendEvaluationModule(L.LightningModule):
             print("fast_dev_run: nothing is written" if self._dry_run else f"images and their records: {self.out}")
 
     def settings(self) -> dict[str, Any]:
-        """What an image and its scores depend on, apart from prompt, seed and blend."""
+        """The settings an image and its scores depend on, beside prompt, seed and blend."""
         names = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt")
         return {
             "base": getattr(self.backbone, "pretrained", type(self.backbone).__name__),

@@ -48,8 +48,8 @@ def plane_points(estimates: Estimates, rewards: Sequence[str], x: str, y: str, g
     """The blends that weigh nothing but ``rewards``, as points of the plane of ``x`` and ``y``, in order of weight.
 
     Columns: ``blend``, ``variant``, ``label`` (weights and λ), ``x``, ``x_lo``, ``x_hi``, ``y``, …, and ``dominated``:
-    whether another blend that is no oracle is at least as good in every one of ``rewards`` and better in one. Means are
-    compared, so a point may be dominated by less than the intervals. With ``gains``, the plane is that of the gains
+    whether another blend, oracles excluded, is at least as good in every one of ``rewards`` and better in one. Means
+    are compared, so a point may be dominated by less than the intervals. With ``gains``, the plane is that of the gains
     over the base, whose intervals are paired and much shorter.
     """
     blends = estimates.blends[within(estimates.blends, rewards)].reset_index(drop=True)

@@ -91,8 +91,8 @@ def read_scores(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
             raise ValueError(f"it is {record!r}")
     except ValueError as error:
         raise ValueError(
-            f"{path} has a record of its making that is no JSON object ({error}); run its evaluation again: what is in "
-            "its rows folder is not made anew"
+            f"{path} has a record of its making that is not a JSON object ({error}); run its evaluation again: images "
+            "in its rows folder are not made anew"
         ) from error
     try:
         return with_defaults(frame), record
@@ -193,7 +193,7 @@ def weights_of(blends: pd.DataFrame, rewards: Sequence[str]) -> np.ndarray:
 
 
 def preferences(blends: pd.DataFrame) -> list[tuple[tuple[float, ...], float]]:
-    """What each blend was asked for: its weights on all weighed rewards, and its strength λ."""
+    """The preference each blend serves: its weights on all weighed rewards, and its strength λ."""
     weights = weights_of(blends, weight_names(blends))
     return [(tuple(row), float(scale)) for row, scale in zip(weights, blends["kl_scale"], strict=True)]
 

@@ -1,4 +1,4 @@
-"""Rows on disk while an evaluation runs: never lost, never made twice, and never taken for those of another image."""
+"""Rows on disk while an evaluation runs: none lost, none made twice, none taken for those of another image."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RowStore:
     """Append-only JSON lines, one file per process that ever wrote.
 
     A line is on its way to the disk when :meth:`append` returns, so a killed process loses the batch it was in and
-    nothing else; a line cut short is left out. Rows of any number of processes are read, so a run may go on with more
+    nothing else; a line cut short is left out. Rows of any number of processes are read, so a run may resume with more
     or fewer of them.
 
     Args:
@@ -103,7 +103,7 @@ class RowStore:
         """Every row of every process, in no order that means something; one row per image, the latest.
 
         Raises:
-            ValueError: a line that is no row; the file and the line are named.
+            ValueError: a line that is not a row; the file and the line are named.
         """
         rows: dict[Key, dict[str, Any]] = {}
         for file in sorted(self.folder.glob("*.jsonl")):

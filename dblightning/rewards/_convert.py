@@ -86,7 +86,7 @@ def find_file(weights: str | Path | None, names: Sequence[str], default_repo: st
     if repo is None:
         raise FileNotFoundError(f"{purpose}: pass weights=, the path of {wanted}; docs/rewards.md says where to get it")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise FileNotFoundError(f"{purpose}: {repo} is no file, folder or hub id; pass the path of {wanted}")
+        raise FileNotFoundError(f"{purpose}: {repo} is not a file, folder or hub id; pass the path of {wanted}")
     return _download(repo, names, purpose)
 
 

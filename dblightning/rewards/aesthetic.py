@@ -24,7 +24,7 @@ class AestheticScore(CLIPReward):
         clip_weights: the network before it: a transformers folder or hub id (None: ``openai/clip-vit-large-patch14``),
             or an open_clip file of ViT-L-14-quickgelu.
         architecture: open_clip's name or configuration of that network, for a file without one beside it.
-        preprocessing: "auto": Pillow as published unless a gradient is asked for; "exact"; "tensor".
+        preprocessing: "auto": Pillow as published unless a gradient is required; "exact"; "tensor".
         micro_batch_size: most images scored at once.
         kwargs: as of ``torchmetrics.Metric``.
 

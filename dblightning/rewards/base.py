@@ -89,7 +89,7 @@ class RewardMetric(Metric):
     ``register_frozen``.
 
     Such networks are frozen and in eval mode, whatever happens to the module around the reward: they follow it to a
-    device, but are no part of its parameters, its checkpoints, its ``train()`` or its precision. ``reward.to(dtype)``
+    device, but are not part of its parameters, its checkpoints, its ``train()`` or its precision. ``reward.to(dtype)``
     (or ``half``, ``double``, …) called on the reward itself changes theirs.
 
     Args:

@@ -45,7 +45,7 @@ class CLIPReward(RewardMetric):
         resize: "crop" (short side to the model's size, centre crop) or "pad" (long side to it, black borders).
         crop_rounding: see ``preprocess.short_side_crop``.
         antialias: for "pad" only.
-        preprocessing: "auto": exactly as published unless a gradient is asked for; "exact"; "tensor".
+        preprocessing: "auto": exactly as published unless a gradient is required; "exact"; "tensor".
         micro_batch_size: most images scored at once.
         text_cache: text features kept, by prompt; 0: none.
         kwargs: as of ``torchmetrics.Metric``.
@@ -301,7 +301,7 @@ def _is_plain(config: dict[str, Any]) -> bool:
 
 def _load_other(architecture: str | dict[str, Any], path: Path) -> nn.Module:
     if not isinstance(architecture, str):
-        raise ValueError("a network that is no plain CLIP has to be given by its open_clip name")
+        raise ValueError("a network that is not a plain CLIP has to be given by its open_clip name")
     import open_clip
 
     model = open_clip.create_model(architecture, pretrained=None)

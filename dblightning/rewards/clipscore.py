@@ -21,7 +21,7 @@ class CLIPScore(CLIPReward):
         scale: 2.5 in the paper (its w); others print 100 · cos.
         clamp: negative cosines count 0, as in the paper. Their gradient is 0 too: turn it off to steer by this score.
         prefix: put before each prompt; the paper uses "A photo depicts " for captions.
-        preprocessing: "auto": Pillow as published unless a gradient is asked for; "exact"; "tensor".
+        preprocessing: "auto": Pillow as published unless a gradient is required; "exact"; "tensor".
         micro_batch_size: most images scored at once.
         kwargs: as of ``torchmetrics.Metric``.
 

@@ -1,4 +1,4 @@
-"""GenEval (Ghosh et al. 2023): does the image show the objects, counts, colours and places its prompt asks for?"""
+"""GenEval (Ghosh et al. 2023): does the image show the objects, counts, colours and places that its prompt requests?"""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class GenEvalAccuracy(CLIPReward):
         texts = [template.format(color=color, name=name) for color in COLORS for template in COLOR_TEMPLATES]
         features = self.text_features(texts).unflatten(0, (len(COLORS), len(COLOR_TEMPLATES))).mean(1)
         features = functional.normalize(features, dim=-1)
-        # one at a time: crops differ in size, and no prompt of the benchmark asks for more than one of a colour
+        # one at a time: crops differ in size, and no prompt of the benchmark requests more than one of a colour
         crops = [self.image_features(crop(image, each, self.background)[None]) for each in objects]
         return [COLORS[index] for index in (torch.cat(crops) @ features.T).argmax(1).tolist()]
 

@@ -26,7 +26,7 @@ from dblightning.geneval_prompts import (
 )
 from dblightning.rewards.detection import Detection
 
-#: Detections at or below these confidences are ignored; counting asks for more.
+#: Detections at or below these confidences are ignored; counting requires more.
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
 #: Most objects kept per class. (Overlapping ones all stay: the evaluator's limit of 1.0 on the overlap keeps any.)
@@ -90,14 +90,14 @@ def faults(
 ) -> list[str]:
     """What is wrong with an image; empty where it is correct.
 
-    Every "include" clause has to hold and no "exclude" clause may. A clause asks for at least "count" objects of a
+    Every "include" clause has to hold and no "exclude" clause may. A clause requires at least "count" objects of a
     class; colour and position are read from its "count" most confident ones, all of which have to comply, and a
     position holds against each object of the clause it points at.
 
     Args:
         groups: see ``group_objects``.
         sample: the prompt's metadata.
-        colors_of: names the colours of objects; called only where a clause asks for a colour.
+        colors_of: names the colours of objects; called only where a clause names a colour.
         position_threshold: see ``relations``.
     """
     wrong: list[str] = []
@@ -128,7 +128,7 @@ def faults(
     for clause in sample.get("exclude") or []:
         seen = len(groups.get(clause["class"], []))
         if seen >= clause["count"]:
-            wrong.append(f"{seen} {clause['class']}, fewer than {clause['count']} asked for")
+            wrong.append(f"{seen} {clause['class']}, fewer than {clause['count']} requested")
     return wrong
 
 

@@ -23,7 +23,7 @@ class HPSv2(CLIPReward):
             ``xswu/HPSv2``.
         architecture: open_clip's name or configuration of the network.
         antialias: filter before shrinking.
-        preprocessing: "auto": round to 8 bits as a file would unless a gradient is asked for; "exact"; "tensor".
+        preprocessing: "auto": round to 8 bits as a file would unless a gradient is required; "exact"; "tensor".
         micro_batch_size: most images scored at once.
         kwargs: as of ``torchmetrics.Metric``.
 

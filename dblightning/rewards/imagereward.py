@@ -42,7 +42,7 @@ class ImageReward(RewardMetric):
             then ``google-bert/bert-base-uncased`` from the hub.
         standardize: subtract 0.1672 and divide by 1.0333, as the package does; False gives the head's own output,
             which DAS and the paper's CoDe and RGG baselines use.
-        preprocessing: "auto": Pillow as published unless a gradient is asked for; "exact"; "tensor".
+        preprocessing: "auto": Pillow as published unless a gradient is required; "exact"; "tensor".
         micro_batch_size: most images scored at once.
         kwargs: as of ``torchmetrics.Metric``.
 

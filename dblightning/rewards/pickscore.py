@@ -26,7 +26,7 @@ class PickScore(CLIPReward):
         tokenizer: folder with CLIP tokenizer files, or hub id; None: built without a network from open_clip's copy.
         shift: added to the published score.
         scale: multiply the cosine with exp(logit_scale), about 100, as published; False leaves the bare cosine.
-        preprocessing: "auto": Pillow as published unless a gradient is asked for; "exact"; "tensor".
+        preprocessing: "auto": Pillow as published unless a gradient is required; "exact"; "tensor".
         micro_batch_size: most images scored at once.
         kwargs: as of ``torchmetrics.Metric``.
 

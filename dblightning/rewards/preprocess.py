@@ -20,7 +20,7 @@ from torch.nn import functional
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-#: how a constructor argument ``preprocessing`` chooses: exact unless a gradient is asked for, always, or never
+#: how a constructor argument ``preprocessing`` chooses: exact unless a gradient is required, always, or never
 Preprocessing = Literal["auto", "exact", "tensor"]
 
 Item = TypeVar("Item")

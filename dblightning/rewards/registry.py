@@ -43,7 +43,7 @@ def reward_class(name: str) -> type[RewardMetric]:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot import the reward {path}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, RewardMetric)):
-        raise ValueError(f"{path} is no subclass of dblightning.rewards.RewardMetric")
+        raise ValueError(f"{path} is not a subclass of dblightning.rewards.RewardMetric")
     return found
 
 

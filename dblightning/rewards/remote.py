@@ -173,7 +173,7 @@ class RemoteReward(RewardMetric):
         verify = True if self.ca_file is None else ssl.create_default_context(cafile=self.ca_file)
         transport = None if self.uds is None else http.AsyncHTTPTransport(uds=self.uds, verify=verify, trust_env=False)
         async with (
-            # a time-out of each read would let a byte a second go on for ever
+            # a time-out of each read would allow one byte a second for ever
             asyncio.timeout(seconds),
             http.AsyncClient(
                 transport=transport, verify=verify, trust_env=self.trust_env, follow_redirects=False, timeout=None

@@ -114,7 +114,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def check_images_of(paths: Sequence[Path]) -> None:
-    """Refuse files that are no images, or damaged where that shows without decoding them.
+    """Refuse files that are not images, or damaged where that shows without decoding them.
 
     Raises:
         ValueError: such a file.

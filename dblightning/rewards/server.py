@@ -288,10 +288,10 @@ def _png_size(index: int, text: Any) -> tuple[int, int]:
     except ValueError:
         head = b""
     if len(head) < 33 or head[:8] != _PNG_SIGNATURE or head[8:16] != b"\0\0\0\rIHDR":
-        raise ValueError(f"images[{index}] is no base64 PNG")
+        raise ValueError(f"images[{index}] is not a base64 PNG")
     width, height, depth = struct.unpack(">IIB", head[16:25])
     if width == 0 or height == 0:
-        raise ValueError(f"images[{index}] is no base64 PNG: it has {width} × {height} pixels")
+        raise ValueError(f"images[{index}] is not a base64 PNG: it has {width} × {height} pixels")
     if depth > 8:
         raise ValueError(f"images[{index}] has {depth} bits per channel; send 8")
     return width, height
@@ -306,7 +306,7 @@ def _decode(index: int, text: str) -> Image.Image:
             raise ValueError("it has two headers")
         return image.convert("RGB")
     except Exception as error:  # whatever a decoder raises on bytes made to confuse it
-        raise ValueError(f"images[{index}] is no base64 PNG: {error}") from error
+        raise ValueError(f"images[{index}] is not a base64 PNG: {error}") from error
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────

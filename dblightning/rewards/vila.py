@@ -38,7 +38,7 @@ class VILA(RewardMetric):
         backend: "torch" carries a gradient; "tensorflow" is the published graph, one image at a time on the CPU, and
             needs ``pip install dblightning[vila]``.
         scale, shift: the paper uses 4 v − 2.
-        preprocessing: "auto": round images to 8 bits as a file would unless a gradient is asked for; "exact"; "tensor".
+        preprocessing: "auto": round images to 8 bits as a file would unless a gradient is required; "exact"; "tensor".
         micro_batch_size: most images scored at once.
         kwargs: as of ``torchmetrics.Metric``.
 

@@ -19,7 +19,7 @@ class RewardWorker:
             scores = [worker.submit(sample(batch), batch["prompt"]) for batch in batches]
         rewards = torch.cat([future.result() for future in scores])
 
-    PyTorch and Pillow release Python's lock while they compute, so sampling goes on meanwhile. An exception in the
+    PyTorch and Pillow release Python's lock while they compute, so sampling continues meanwhile. An exception in the
     reward comes out of ``future.result()`` with its own traceback, and out of the next ``submit``; batches still
     waiting are not scored, so training stops at the first failure. Scores carry no gradient; autocast is what it is
     where ``submit`` is called. The images must not be changed in place before their result is there.

@@ -204,7 +204,7 @@ def test_validation_prompts_are_neither_test_nor_training_prompts(kind: type[Pro
     assert len(set(validated)) == len(validated) >= 80
     assert not set(validated) & {*tested, *module.train_prompts}
 
-    # "a and b" for "b and a" is no new prompt either
+    # "a and b" for "b and a" is not a new prompt either
     def scene(prompt: str) -> frozenset[str]:
         return frozenset(prompt.lower().removeprefix("a photo of ").rstrip(".").split(" and "))
 
@@ -250,7 +250,7 @@ def test_file_order_and_val_split_give_the_prefixes_of_earlier_results() -> None
     assert module.test_set.prompt_ids == list(range(128))
 
 
-def test_each_loader_takes_the_split_and_the_limit_it_is_told() -> None:
+def test_each_loader_takes_the_split_and_the_limit_it_is_given() -> None:
     module = MiniatureDataModule(limit_test_prompts=3, eval_split="val")
     assert len(module.test_prompts) == len(module.val_prompts) == 3
     assert prompts_of(module.test_dataloader()) == prompts_of(module.predict_dataloader()) == module.val_prompts

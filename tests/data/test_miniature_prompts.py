@@ -35,7 +35,7 @@ def test_a_validation_pair_is_in_no_other_prompt_in_either_order() -> None:
 
 @pytest.mark.parametrize("name", ["table1", "table5", "table6", "figure6", "figure8", "seeds", "seeds_22"])
 def test_the_configs_give_the_prompts_of_the_results_in_the_docs(name: str) -> None:
-    """Those are the first 200 of the list, which is no sample of it: hence ``prompt_order: file`` in these configs."""
+    """Those are the first 200 of the list, not a sample of it: hence ``prompt_order: file`` in these configs."""
     settings = yaml.safe_load((ROOT / f"configs/miniature/{name}.yaml").read_text())["data"]["init_args"]
     module = MiniatureDataModule(**settings)
     file = ROOT / f"docs/results/miniature_{name}.parquet"

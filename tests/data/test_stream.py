@@ -71,7 +71,7 @@ def test_a_resumed_stream_goes_on_where_it_stopped() -> None:
 
 
 def test_a_position_holds_across_batch_sizes_and_world_sizes() -> None:
-    """Twelve prompts drawn by one process, then 2 ranks · 2 prompts go on: together still one round after another."""
+    """Twelve prompts drawn by one process, then 2 ranks · 2 prompts follow: together still one round after another."""
     first = flat(walk(PromptSampler(8, 6), steps=2))
     ranks = [PromptSampler(8, 2, rank=rank, world_size=2) for rank in range(2)]
     then = [key for step in range(3) for sampler in ranks for key in sampler.keys(12 + 4 * step)]

@@ -217,7 +217,7 @@ def test_a_missing_score_is_left_out_and_counted_for_its_blend_and_reward_alone(
     scored = frame[own & np.isfinite(frame["reward/a"])]
     # every prompt counts the same, so prompt 3 counts by its one image and prompt 5 not at all
     assert table.loc["db-mpa", "reward/a"] == pytest.approx(scored.groupby("prompt_id")["reward/a"].mean().mean())
-    # pairs with a missing half are no pairs: the constant gain is found exactly
+    # pairs with a missing half do not count: the constant gain is found exactly
     assert table.loc["db-mpa", "gain/a"] == pytest.approx(0.3)
     assert table.loc["db-mpa", "weighted_gain"] == pytest.approx(0.25 * 0.3 + 0.75 * 0.6)
     assert compare(frame, "db-mpa_a-0.25_b-0.75", "base")["images"].tolist() == [57, 60]
@@ -463,7 +463,7 @@ def test_files_that_are_no_score_table_are_refused_with_what_is_wrong(tmp_path: 
     for record in (b"{", b"[1]"):
         table = pa.Table.from_pandas(frame).replace_schema_metadata({RECORD_KEY: record})
         pq.write_table(table, path)
-        with pytest.raises(ValueError, match="scores.parquet has a record of its making that is no JSON object"):
+        with pytest.raises(ValueError, match="scores.parquet has a record of its making that is not a JSON object"):
             read_scores(path)
 
 

@@ -48,7 +48,7 @@ def test_one_label_for_two_blends_is_refused_though_their_scores_agree(
 
 
 def test_what_made_the_scores_is_compared_where_both_files_say_it(tmp_path: Path) -> None:
-    """Files of earlier versions say less; torchmetrics' own settings are no part of a score."""
+    """Files of earlier versions say less; torchmetrics' own settings are not part of a score."""
     internal = {"rewards": {"a": {"class": "A", "quality": 3, "compute_on_cpu": True}}}
     later = RECORD | internal | {"made_with": {"dtype": "float32", "scheduler": {"beta_end": 0.02}}}
     paths = [write(tmp_path / "1", SOUP), write(tmp_path / "2", SOUP, later)]

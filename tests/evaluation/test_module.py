@@ -161,7 +161,7 @@ def test_more_blends_and_seeds_make_only_what_is_new(
     assert (first, lines(tmp_path / "out")) == (5, 10)
     assert scores["blend"].unique().tolist() == ["base", "rewarded-soup_other-0.5_size-0.5"]
     fewer = run(module(sd15_folder, tmp_path, adapters, sweeps=[]), tmp_path, eval_seeds=1)
-    assert fewer["blend"].unique().tolist() == ["base"]  # what is there already and was not asked for stays out
+    assert fewer["blend"].unique().tolist() == ["base"]  # what is there already and was not requested stays out
 
 
 def test_rows_of_another_adapter_or_setting_are_not_mixed_in(
@@ -278,7 +278,7 @@ def test_fast_dev_run_writes_nothing(sd15_folder: Path, tmp_path: Path, adapters
     assert not (tmp_path / "out").exists()
 
 
-def test_a_limit_on_batches_is_told_and_recorded(
+def test_a_limit_on_batches_is_reported_and_recorded(
     sd15_folder: Path, tmp_path: Path, adapters: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     scores = run(module(sd15_folder, tmp_path, adapters, sweeps=[]), tmp_path, limit_test_batches=1)

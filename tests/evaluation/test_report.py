@@ -314,7 +314,7 @@ def test_score_tables_of_the_same_prompts_and_settings_are_put_together(tmp_path
     ],
 )
 def test_tables_made_with_other_settings_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"cannot be put together: {re.escape(message)}"):
+    with pytest.raises(ValueError, match=f"cannot be merged: {re.escape(message)}"):
         read_all(two_files(tmp_path, **changes))
 
 

@@ -484,7 +484,7 @@ def test_the_whole_reward_runs_from_folders(mask2former: Path, color_clip: Path)
     detector = TransformersDetector(mask2former, short_side=96, long_side=96)
     metric = build_reward("geneval", detector=detector, clip_weights=color_clip, micro_batch_size=2)
     images = pictures(3, 48, 48)
-    # what the detector sees in each picture, asked for by a prompt of its own; then a class it does not see there
+    # what the detector sees in each picture, requested by a prompt of its own; then a class it does not see there
     found = [group_objects(each, 0.3) for each in detector.detect(images, 0.3)]
     assert all(found), "a random detector has to find something for this test to mean anything"
     for row, groups in enumerate(found):
