@@ -56,7 +56,9 @@ class Family(ABC):
     #: the layers that a new adapter is put on, where none are named
     target_modules: ClassVar[tuple[str, ...]] = ATTENTION
     #: the components that are computed with, those there are
-    components: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    components: ClassVar[tuple[str, ...]] = (
+        "unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"
+    )  # fmt: skip
     #: what the denoiser is made of, by diffusers' class names; compiled one by one
     repeated_blocks: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
     #: the plain pipeline's own default
