@@ -595,7 +595,7 @@ def _assembled(components: dict[str, Any]) -> Any:
     Raises:
         ValueError: components of no known family.
     """
-    for family in dict.fromkeys(FAMILIES.values()):
+    for family in reversed(FAMILIES.values()):  # those added last are asked first
         pipeline = family.assemble(components)
         if pipeline is not None:
             return pipeline

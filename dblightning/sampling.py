@@ -278,7 +278,11 @@ def denoise_loop(
     )
     steering = steering or Unsteered()
     steering.start(run)
-    first = noise(backbone.latent_shape_of(conditioning.size)) if latents is None else latents.to(_at_least_float32(latents))
+    first = (
+        noise(backbone.latent_shape_of(conditioning.size))
+        if latents is None
+        else latents.to(_at_least_float32(latents))
+    )
     state = State(solver.initial(first))
     for step_index in range(run.num_steps):
         before = state.latents

@@ -86,7 +86,7 @@ class StableDiffusion(UNetFamily):
     def assemble(cls, components: Mapping[str, Any]) -> Any | None:
         from diffusers import StableDiffusionPipeline
 
-        if XL_COMPONENTS & components.keys():
+        if not components.keys().isdisjoint({"transformer", *XL_COMPONENTS}):
             return None
         checked = components.get("safety_checker") is not None
         defaults = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": checked}
@@ -145,7 +145,8 @@ class StableDiffusionXL(UNetFamily):
     def assemble(cls, components: Mapping[str, Any]) -> Any | None:
         from diffusers import StableDiffusionXLPipeline
 
-        return StableDiffusionXLPipeline(**components) if XL_COMPONENTS & components.keys() else None
+        own = XL_COMPONENTS & components.keys() and "transformer" not in components
+        return StableDiffusionXLPipeline(**components) if own else None
 
     @property
     def pooled_dim(self) -> int:
