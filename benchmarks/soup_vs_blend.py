@@ -35,7 +35,7 @@ from dblightning.miniature import adapters as shipped_adapters
 from dblightning.miniature import rewards as miniature_rewards
 from dblightning.miniature import world
 from dblightning.noise import ImageNoise
-from dblightning.sampling import Run, denoise_loop
+from dblightning.sampling import Run, StepRecord, denoise_loop
 from dblightning.schedule import DDIMSchedule
 from dblightning.solvers import DDIMSolver
 
@@ -92,12 +92,14 @@ def relative_difference(backbone: DiffusersBackbone, options: argparse.Namespace
     soup, base = run(RewardedSoup(weights)), run(Base())
     ratios: list[Tensor] = []
 
-    def compare(step_index: int, latents: Tensor, output: Tensor, following: Tensor) -> None:
-        apart = (soup.predict(latents, step_index) - output).flatten(1).norm(dim=1)
-        moved = (output - base.predict(latents, step_index)).flatten(1).norm(dim=1)
+    def compare(step: StepRecord) -> None:
+        apart = (soup.predict(step.latents, step.step_index) - step.output).flatten(1).norm(dim=1)
+        moved = (step.output - base.predict(step.latents, step.step_index)).flatten(1).norm(dim=1)
         ratios.append(apart / moved)
 
-    denoise_loop(backbone, conditioning, solver, DBMPA(weights), noise, options.guidance_scale, on_step=compare)
+    denoise_loop(
+        backbone, conditioning, solver, DBMPA(weights), noise, guidance_scale=options.guidance_scale, on_step=compare
+    )
     return float(torch.stack(ratios).mean())
 
 
@@ -112,7 +114,9 @@ def scores(backbone: DiffusersBackbone, options: argparse.Namespace, blend: Any,
         of_seeds = []
         for seed in range(options.seeds):
             noise = ImageNoise([seed * len(prompts) + start + index for index in range(len(part))])
-            latents = denoise_loop(backbone, backbone.encode(part), solver, blend, noise, options.guidance_scale)
+            latents = denoise_loop(
+                backbone, backbone.encode(part), solver, blend, noise, guidance_scale=options.guidance_scale
+            )
             images = backbone.decode(latents)
             parts = [weight * REWARDS[name]().score(images, part) for name, weight in weights.items()]
             of_seeds.append(torch.stack(parts).sum(0))

@@ -83,7 +83,9 @@ class Scorer:
             part = self.prompts[start : start + 32]
             noise = ImageNoise.of(0, range(start, start + len(part)), [0] * len(part), stream="evaluation")
             conditioning = self.backbone.encode(part)
-            latents = denoise_loop(self.backbone, conditioning, self.solver, blend, noise, self.guidance_scale)
+            latents = denoise_loop(
+                self.backbone, conditioning, self.solver, blend, noise, guidance_scale=self.guidance_scale
+            )
             scores.append(ShapeAesthetic().score(self.backbone.decode(latents), part))
         return torch.cat(scores)
 

@@ -537,7 +537,7 @@ class RewardRLModule(RunState):
             self.solver,
             blend or Single(self.adapter_name),
             self._noise(prompt_ids, seeds, "evaluation"),
-            self.hparams["guidance_scale"],
+            guidance_scale=self.hparams["guidance_scale"],
         )
         return self.backbone.decode(latents)
 

@@ -21,7 +21,7 @@ from dblightning.pipeline_call import CallbackTensors, CallSettings, RunningCall
 from dblightning.pipeline_inputs import SizeInputs, TextInputs, check_taken, condition, repeated
 from dblightning.pipeline_lora import REFUSED, LoraMethods
 from dblightning.prompt_cache import has_lora
-from dblightning.sampling import Change, Execution, Steering, denoise_loop
+from dblightning.sampling import Change, Execution, OnStep, Steering, StepRecord, denoise_loop
 from dblightning.schedule import ddim_scheduler
 from dblightning.solvers import DiffusersSolver, Solver, make_solver
 from dblightning.steering import STEERING, Reward, resolve_steering, steers
@@ -420,13 +420,13 @@ class DiffusionBlendPipeline(LoraMethods):
                             solver,
                             chosen,
                             noise,
-                            guidance_scale,
-                            first,
-                            execution,
-                            max_rows,
-                            self._on_step(call, conditioning, solver, callback_on_step_end, names, bar),
-                            steering,
-                            repeated(prompts, inputs.count, per_prompt),
+                            guidance_scale=guidance_scale,
+                            latents=first,
+                            execution=execution,
+                            max_rows=max_rows,
+                            on_step=self._on_step(call, conditioning, callback_on_step_end, names, bar),
+                            steering=steering,
+                            prompts=repeated(prompts, inputs.count, per_prompt),
                         )
                     except _Stopped as stopped:
                         result = stopped.latents
@@ -534,21 +534,20 @@ class DiffusionBlendPipeline(LoraMethods):
         self,
         call: CallSettings,
         conditioning: Conditioning,
-        solver: Solver,
         callback: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None,
         names: Sequence[str],
         bar: Any,
-    ) -> Callable[[int, Tensor, Tensor, Tensor], Change]:
+    ) -> OnStep:
         """What happens after each step: the callback, the progress bar, the stop."""
         tensors = CallbackTensors(conditioning, call.guided)
 
-        def on_step(step_index: int, before: Tensor, output: Tensor, following: Tensor) -> Change:
+        def on_step(step: StepRecord) -> Change:
             change = Change()
             if callback is not None:
-                known = {**tensors.held, "latents": following, "noise_pred": output}
+                known = {**tensors.held, "latents": step.next_latents, "noise_pred": step.output}
                 guidance, rescale = call.guidance_scale, call.guidance_rescale
                 given = {name: known[name] for name in names}
-                returned = callback(self, step_index, solver.timesteps[step_index], given) or {}
+                returned = callback(self, step.step_index, step.timestep, given) or {}
                 if call.guided and not call.has_negatives:
                     raise ValueError(
                         "a callback turned guidance on, but the call has no negative_prompt_embeds; pass them"
@@ -560,7 +559,7 @@ class DiffusionBlendPipeline(LoraMethods):
                 change = Change(returned.get("latents"), made, changed)
             bar.update()
             if call.interrupt:
-                raise _Stopped(following if change.latents is None else change.latents)
+                raise _Stopped(step.next_latents if change.latents is None else change.latents)
             return change
 
         return on_step

@@ -11,7 +11,7 @@ from dblightning.backbone import Backbone, Conditioning
 from dblightning.blending import Blend
 from dblightning.execution import Execution
 from dblightning.noise import ImageNoise
-from dblightning.sampling import denoise_loop
+from dblightning.sampling import StepRecord, denoise_loop
 from dblightning.schedule import gaussian_log_prob
 from dblightning.solvers import GaussianSolver
 
@@ -49,11 +49,12 @@ def rollout(
     walk: list[Tensor] = []
     log_probs: list[Tensor] = []
 
-    def record(step_index: int, latents: Tensor, output: Tensor, next_latents: Tensor) -> None:
-        walk.append(latents)
-        log_probs.append(gaussian_log_prob(solver.gaussian(output, latents, step_index), next_latents))
+    def record(step: StepRecord) -> None:
+        walk.append(step.latents)
+        taken = solver.gaussian(step.output, step.latents, step.step_index)
+        log_probs.append(gaussian_log_prob(taken, step.next_latents))
 
     last = denoise_loop(
-        backbone, conditioning, solver, blend, noise, guidance_scale, execution=execution, on_step=record
+        backbone, conditioning, solver, blend, noise, guidance_scale=guidance_scale, execution=execution, on_step=record
     )
     return Trajectory(torch.stack([*walk, last]), torch.stack(log_probs))

@@ -39,6 +39,7 @@ __all__ = [
     "Run",
     "State",
     "Steering",
+    "StepRecord",
     "Unsteered",
     "arrange",
     "denoise_loop",
@@ -223,9 +224,18 @@ class Change(NamedTuple):
     guidance_scale: float | None = None
 
 
-#: called after each step with (step_index, latents, model output, next latents); may return latents to go on with, or
-#: a :class:`Change`
-OnStep = Callable[[int, Tensor, Tensor, Tensor], Tensor | Change | None]
+class StepRecord(NamedTuple):
+    """One step that was taken, for B images (B · copies rows while a steering searches)."""
+
+    step_index: int
+    timestep: Tensor  # the scheduler's, ()
+    latents: Tensor  # before the step
+    output: Tensor  # the model output it took, of latents' shape
+    next_latents: Tensor
+
+
+#: called after each step; may return latents to go on with, or a :class:`Change`
+OnStep = Callable[[StepRecord], Tensor | Change | None]
 
 
 def denoise_loop(
@@ -234,6 +244,7 @@ def denoise_loop(
     solver: Solver,
     blend: Blend,
     noise: ImageNoise,
+    *,
     guidance_scale: float = 7.5,
     latents: Tensor | None = None,
     execution: Execution = "auto",
@@ -252,7 +263,7 @@ def denoise_loop(
         noise: one generator per image.
         guidance_scale: classifier-free guidance; 1 off.
         latents: initial standard normal latents (B, C, h, w); None draws them from ``noise``.
-        execution, max_rows: see :func:`arrange`.
+        execution, max_rows: see :func:`dblightning.execution.arrange`.
         on_step: see :data:`OnStep`.
         steering: CoDe or RGG; None takes plain steps.
         prompts: B texts, which steering scores images against.
@@ -278,17 +289,15 @@ def denoise_loop(
     )
     steering = steering or Unsteered()
     steering.start(run)
-    first = (
-        noise(backbone.latent_shape_of(conditioning.size))
-        if latents is None
-        else latents.to(_at_least_float32(latents))
-    )
-    state = State(solver.initial(first))
+    if latents is None:
+        latents = noise(backbone.latent_shape_of(conditioning.size))
+    state = State(solver.initial(latents.to(_at_least_float32(latents))))
     for step_index in range(run.num_steps):
         before = state.latents
         output, state = steering.step(run, step_index, state)
         if on_step is not None:
-            change = on_step(step_index, before, output, state.latents)
+            record = StepRecord(step_index, solver.timesteps[step_index], before, output, state.latents)
+            change = on_step(record)
             state = run.changed(state, Change(latents=change) if isinstance(change, Tensor) else change)
     return state.latents
 

@@ -193,7 +193,13 @@ def test_plain_diffusers_loads_an_export_and_makes_the_same_image(
     solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, 4), eta=0.0)
     with torch.no_grad():
         latents = denoise_loop(
-            backbone, backbone.encode(["a red circle"]), solver, Single("style"), ImageNoise([0]), 3.0, latents=noise
+            backbone,
+            backbone.encode(["a red circle"]),
+            solver,
+            Single("style"),
+            ImageNoise([0]),
+            guidance_scale=3.0,
+            latents=noise,
         )
         images = backbone.decode(latents)
     assert (theirs - before).abs().max() > 1e-2  # the LoRA shows

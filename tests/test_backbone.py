@@ -23,7 +23,13 @@ def ours(backbone: Any, prompts: list[str], noise: torch.Tensor, negative: Any, 
     with torch.no_grad():
         conditioning = backbone.encode(prompts, negative)
         latents = denoise_loop(
-            backbone, conditioning, solver, Base(), ImageNoise([0] * len(prompts)), guidance, latents=noise
+            backbone,
+            conditioning,
+            solver,
+            Base(),
+            ImageNoise([0] * len(prompts)),
+            guidance_scale=guidance,
+            latents=noise,
         )
         return backbone.decode(latents)
 

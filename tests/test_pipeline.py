@@ -157,7 +157,7 @@ def test_it_makes_what_the_loop_makes(pipe: Any) -> None:
     solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, STEPS), 0.0)
     with torch.no_grad():
         expected = denoise_loop(
-            backbone, backbone.encode(prompts), solver, DBMPA(weights, [1.0, 1.5]), ImageNoise([0, 1]), 7.5, first
+            backbone, backbone.encode(prompts), solver, DBMPA(weights, [1.0, 1.5]), ImageNoise([0, 1]), latents=first
         )
     got = latents_of(pipe, prompts, weights, kl_scale=[1.0, 1.5], latents=first, eta=0.0)
     assert torch.equal(got, expected)

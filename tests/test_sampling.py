@@ -22,7 +22,7 @@ from peft.utils import get_peft_model_state_dict
 from dblightning.backbone import DiffusersBackbone
 from dblightning.blending import DBKLA, DBMPA, DBMPALS, Base, RewardedSoup, RewardedSoupFactors, Single
 from dblightning.noise import GeneratorNoise, ImageNoise
-from dblightning.sampling import MERGED_GROUP, Run, arrange, denoise_loop
+from dblightning.sampling import MERGED_GROUP, Run, StepRecord, arrange, denoise_loop
 from dblightning.schedule import DDIMSchedule
 from dblightning.solvers import DDIMSolver, DiffusersSolver
 
@@ -116,7 +116,9 @@ def our_blend(
     solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, steps), eta)
     noise = options.pop("noise", None) or ImageNoise(list(range(len(prompts))))
     with torch.no_grad():
-        return denoise_loop(backbone, backbone.encode(prompts), solver, blend, noise, GUIDANCE, **options)
+        return denoise_loop(
+            backbone, backbone.encode(prompts), solver, blend, noise, guidance_scale=GUIDANCE, **options
+        )
 
 
 def noises_of(count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -291,7 +293,7 @@ def test_schedules_are_run_as_given(ours: Any) -> None:
 
     def keep(name: str) -> Any:
         walk[name] = []
-        return lambda index, latents, output, following: walk[name].append(following)
+        return lambda record: walk[name].append(record.next_latents)
 
     our_blend(ours, blend, 0.0, on_step=keep("both"))
     our_blend(ours, Single("a"), 0.0, on_step=keep("a"))
@@ -419,9 +421,11 @@ def test_every_solver_blends_as_its_diffusers_scheduler_does(plain: Any, ours: A
     solver = DiffusersSolver(scheduler, 2 * FEW)
     noise = ImageNoise([0, 1])
     with torch.no_grad():
-        got = denoise_loop(ours, ours.encode(PROMPTS), solver, DBMPA({"a": 0.3, "b": 0.7}), noise, GUIDANCE)
+        got = denoise_loop(
+            ours, ours.encode(PROMPTS), solver, DBMPA({"a": 0.3, "b": 0.7}), noise, guidance_scale=GUIDANCE
+        )
         again = denoise_loop(
-            ours, ours.encode(PROMPTS), solver, DBMPA({"a": 0.3, "b": 0.7}), ImageNoise([0, 1]), GUIDANCE
+            ours, ours.encode(PROMPTS), solver, DBMPA({"a": 0.3, "b": 0.7}), ImageNoise([0, 1]), guidance_scale=GUIDANCE
         )
         # independently, by hand
         generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
@@ -448,7 +452,12 @@ def test_ddim_through_diffusers_and_ours_agree(ours: Any) -> None:
     scheduler = DDIMScheduler.from_config(ours.scheduler_config)
     with torch.no_grad():
         theirs = denoise_loop(
-            ours, ours.encode(PROMPTS), DiffusersSolver(scheduler, 2 * FEW), Base(), ImageNoise([0, 1]), GUIDANCE
+            ours,
+            ours.encode(PROMPTS),
+            DiffusersSolver(scheduler, 2 * FEW),
+            Base(),
+            ImageNoise([0, 1]),
+            guidance_scale=GUIDANCE,
         )
     torch.testing.assert_close(
         our_blend(ours, Base(), 0.0, steps=2 * FEW), theirs, rtol=0, atol=1e-5
@@ -498,8 +507,9 @@ def test_copies_of_an_image_get_noise_of_their_own_generator() -> None:
 
 
 def test_on_step_may_replace_the_latents(ours: Any) -> None:
-    def zero_last(index: int, latents: Any, output: Any, following: Any) -> Any:
-        return torch.zeros_like(following) if index == FEW - 1 else None
+    def zero_last(record: StepRecord) -> Any:
+        assert int(record.timestep) in range(1000)
+        return torch.zeros_like(record.next_latents) if record.step_index == FEW - 1 else None
 
     assert not our_blend(ours, Base(), 0.0, on_step=zero_last).any()
 

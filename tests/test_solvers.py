@@ -114,7 +114,9 @@ def test_evaluation_and_pipeline_make_one_image_of_an_euler_base(sd15_folder: Pa
     scheduler.set_timesteps(3)
     with torch.no_grad():
         conditioning = backbone.encode(["a red circle"])
-        evaluated = denoise_loop(backbone, conditioning, sampler.solver, Base(), ImageNoise([0]), 2.0, noise)
+        evaluated = denoise_loop(
+            backbone, conditioning, sampler.solver, Base(), ImageNoise([0]), guidance_scale=2.0, latents=noise
+        )
         latents = noise
         for timestep in scheduler.timesteps:
             output = backbone.denoise(latents, timestep.expand(1), conditioning, 2.0)

@@ -68,7 +68,7 @@ def walk(backbone: Any, steering: Any, blend: Any = None, prompts: list[str] = P
             solver,
             blend or Base(),
             noise,
-            GUIDANCE,
+            guidance_scale=GUIDANCE,
             steering=steering,
             prompts=prompts,
             **options,

@@ -240,7 +240,13 @@ def sampled(backbone: MixtureBackbone, blend: Any, start: GaussianMixture) -> tu
     latents = first.T.reshape(1, 2, SIDE, SIDE)
     with torch.no_grad():
         final = denoise_loop(
-            backbone, backbone.encode([""]), DDIMSolver(schedule, 1.0), blend, ImageNoise([2]), 1.0, latents
+            backbone,
+            backbone.encode([""]),
+            DDIMSolver(schedule, 1.0),
+            blend,
+            ImageNoise([2]),
+            guidance_scale=1.0,
+            latents=latents,
         )
     return final.flatten(2)[0].T, float(schedule.alphas_next[-1])
 

@@ -95,7 +95,7 @@ class BlendSampler:
                 self.solver,
                 spec.blend(),
                 noise,
-                self.guidance_scale,
+                guidance_scale=self.guidance_scale,
                 steering=self._steering(spec),
                 prompts=batch["prompt"],
             )
