@@ -43,6 +43,9 @@ def weights_tensor(
 ) -> Tensor:
     """Checked weights as a matrix (B, m), float64, in the order of ``names``.
 
+    >>> weights_tensor([{"a": 1.0}, {"a": 0.25, "b": 0.75}], ["a", "b"], batch=2).tolist()
+    [[1.0, 0.0], [0.25, 0.75]]
+
     Raises:
         TypeError, ValueError: see :func:`check_weights`; also a list whose length is not the number of images.
     """
@@ -208,7 +211,11 @@ class _Weighted(Blend):
 class DBMPA(_Weighted):
     """DB-MPA, ε = Σᵢ wᵢ εᵢ at each step (Algorithm 1, eq. 9).
 
-    With DB-KLA's λ on top (eqs. 9 and 10 together): ε = (1−λ) ε_pre + λ Σᵢ wᵢ εᵢ.
+    With DB-KLA's λ on top (eqs. 9 and 10 together): ε = (1−λ) ε_pre + λ Σᵢ wᵢ εᵢ. Three rows, the base model's first:
+
+    >>> step = DBMPA({"a": 0.25, "b": 0.75}, kl_scale=2.0).start(["a", "b"], batch=1, num_steps=50)(0)
+    >>> step.gates.squeeze(1).tolist(), step.mix.squeeze(1).tolist()
+    ([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], [-1.0, 0.5, 1.5])
 
     Args:
         weights: adapter → weight, each ≥ 0, sum 1; one mapping for all images, a list with one per image, or a

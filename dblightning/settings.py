@@ -13,6 +13,10 @@ from typing import Any
 class Number:
     """The numbers a setting may be; never NaN, infinite, or true and false.
 
+    >>> rule = Number(above=0, words=("auto",))
+    >>> [rule.allows(value) for value in (0.5, "auto", 0, True, float("inf"))]
+    [True, True, False, False, False]
+
     Args:
         above: it must be greater; None is no such bound.
         least, most: smallest and largest value allowed.
@@ -91,7 +95,11 @@ RULES: dict[str, Number] = {
 
 
 def problems(settings: Mapping[str, Any], rules: Mapping[str, Number] = RULES) -> Iterator[str]:
-    """A sentence for each setting that breaks its rule; names without a rule are let pass."""
+    """A sentence for each setting that breaks its rule; names without a rule are let pass.
+
+    >>> list(problems({"rank": 0, "eta": 2.0}, {"rank": count(), "eta": Number(least=0, most=1)}))
+    ['rank must be a whole number >= 1, got 0', 'eta must be >= 0 and <= 1, got 2.0']
+    """
     for name, value in settings.items():
         rule = rules.get(name)
         if rule is not None and not rule.allows(value):

@@ -18,6 +18,12 @@ def check_weights(
 ) -> dict[str, float]:
     """Weights as floats, each ≥ 0, sum 1, naming only what there is.
 
+    >>> check_weights({"a": 3, "b": 1}, ["a", "b", "c"], normalize=True)
+    {'a': 0.75, 'b': 0.25}
+    >>> check_weights({"a": 0.5}, ["a", "b"])
+    Traceback (most recent call last):
+    ValueError: blend weights must be >= 0 and sum to 1, got {'a': 0.5} (sum 0.5); divide by their sum or pass ...
+
     Args:
         weights: name → weight.
         names: the names there are.
