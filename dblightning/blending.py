@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
+from dblightning.draws import DRAWS
 from dblightning.weights import BatchWeights, WeightSchedule, check_kl_scale, check_weights
 
 
@@ -303,9 +304,10 @@ class DBMPALS(_Weighted):
     """DB-MPA-LS (Algorithm 3, Prop. 2): one adapter per step and image, drawn with probability w. The base's cost.
 
     Args:
-        weights, normalize: preference weights; per image, or (``iid`` only) as a function of the step.
-        schedule: "iid", the paper's independent draw at each step; or "systematic", which gives each adapter its share
-            of steps to within one, in random order. Each step's marginal is exactly w in both.
+        weights, normalize: preference weights; per image, or (not for ``systematic``) as a function of the step.
+        schedule: "iid", the paper's independent draw at each step; "rotation", in which every adapter's share is met
+            along the whole path, and "golden", nearly so; or "systematic", which gives each adapter its share of all
+            steps in random order. Each step's marginal is exactly w in all; see :mod:`dblightning.draws`.
         kl_scale: must be 1: with λ ≠ 1 the base's coefficient 1 − λ may be negative and is then no probability.
     """
 
@@ -319,15 +321,17 @@ class DBMPALS(_Weighted):
         normalize: bool = False,
     ) -> None:
         super().__init__(weights, normalize)
-        if schedule not in ("iid", "systematic"):
-            raise ValueError(f"schedule must be 'iid' or 'systematic', got {schedule!r}")
+        if schedule not in DRAWS:
+            raise ValueError(f"schedule must be one of {', '.join(map(repr, DRAWS))}, got {schedule!r}")
         if not _is_one(kl_scale):
             raise ValueError(
                 f"DB-MPA-LS draws adapters with probability w, and with kl_scale {kl_scale} the coefficients can be "
                 "negative, which no probability is; use DB-MPA for kl_scale other than 1"
             )
         if schedule == "systematic" and callable(weights):
-            raise ValueError("systematic draws share out one set of weights over all steps; use iid for a schedule")
+            raise ValueError(
+                "systematic draws share out one set of weights over all steps; use rotation for a schedule"
+            )
         self.schedule = schedule
 
     def start(
@@ -336,25 +340,11 @@ class DBMPALS(_Weighted):
         table = self.table(adapters, batch, num_steps)
         if generators is not None and len(generators) != batch:
             raise ValueError(f"got {len(generators)} generators for a batch of {batch} images")
-        columns = [self._draw(table[:, b], generators[b] if generators is not None else None) for b in range(batch)]
+        draw = DRAWS[self.schedule]
+        columns = [draw(table[:, b], None if generators is None else generators[b]) for b in range(batch)]
         gates = torch.nn.functional.one_hot(torch.stack(columns, dim=1), len(adapters)).float()  # (T, B, m)
         ones = _ones(batch)
         return lambda step_index: BlendStep(gates[step_index][None], ones)
-
-    def _draw(self, weights: Tensor, generator: torch.Generator | None) -> Tensor:
-        """One image's adapter at each step, int64 (T,), from its weights (T, m)."""
-        num_steps = len(weights)
-        cumulative = weights.cumsum(1)
-        if self.schedule == "iid":
-            points = torch.rand(num_steps, 1, generator=generator, dtype=torch.float64)
-        else:
-            offset = torch.rand(1, generator=generator, dtype=torch.float64)
-            points = (((torch.arange(num_steps) + offset) / num_steps)[:, None])[
-                torch.randperm(num_steps, generator=generator)
-            ]
-        drawn = (points * cumulative[:, -1:] >= cumulative).sum(1)
-        last = (weights > 0).long().cumsum(1).argmax(1)  # rounding must not pick an adapter of weight 0
-        return torch.minimum(drawn, last)
 
 
 class RewardedSoup(_Weighted):

@@ -336,7 +336,7 @@ class DiffusionBlendPipeline(LoraMethods):
                 candidates are N latents per image.
             callback_on_step_end_tensor_inputs: what the callback is given, of ``pipe._callback_tensor_inputs``.
             normalize: divide weights by their sum.
-            ls_schedule: "iid" or "systematic", of ``db-mpa-ls``.
+            ls_schedule: "iid", "rotation", "golden" or "systematic", of ``db-mpa-ls``.
             rewards: name → reward, of ``code`` and ``rgg``.
             method_options: further arguments of the method's class, such as ``{"candidates": 8}`` of CoDe.
             steering: a CoDe or RGG of your own on top of any blend.

@@ -29,7 +29,7 @@ class BlendSpec:
         weights: reward → weight, each ≥ 0, sum 1; none for base. Adapters carry the names of the rewards they were
             trained on. For morl it is the preference its adapter was trained for.
         kl_scale: λ of DB-KLA; 1 is plain. For morl: the λ its adapter was retrained for, with KL weight α/λ.
-        ls_schedule: "iid" or "systematic", for db-mpa-ls.
+        ls_schedule: "iid", "rotation", "golden" or "systematic", for db-mpa-ls.
         adapter: the adapter that runs, for morl, single and db-kla, where its name is not the reward's.
         options: further arguments of the method's class, such as ``candidates`` of code.
     """
