@@ -242,7 +242,7 @@ def test_numbers_of_numpy_and_torch_are_numbers() -> None:
         (dict(method="rewarded-soup", weights={"a": 1.0}, kl_scale=0.5), "has no kl_scale, got 0.5"),
         (dict(method="single", weights={"a": 1.0}, kl_scale=0.5), "has no kl_scale, got 0.5"),
         (dict(method="base", kl_scale=0.5), "has no kl_scale, got 0.5"),
-        (dict(method="db-mpa-ls", weights={"a": 1.0}, ls_schedule="random"), "'iid' or 'systematic', got 'random'"),
+        (dict(method="db-mpa-ls", weights={"a": 1.0}, ls_schedule="random"), "'rotation', got 'random'"),
     ],
 )
 def test_settings_a_method_lacks_are_refused_by_name(arguments, says: str) -> None:

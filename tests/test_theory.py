@@ -340,6 +340,6 @@ def test_ls_approaches_db_mpa_as_steps_double_and_systematic_draws_are_no_worse(
 
 @pytest.mark.parametrize("schedule", ["rotation", "golden"])
 def test_ordered_draws_stray_a_quarter_as_far_from_db_mpa_as_the_papers(schedule: str) -> None:
-    """At most .045, .02 and .01 of total variation at 20, 40 and 80 steps, where independent draws have .15, .08, .04."""
+    """At most .045, .02, .01 of total variation at 20, 40, 80 steps, where independent draws have .15, .08, .04."""
     distances = [ls_distance(schedule, each) for each in (20, 40, 80)]
     assert all(found <= most for found, most in zip(distances, (0.045, 0.02, 0.01), strict=True)), distances
