@@ -296,5 +296,5 @@ def test_a_blend_resolves_to_itself_and_takes_no_second_preference() -> None:
 
 
 def test_systematic_refuses_weights_that_follow_the_step() -> None:
-    with pytest.raises(ValueError, match="use iid"):
+    with pytest.raises(ValueError, match="use rotation"):
         DBMPALS(lambda step, steps: {"a": 1.0}, schedule="systematic")
