@@ -25,10 +25,12 @@ class CudaMeter:
         self.device = device
 
     def available(self) -> int:
+        """Free bytes of the device, after torch has returned its unused cache."""
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
     def peak(self, work: Callable[[], None]) -> int:
+        """Bytes that ``work`` has allocated at most, above what was allocated before it."""
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)

@@ -284,7 +284,8 @@ def check_class(place: str, path: str, settings: Any, complete: bool) -> None:
 def _metric_arguments() -> set[str]:
     """What every reward takes beside its own arguments: torchmetrics' keyword arguments."""
     found = alias("dblightning.rewards.base", "METRIC_ARGUMENTS")
-    return {each.value for each in ast.walk(found[0]) if isinstance(each, ast.Constant)} if found else set()
+    constants = (each for each in ast.walk(found[0]) if isinstance(each, ast.Constant)) if found else ()
+    return {each.value for each in constants if isinstance(each.value, str)}
 
 
 def check_value(place: str, parameter: Parameter, value: Any, complete: bool) -> None:

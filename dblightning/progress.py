@@ -134,9 +134,11 @@ class RolloutProgress(L.Callback):
 class Progress(Protocol):
     """What counts images: tqdm's bar, or lines."""
 
-    def update(self, n: int, made: bool = True) -> Any: ...
+    def update(self, n: int, made: bool = True) -> Any:
+        """Count ``n`` more images; ``made`` is false for those found on disk."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the display."""
 
 
 class Lines:

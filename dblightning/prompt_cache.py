@@ -49,6 +49,7 @@ class PromptCache:
         return PromptCache, (self.size, self.max_bytes)
 
     def clear(self) -> None:
+        """Drop every text."""
         self._entries.clear()
         self.bytes = 0
 

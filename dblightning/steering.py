@@ -32,9 +32,11 @@ class Reward(Protocol):
     """What steering asks of a reward; every ``RewardMetric`` is one."""
 
     @property
-    def differentiable(self) -> bool: ...
+    def differentiable(self) -> bool:
+        """Whether scores have a gradient with respect to images."""
 
-    def score(self, images: Tensor, prompts: Any) -> Tensor: ...
+    def score(self, images: Tensor, prompts: Any) -> Tensor:
+        """One score per image, (B,), of images (B, 3, H, W) in [0, 1]; higher is better."""
 
 
 class _RewardSteering(Steering):

@@ -24,6 +24,7 @@ class LoraFactors:
 
     @property
     def rank(self) -> int:
+        """r, the rows of A."""
         return len(self.down)
 
 

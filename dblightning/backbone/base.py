@@ -137,6 +137,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters are."""
         return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> Backbone:

@@ -153,14 +153,17 @@ class DiffusersBackbone(Backbone):
 
     @property
     def vae(self) -> Any:
+        """The pipeline's VAE."""
         return self.pipeline.vae
 
     @property
     def text_encoder(self) -> Any:
+        """The pipeline's first text encoder."""
         return self.pipeline.text_encoder
 
     @property
     def text_encoder_2(self) -> Any:
+        """The pipeline's second text encoder; None where it has one."""
         return getattr(self.pipeline, "text_encoder_2", None)
 
     @property
@@ -192,6 +195,7 @@ class DiffusersBackbone(Backbone):
 
     @property
     def device(self) -> torch.device:
+        """Where the denoiser computes, which under offloading is not where its weights wait."""
         denoiser = self.denoiser
         place = getattr(getattr(denoiser, "_hf_hook", None), "execution_device", None)
         if place is not None:  # model offload: weights wait on the CPU and compute elsewhere

@@ -34,15 +34,18 @@ def cell(values: Sequence[float] | np.ndarray, digits: int = 2, sign: bool = Fal
 
 
 def quantity_decimals(estimates: Estimates, quantity: str) -> int:
+    """Digits after the point for a column of estimates, from its intervals' half widths."""
     column = estimates.quantities.index(quantity)
     return decimals((estimates.high[:, column] - estimates.low[:, column]) / 2)
 
 
 def estimate_cell(estimates: Estimates, blend: str, quantity: str, sign: bool = False) -> str:
+    """A blend's estimate as a cell, "0.52 ± 0.03"; ``sign`` puts a plus before positive values."""
     return cell(estimates.of(blend, quantity), quantity_decimals(estimates, quantity), sign)
 
 
 def decorate(frame: pd.DataFrame, rows: Sequence[str], name: str) -> pd.DataFrame:
+    """The table with its row labels, their heading and :data:`EMPTY` where there is no value."""
     return frame.set_axis(pd.Index(rows, name=name), axis=0).fillna(EMPTY)
 
 

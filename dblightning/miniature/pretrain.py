@@ -58,6 +58,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """CLIP's text model, two layers of width 64, with random weights."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -75,6 +76,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_vae() -> AutoencoderKL:
+    """A VAE of 32×32 images, latents (4, 8, 8), with random weights."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -89,6 +91,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
+    """A conditional UNet of two levels, 32 and 64 channels wide, with random weights."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -166,6 +169,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the averages towards the live parameters, once per optimiser step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.shadow, list[Tensor](self.parameters), 1 - decay)

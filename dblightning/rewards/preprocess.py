@@ -35,6 +35,11 @@ def is_exact(preprocessing: Preprocessing, images: Tensor) -> bool:
 
 
 def check_preprocessing(preprocessing: str) -> None:
+    """Refuse a ``preprocessing`` that there is not.
+
+    Raises:
+        ValueError: naming it and the three there are.
+    """
     if preprocessing not in ("auto", "exact", "tensor"):
         raise ValueError(f"preprocessing must be 'auto', 'exact' or 'tensor', got {preprocessing!r}")
 

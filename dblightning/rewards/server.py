@@ -138,6 +138,7 @@ class RewardServer:
         self._stopped.wait(10)
 
     def server_close(self) -> None:
+        """Free the address, the scoring threads and the Unix socket; requests that wait are dropped."""
         self._listener.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._socket_file is not None:
@@ -616,6 +617,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command ``python -m dblightning.rewards.server``."""
     defaults = Limits()
     parser = argparse.ArgumentParser(description="Serve a scoring function over HTTP.")
     parser.add_argument("function", help="module:function; the function takes PIL images and prompts")
