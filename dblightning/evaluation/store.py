@@ -122,7 +122,7 @@ class RowStore:
         return list(rows.values())
 
     def close(self) -> None:
-        """Close the file of rows; the next row opens it again."""
+        """Close the file that rows are written to, where one is open."""
         if self._file is not None:
             self._file.close()
             self._file = None
