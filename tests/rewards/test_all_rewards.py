@@ -128,7 +128,7 @@ def test_registry_names_dotted_paths_and_mistakes(tmp_path) -> None:
         build_reward("jpg")
     with pytest.raises(ValueError, match=r"cannot import the reward dblightning.rewards.Nothing"):
         build_reward("dblightning.rewards.Nothing")
-    with pytest.raises(ValueError, match="no subclass"):
+    with pytest.raises(ValueError, match="not a subclass"):
         build_reward("dblightning.rewards.preprocess.to_uint8")
     with pytest.raises(ValueError, match=r"jpeg cannot be built with speed; its arguments are quality, "):
         build_reward("jpeg", speed=3)

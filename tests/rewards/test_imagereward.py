@@ -140,7 +140,7 @@ def test_missing_files_are_named_with_the_place_they_belong(tmp_path: Path, imag
         ImageReward(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"weights=/path/to/ImageReward\.pt"):  # offline
         ImageReward()
-    with pytest.raises(FileNotFoundError, match=r"no file, folder or hub id"):
+    with pytest.raises(FileNotFoundError, match=r"not a file, folder or hub id"):
         ImageReward(tmp_path / "nothing" / "ImageReward.pt")
     with pytest.raises(FileNotFoundError, match=r"tokenizer=, or vocab\.txt beside"):
         ImageReward(image_reward_folder, tokenizer="nobody/nothing")
