@@ -36,8 +36,7 @@ from dblightning.blending import DBKLA, DBMPA, DBMPALS, Base, RewardedSoup, Rewa
 from dblightning.noise import ImageNoise
 from dblightning.rewards.base import RewardMetric
 from dblightning.sampling import denoise_loop
-from dblightning.schedule import DDIMSchedule
-from dblightning.solvers import DDIMSolver
+from dblightning.solvers import make_solver
 from dblightning.steering import RGG, CoDe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -175,7 +174,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     embeds = torch.randn(2, options.batch, length, config.cross_attention_dim, generator=generator)
     embeds = embeds.to(options.device, DTYPES[options.dtype])
     conditioning = Conditioning(embeds[0], embeds[0][:, 0], embeds[1], embeds[1][:, 0])
-    solver = DDIMSolver(DDIMSchedule(adapted.scheduler_config, options.steps), 1.0)
+    solver = make_solver(adapted.scheduler_config, options.steps, 1.0)
     rows = 0
 
     def counted(backbone: DiffusersBackbone) -> None:

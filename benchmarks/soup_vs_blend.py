@@ -36,8 +36,7 @@ from dblightning.miniature import rewards as miniature_rewards
 from dblightning.miniature import world
 from dblightning.noise import ImageNoise
 from dblightning.sampling import Run, StepRecord, denoise_loop
-from dblightning.schedule import DDIMSchedule
-from dblightning.solvers import DDIMSolver
+from dblightning.solvers import make_solver
 
 REWARDS = {
     "alignment": miniature_rewards.ShapeAlignment,
@@ -81,7 +80,7 @@ def relative_difference(backbone: DiffusersBackbone, options: argparse.Namespace
     """Mean over steps and images of ‖ε_soup − ε_DB-MPA‖ / ‖ε_DB-MPA − ε_base‖ along DB-MPA's walks."""
     prompts = world.test_prompts()[: options.walks]
     conditioning = backbone.encode(prompts)
-    solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, options.steps), options.eta)
+    solver = make_solver(backbone.scheduler_config, options.steps, options.eta)
     noise = ImageNoise(list(range(len(prompts))))
     names = backbone.adapters.names
 
@@ -107,7 +106,7 @@ def relative_difference(backbone: DiffusersBackbone, options: argparse.Namespace
 def scores(backbone: DiffusersBackbone, options: argparse.Namespace, blend: Any, weights: dict[str, float]) -> Tensor:
     """Weighted reward of each prompt, mean over its images: (prompts,)."""
     prompts = world.test_prompts()[: options.images]
-    solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, options.steps), options.eta)
+    solver = make_solver(backbone.scheduler_config, options.steps, options.eta)
     total = []
     for start in range(0, len(prompts), 32):
         part = prompts[start : start + 32]

@@ -38,8 +38,7 @@ from dblightning.miniature import world
 from dblightning.miniature.rewards import ShapeAesthetic
 from dblightning.noise import ImageNoise
 from dblightning.sampling import denoise_loop
-from dblightning.schedule import DDIMSchedule
-from dblightning.solvers import DDIMSolver
+from dblightning.solvers import make_solver
 
 #: TRL with rollouts of ours' size; what its defaults say otherwise
 TRL = dict(
@@ -71,7 +70,7 @@ class Scorer:
     def __init__(self, count: int, steps: int = 20, guidance_scale: float = 3.0) -> None:
         self.backbone = DiffusersBackbone("miniature")
         self.prompts = world.test_prompts()[:count]
-        self.solver = DDIMSolver(DDIMSchedule(self.backbone.scheduler_config, steps), 1.0)
+        self.solver = make_solver(self.backbone.scheduler_config, steps, 1.0)
         self.guidance_scale = guidance_scale
         self.base = self._score(Base())
         self._loaded = False

@@ -23,7 +23,7 @@ from dblightning.pipeline_lora import REFUSED, LoraMethods
 from dblightning.prompt_cache import has_lora
 from dblightning.sampling import Change, Execution, OnStep, Steering, StepRecord, denoise_loop
 from dblightning.schedule import ddim_scheduler
-from dblightning.solvers import DiffusersSolver, Solver, make_solver
+from dblightning.solvers import Solver, make_solver
 from dblightning.steering import STEERING, Reward, resolve_steering, steers
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -505,11 +505,7 @@ class DiffusionBlendPipeline(LoraMethods):
         custom: dict[str, Any] = {
             name: each for name, each in (("timesteps", timesteps), ("sigmas", sigmas)) if each is not None
         }
-        solver: Solver
-        if custom:
-            solver = DiffusersSolver(self.scheduler, eta=eta, **custom)
-        else:
-            solver = make_solver(self.scheduler, num_inference_steps, eta)  # type: ignore[arg-type]
+        solver: Solver = make_solver(self.scheduler, num_inference_steps, eta, **custom)
         if denoising_end is not None and 0 < denoising_end < 1:
             total = self.scheduler.config.num_train_timesteps
             kept = solver.timesteps >= round(total - denoising_end * total)

@@ -10,9 +10,9 @@ from torch import Tensor
 from dblightning.backbone import Backbone, Conditioning
 from dblightning.blending import Blend
 from dblightning.execution import Execution
+from dblightning.gaussian_step import gaussian_log_prob
 from dblightning.noise import ImageNoise
 from dblightning.sampling import StepRecord, denoise_loop
-from dblightning.schedule import gaussian_log_prob
 from dblightning.solvers import GaussianSolver
 
 

@@ -9,8 +9,10 @@ from typing import Any, Protocol, overload, runtime_checkable
 import torch
 from torch import Tensor
 
+from dblightning.ddim import to_prediction
+from dblightning.gaussian_step import GaussianStep
 from dblightning.noise import ImageNoise
-from dblightning.schedule import DDIMSchedule, GaussianStep, check_num_inference_steps, to_prediction
+from dblightning.schedule import DDIMSchedule, check_num_inference_steps
 from dblightning.settings import Number
 
 
@@ -27,9 +29,7 @@ class Solver(Protocol):
         """The latents as the denoiser wants them."""
         ...
 
-    def step(
-        self, model_output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1
-    ) -> Tensor:
+    def step(self, output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1) -> Tensor:
         """The next latents; ``copies`` rows per image where a search rolls several."""
         ...
 
@@ -40,16 +40,16 @@ class GaussianSolver(Solver, Protocol):
 
     eta: float
 
-    def gaussian(self, model_output: Tensor, latents: Tensor, step_index: int | Tensor) -> GaussianStep:
+    def gaussian(self, output: Tensor, latents: Tensor, step_index: int | Tensor) -> GaussianStep:
         """The step's distribution; ``step_index`` may differ per row."""
         ...
 
-    def original(self, model_output: Tensor, latents: Tensor, step_index: int, detach: bool = False) -> Tensor:
+    def original(self, output: Tensor, latents: Tensor, step_index: int, detach: bool = False) -> Tensor:
         """x̂₀ of the latents at a step; ``detach`` treats the noise prediction as a constant."""
         ...
 
-    def noised(self, original: Tensor, noise: Tensor, step_index: int | Tensor) -> Tensor:
-        """The latents at a step's start, from an image's latents and standard normal noise."""
+    def noised(self, x0: Tensor, noise: Tensor, step_index: int | Tensor) -> Tensor:
+        """The latents at a step's start, from an image's latents x₀ and standard normal noise."""
         ...
 
     def stds(self) -> Tensor:
@@ -58,10 +58,16 @@ class GaussianSolver(Solver, Protocol):
 
 
 @overload
-def make_solver(scheduler: Mapping[str, Any], num_inference_steps: int, eta: float | None = None) -> DDIMSolver: ...
+def make_solver(
+    scheduler: Mapping[str, Any], num_inference_steps: int | None, eta: float | None = None
+) -> DDIMSolver: ...
 @overload
-def make_solver(scheduler: Any, num_inference_steps: int, eta: float | None = None) -> DDIMSolver | DiffusersSolver: ...
-def make_solver(scheduler: Any, num_inference_steps: int, eta: float | None = None) -> DDIMSolver | DiffusersSolver:
+def make_solver(
+    scheduler: Any, num_inference_steps: int | None, eta: float | None = None, **custom: Any
+) -> DDIMSolver | DiffusersSolver: ...
+def make_solver(
+    scheduler: Any, num_inference_steps: int | None, eta: float | None = None, **custom: Any
+) -> DDIMSolver | DiffusersSolver:
     """The one factory of solvers: training, evaluation and the pipeline step alike where their settings are alike.
 
     Args:
@@ -69,6 +75,7 @@ def make_solver(scheduler: Any, num_inference_steps: int, eta: float | None = No
             schedule DDIM then uses, because training and evaluation need a step of known density.
         num_inference_steps: number T of denoising steps.
         eta: 0 deterministic … 1 DDPM; None is 0, as in diffusers' pipelines, and other schedulers' own rule.
+        custom: instead of the number, ``timesteps=[…]`` or ``sigmas=[…]``, for a scheduler's own rule.
 
     Returns:
         :class:`DDIMSolver` for a configuration, a DDIMScheduler or a DDIMParallelScheduler; else
@@ -80,6 +87,8 @@ def make_solver(scheduler: Any, num_inference_steps: int, eta: float | None = No
     """
     from diffusers import DDIMParallelScheduler, DDIMScheduler
 
+    if custom:
+        return DiffusersSolver(scheduler, eta=eta, **custom)
     if isinstance(scheduler, Mapping):
         return DDIMSolver(DDIMSchedule(scheduler, num_inference_steps), 0.0 if eta is None else eta)
     # a subclass that steps by a rule of its own keeps it
@@ -121,35 +130,33 @@ class DDIMSolver:
     def scale(self, latents: Tensor, step_index: int) -> Tensor:
         return latents
 
-    def gaussian(self, model_output: Tensor, latents: Tensor, step_index: int | Tensor) -> GaussianStep:
-        return self.schedule.step(model_output, latents, step_index, self.eta)
+    def gaussian(self, output: Tensor, latents: Tensor, step_index: int | Tensor) -> GaussianStep:
+        return self.schedule.step(output, latents, step_index, self.eta)
 
-    def original(self, model_output: Tensor, latents: Tensor, step_index: int, detach: bool = False) -> Tensor:
+    def original(self, output: Tensor, latents: Tensor, step_index: int, detach: bool = False) -> Tensor:
         """Tweedie's x̂₀ of the latents at a step; ``detach`` treats ε as a constant: ∂x̂₀/∂x_t = 1/√ᾱ_t.
 
         At ᾱ = 0 the latents are pure noise and that derivative is taken as 0: x̂₀ does not depend on them.
         """
         alpha, _ = self.schedule.at(step_index, latents)
-        output = model_output.to(alpha.dtype)
+        output = output.to(alpha.dtype)
         if not detach:
             return to_prediction(output, latents, alpha, self.schedule.prediction_type).original
         fixed = latents.detach()
         original = to_prediction(output.detach(), fixed, alpha, self.schedule.prediction_type).original
         return original + (latents - fixed) / torch.where(alpha > 0, alpha, torch.inf).sqrt()
 
-    def noised(self, original: Tensor, noise: Tensor, step_index: int | Tensor) -> Tensor:
+    def noised(self, x0: Tensor, noise: Tensor, step_index: int | Tensor) -> Tensor:
         """x_t = √ᾱ_t x₀ + √(1−ᾱ_t) ε at the start of a step (one for all rows, or one per row)."""
-        alpha, _ = self.schedule.at(step_index, original)
-        return alpha.sqrt() * original + (1 - alpha).sqrt() * noise
+        alpha, _ = self.schedule.at(step_index, x0)
+        return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
 
     def stds(self) -> Tensor:
         """σ_t(η) of every step, float64 (T,)."""
         return self.schedule.stds(self.eta)
 
-    def step(
-        self, model_output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1
-    ) -> Tensor:
-        gaussian = self.gaussian(model_output, latents, step_index)
+    def step(self, output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1) -> Tensor:
+        gaussian = self.gaussian(output, latents, step_index)
         if self.eta == 0:
             return gaussian.mean
         return gaussian.sample(noise(latents.shape[1:], copies))
@@ -179,7 +186,7 @@ class DiffusersSolver:
             raise ValueError(f"{kind.__name__} takes no custom {refused[0]}; give num_inference_steps alone")
         if not custom:
             trained = int(self.scheduler.config.get("num_train_timesteps", 1000))
-            check_num_inference_steps(num_inference_steps, trained)  # type: ignore[arg-type]
+            check_num_inference_steps(num_inference_steps, trained)
         self._steps = custom or {"num_inference_steps": num_inference_steps}
         self.scheduler.set_timesteps(**self._steps)
         self.timesteps: Tensor = self.scheduler.timesteps
@@ -201,8 +208,6 @@ class DiffusersSolver:
     def scale(self, latents: Tensor, step_index: int) -> Tensor:
         return self.scheduler.scale_model_input(latents, self.timesteps[step_index])
 
-    def step(
-        self, model_output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1
-    ) -> Tensor:
+    def step(self, output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1) -> Tensor:
         extra = self._options | ({"generator": noise.generators} if self._takes_generator else {})
-        return self.scheduler.step(model_output, self.timesteps[step_index], latents, return_dict=False, **extra)[0]
+        return self.scheduler.step(output, self.timesteps[step_index], latents, return_dict=False, **extra)[0]

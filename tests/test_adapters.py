@@ -187,10 +187,9 @@ def test_plain_diffusers_loads_an_export_and_makes_the_same_image(
     from dblightning.blending import Single
     from dblightning.noise import ImageNoise
     from dblightning.sampling import denoise_loop
-    from dblightning.schedule import DDIMSchedule
-    from dblightning.solvers import DDIMSolver
+    from dblightning.solvers import make_solver
 
-    solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, 4), eta=0.0)
+    solver = make_solver(backbone.scheduler_config, 4, 0.0)
     with torch.no_grad():
         latents = denoise_loop(
             backbone,

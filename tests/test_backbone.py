@@ -13,13 +13,12 @@ from dblightning.backbone import DiffusersBackbone, load_pipeline
 from dblightning.blending import Base
 from dblightning.noise import ImageNoise
 from dblightning.sampling import denoise_loop
-from dblightning.schedule import DDIMSchedule
-from dblightning.solvers import DDIMSolver
+from dblightning.solvers import make_solver
 from tests.conftest import randomize
 
 
 def ours(backbone: Any, prompts: list[str], noise: torch.Tensor, negative: Any, guidance: float) -> torch.Tensor:
-    solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, 4), eta=0.0)
+    solver = make_solver(backbone.scheduler_config, 4, 0.0)
     with torch.no_grad():
         conditioning = backbone.encode(prompts, negative)
         latents = denoise_loop(

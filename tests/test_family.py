@@ -19,8 +19,7 @@ from dblightning.backbone import FAMILIES, Conditioning, DiffusersBackbone, Fami
 from dblightning.blending import Base
 from dblightning.noise import ImageNoise
 from dblightning.sampling import denoise_loop
-from dblightning.schedule import DDIMSchedule
-from dblightning.solvers import DDIMSolver
+from dblightning.solvers import make_solver
 from tests.conftest import randomize
 
 MODULE = '''
@@ -207,7 +206,7 @@ def test_a_size_belongs_to_the_call(tiny: Any, folder: Path) -> None:
     assert (small.size, large.size) == (None, (32, 16))
     assert backbone.latent_shape == (4, 8, 8) and backbone.latent_shape_of((32, 16)) == (4, 16, 8)
     assert [each.added["area"].item() for each in (small, large)] == [1.0, 2.0]
-    solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, 2), eta=0.0)
+    solver = make_solver(backbone.scheduler_config, 2, 0.0)
     latents = denoise_loop(backbone, large, solver, Base(), ImageNoise([0]))
     assert backbone.decode(latents).shape == (1, 3, 32, 16)
 

@@ -19,8 +19,7 @@ from dblightning.noise import ImageNoise
 from dblightning.pipeline import DiffusionBlendPipeline
 from dblightning.rewards.base import RewardMetric
 from dblightning.sampling import denoise_loop
-from dblightning.schedule import DDIMSchedule
-from dblightning.solvers import DDIMSolver
+from dblightning.solvers import make_solver
 from dblightning.steering import CoDe
 from tests.conftest import randomize
 
@@ -154,7 +153,7 @@ def test_it_makes_what_the_loop_makes(pipe: Any) -> None:
     backbone, prompts = pipe.backbone, ["a red circle", "a blue star"]
     weights = [{"a": 0.3, "b": 0.7}, {"b": 1.0}]
     first = ImageNoise([0, 1])(backbone.latent_shape)
-    solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, STEPS), 0.0)
+    solver = make_solver(backbone.scheduler_config, STEPS, 0.0)
     with torch.no_grad():
         expected = denoise_loop(
             backbone, backbone.encode(prompts), solver, DBMPA(weights, [1.0, 1.5]), ImageNoise([0, 1]), latents=first

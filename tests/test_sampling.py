@@ -23,8 +23,7 @@ from dblightning.backbone import DiffusersBackbone
 from dblightning.blending import DBKLA, DBMPA, DBMPALS, Base, RewardedSoup, RewardedSoupFactors, Single
 from dblightning.noise import GeneratorNoise, ImageNoise
 from dblightning.sampling import MERGED_GROUP, Run, StepRecord, arrange, denoise_loop
-from dblightning.schedule import DDIMSchedule
-from dblightning.solvers import DDIMSolver, DiffusersSolver
+from dblightning.solvers import DiffusersSolver, make_solver
 
 STEPS = 20  # where plain diffusers is the judge
 FEW = 5  # elsewhere
@@ -113,7 +112,7 @@ def diffusers_blend(pipe: Any, coefficients: dict[str | None, float], latents: A
 def our_blend(
     backbone: Any, blend: Any, eta: float, prompts: list[str] = PROMPTS, steps: int = FEW, **options: Any
 ) -> torch.Tensor:
-    solver = DDIMSolver(DDIMSchedule(backbone.scheduler_config, steps), eta)
+    solver = make_solver(backbone.scheduler_config, steps, eta)
     noise = options.pop("noise", None) or ImageNoise(list(range(len(prompts))))
     with torch.no_grad():
         return denoise_loop(
@@ -305,7 +304,7 @@ def test_schedules_are_run_as_given(ours: Any) -> None:
 def test_the_exact_soup_is_db_mpa_to_first_order_in_the_adapters(ours: Any) -> None:
     """Halving ΔW quarters their difference: soup − DB-MPA is of second order."""
     conditioning, weights = ours.encode(PROMPTS), {"a": 0.5, "c": 0.5}
-    solver = DDIMSolver(DDIMSchedule(ours.scheduler_config, FEW), 0.0)
+    solver = make_solver(ours.scheduler_config, FEW, 0.0)
     latents, _ = noises_of(2)
 
     @torch.no_grad()
@@ -359,7 +358,7 @@ def test_a_soup_whose_weights_change_at_every_step_is_not_merged_anew(ours: Any)
 def test_gradients_reach_the_adapters_through_the_blended_prediction(ours: Any) -> None:
     ours.adapters.train_only("a")
     conditioning = ours.encode(PROMPTS)
-    solver = DDIMSolver(DDIMSchedule(ours.scheduler_config, FEW), 0.0)
+    solver = make_solver(ours.scheduler_config, FEW, 0.0)
     plan = DBMPA({"a": 0.25, "b": 0.75}).start(ours.adapters.names, 2, FEW)
     run = Run(ours, conditioning, solver, plan, ImageNoise([0, 1]), GUIDANCE)
     half = Run(ours, conditioning, solver, Single("a").start(ours.adapters.names, 2, FEW), run.noise, GUIDANCE)

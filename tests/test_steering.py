@@ -14,7 +14,7 @@ from dblightning.rewards.base import RewardMetric
 from dblightning.rewards.jpeg import JPEGCompressibility
 from dblightning.sampling import denoise_loop
 from dblightning.schedule import DDIMSchedule
-from dblightning.solvers import DDIMSolver, DiffusersSolver
+from dblightning.solvers import DDIMSolver, DiffusersSolver, make_solver
 from dblightning.steering import RGG, CoDe, make_steering
 from tests.conftest import randomize
 
@@ -55,7 +55,7 @@ class PromptTaste(RewardMetric):
 
 
 def solver_of(backbone: Any, eta: float = 1.0) -> DDIMSolver:
-    return DDIMSolver(DDIMSchedule(backbone.scheduler_config, STEPS), eta)
+    return make_solver(backbone.scheduler_config, STEPS, eta)
 
 
 def walk(backbone: Any, steering: Any, blend: Any = None, prompts: list[str] = PROMPTS, **options: Any) -> Tensor:
