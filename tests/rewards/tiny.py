@@ -72,7 +72,8 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim < 2:
-                parameter.add_(0.2 * noise)
+                # not added to what is there: some initial values are the global generator's
+                parameter.copy_(0.2 * noise + float(name.endswith("weight")))
             else:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
 
