@@ -1,4 +1,4 @@
-"""What each inference-time method costs: seconds per image, UNet rows, memory, and the ratio to the base model.
+"""Cost of each inference-time method: seconds per image, UNet rows, memory, and the ratio to the base model.
 
     python benchmarks/inference.py --model miniature --batch 1
     python benchmarks/inference.py --model sd15 --resolution 128 --steps 3 --repeats 3

@@ -5,7 +5,7 @@
 To first order in ΔW the prediction of Σ wᵢ ΔWᵢ is Σ wᵢ times the predictions' differences, so the two agree for small
 adapters. Every shipped adapter's ΔW is multiplied by a scale (0.25 … 4) and two things are measured at equal weights:
 
-* along DB-MPA's own walks, ‖ε_soup − ε_DB-MPA‖ / ‖ε_DB-MPA − ε_base‖, mean over steps and images;
+* along DB-MPA's own trajectories, ‖ε_soup − ε_DB-MPA‖ / ‖ε_DB-MPA − ε_base‖, mean over steps and images;
 * the weighted reward of the images each method makes from the same noise, with paired 95 % intervals against DB-MPA.
 
 Against training length or rank instead, give the adapters of each point, and they are taken as they are:
@@ -77,7 +77,7 @@ def rescale(backbone: DiffusersBackbone, factor: float) -> None:
 
 @torch.no_grad()
 def relative_difference(backbone: DiffusersBackbone, options: argparse.Namespace, weights: dict[str, float]) -> float:
-    """Mean over steps and images of ‖ε_soup − ε_DB-MPA‖ / ‖ε_DB-MPA − ε_base‖ along DB-MPA's walks."""
+    """Mean over steps and images of ‖ε_soup − ε_DB-MPA‖ / ‖ε_DB-MPA − ε_base‖ along DB-MPA's trajectories."""
     prompts = world.test_prompts()[: options.walks]
     conditioning = backbone.encode(prompts)
     solver = make_solver(backbone.scheduler_config, options.steps, options.eta)
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0, 4.0])
     parser.add_argument("--images", type=int, default=64, help="held-out prompts")
     parser.add_argument("--seeds", type=int, default=1, help="images per prompt")
-    parser.add_argument("--walks", type=int, default=16, help="walks along which predictions are compared")
+    parser.add_argument("--walks", type=int, default=16, help="trajectories along which predictions are compared")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--eta", type=float, default=1.0)
     parser.add_argument("--guidance-scale", type=float, default=3.0)

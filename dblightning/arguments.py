@@ -1,4 +1,4 @@
-"""What the commands that are not Lightning runs take. Imports nothing heavy, so that ``--help`` answers at once."""
+"""Arguments of the commands that are not Lightning runs. Imports nothing heavy, so that ``--help`` answers at once."""
 
 from __future__ import annotations
 

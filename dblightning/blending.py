@@ -177,7 +177,7 @@ class Base(Blend):
 
 
 class _Weighted(Blend):
-    """What the methods with preference weights share.
+    """Base class for methods with preference weights.
 
     Args:
         weights: adapter → weight, each ≥ 0, sum 1; one mapping for all images, a list with one per image, or a

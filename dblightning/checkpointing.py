@@ -1,4 +1,4 @@
-"""No work lost: checked checkpoint files, saved in time, kept few, found again.
+"""Checkpoint files: checked, saved in time, kept few, found again.
 
 A checkpoint file is what ``torch.save`` writes, followed by a digest of it; ``torch.load`` reads it as it is. With
 several processes each writes its replay buffer and random state to a shard beside the file, which names them.
@@ -364,7 +364,7 @@ class RunCheckpoint(Checkpoint):
             raise Preempted(message)
 
     def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> dict[Path, list[Path]]:
-        """What a run's checkpoints would replace, for ``RunGuard``."""
+        """Files a run's checkpoints would replace, for ``RunGuard``."""
         folder = self.path(trainer)
         return {folder: sorted(folder.glob("*.ckpt"))}
 

@@ -1,4 +1,4 @@
-"""What the processes of a run tell one another: small values, errors, gradients. One process needs none of it."""
+"""Exchanges between the processes of a run: small values, errors, gradients. One process needs none of it."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ TAGS: tuple[str, ...] = ("single_object", "two_object", "counting", "colors", "p
 TRAIN_SHA256 = "55b6e3650e980c13daf30569eb666e000faf19bfc2b7b4cbe999fcdb7aa9d680"
 
 #: One sample: {"tag": task, "include": [things an image must show], "exclude": [things it must not], "prompt": text}.
-#: A thing is {"class", "count"} and, where the prompt asks for it, "color" or "position": [relation, index in include].
+#: A thing is {"class", "count"} and, where the prompt requests it, "color" or "position": [relation, index in include].
 Sample = dict[str, Any]
 
 
@@ -112,7 +112,7 @@ def train_samples(seed: int = 43, per_task: int = 100) -> list[Sample]:
 
 
 def _scene(sample: Sample) -> tuple[str, ...]:
-    """What a sample asks for, whatever order its objects are named in."""
+    """The scene a sample requests, whatever order its objects are named in."""
     return sample["tag"], *sorted(json.dumps(thing, sort_keys=True) for thing in sample["include"])
 
 

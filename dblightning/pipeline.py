@@ -33,7 +33,7 @@ INDEX_NAME = "dblightning.json"
 
 @dataclass
 class BlendOutput(BaseOutput):
-    """What a call returns; ``output.images``, ``output["images"]`` and ``output[0]`` are the same.
+    """Result of a call; ``output.images``, ``output["images"]`` and ``output[0]`` are the same.
 
     Attributes:
         images: a list of PIL images; or float32 (N, 3, H, W) in [0, 1] for "pt", (N, H, W, 3) for "np", latents

@@ -55,7 +55,7 @@ class RunningCalls:
         return before
 
     def end(self, before: CallSettings | None) -> None:
-        """This thread's call has ended; ``before`` goes on."""
+        """This thread's call has ended; ``before`` resumes."""
         self._last = self._running.pop(threading.get_ident())
         if before is not None:
             self._running[threading.get_ident()] = before

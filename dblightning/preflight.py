@@ -282,7 +282,7 @@ def check_class(place: str, path: str, settings: Any, complete: bool) -> None:
 
 
 def _metric_arguments() -> set[str]:
-    """What every reward takes beside its own arguments: torchmetrics' keyword arguments."""
+    """Keyword arguments of every reward beside its own: torchmetrics'."""
     found = alias("dblightning.rewards.base", "METRIC_ARGUMENTS")
     constants = (each for each in ast.walk(found[0]) if isinstance(each, ast.Constant)) if found else ()
     return {each.value for each in constants if isinstance(each.value, str)}

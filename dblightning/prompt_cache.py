@@ -67,7 +67,7 @@ class PromptCache:
 
 
 def text_state(pipeline: Any, thorough: bool = False) -> tuple[Any, ...]:
-    """What the embeddings of a pipeline depend on: its tokenizers, text encoders, their weights and LoRAs.
+    """Dependencies of a pipeline's embeddings: its tokenizers, text encoders, their weights and LoRAs.
 
     Args:
         pipeline: a diffusers pipeline.

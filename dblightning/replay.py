@@ -80,7 +80,7 @@ class ReplayBuffer:
         """Store a rollout; trajectories beyond the capacity push out the oldest.
 
         Args:
-            trajectory: B walks, B >= 0.
+            trajectory: B trajectories, B >= 0.
             prompt_ids, reward, baseline, scale: each (B,).
             rows: place of each in the rollout's batch, int64 (B,); None: 0 … B−1.
         """

@@ -46,15 +46,15 @@ def rollout(
             f"step {int((stds <= 0).nonzero()[0])} adds no noise (eta {solver.eta}), so it has no density; "
             "train with eta > 0 and a scheduler whose set_alpha_to_one is false"
         )
-    walk: list[Tensor] = []
+    states: list[Tensor] = []
     log_probs: list[Tensor] = []
 
     def record(step: StepRecord) -> None:
-        walk.append(step.latents)
+        states.append(step.latents)
         taken = solver.gaussian(step.output, step.latents, step.step_index)
         log_probs.append(gaussian_log_prob(taken, step.next_latents))
 
     last = denoise_loop(
         backbone, conditioning, solver, blend, noise, guidance_scale=guidance_scale, execution=execution, on_step=record
     )
-    return Trajectory(torch.stack([*walk, last]), torch.stack(log_probs))
+    return Trajectory(torch.stack([*states, last]), torch.stack(log_probs))

@@ -253,7 +253,7 @@ class RunGuard(L.Callback):
 
 
 def _outputs(trainer: L.Trainer, module: RunState) -> dict[Path, list[Path]]:
-    """What the fit writes: place → files that are there already."""
+    """Outputs of the fit: place → files that are there already."""
     outputs: dict[Path, list[Path]] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if callable(of := getattr(callback, "outputs", None)):

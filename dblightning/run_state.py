@@ -266,7 +266,7 @@ class RunState(L.LightningModule):
         raise NonFiniteError(f"the {name} gradient's norm is {norm.item()}{again}")
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
-        """What the optimisers change."""
+        """The parameters that the optimisers change."""
         for index, parameter in enumerate(self.backbone.adapters.parameters(self.adapter_name)):
             yield f"adapter {self.adapter_name}, parameter {index}", parameter
         yield from self.value_function.named_parameters("value_function")

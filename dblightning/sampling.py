@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
 
 @dataclass
 class Run:
-    """One walk from noise to latents: what every step needs to know."""
+    """One run from noise to latents: what every step needs to know."""
 
     backbone: Backbone
     conditioning: Conditioning  # B rows
@@ -101,7 +101,7 @@ class Run:
         )
 
     def changed(self, state: State, change: Change | None) -> State:
-        """The state to go on from; a prediction made ahead is dropped when what it was made of has changed."""
+        """The state to continue from; a prediction made ahead is dropped when what it was made of has changed."""
         if change is None:
             return state
         if change.conditioning is not None:
@@ -156,7 +156,7 @@ class Run:
 
 
 class State(NamedTuple):
-    """Where the walk stands before a step."""
+    """State of a run before a step."""
 
     latents: Tensor  # (B · copies, C, h, w), an image's copies side by side
     output: Tensor | None = None  # the prediction for these latents, where a look-ahead has made it already
@@ -217,7 +217,7 @@ class Unsteered(Steering):
 
 
 class Change(NamedTuple):
-    """What a callback changes for the steps to come; None leaves a thing as it is."""
+    """Changes a callback makes for the steps to come; None leaves a thing as it is."""
 
     latents: Tensor | None = None  # shape of the next latents
     conditioning: Conditioning | None = None  # B rows
@@ -234,7 +234,7 @@ class StepRecord(NamedTuple):
     next_latents: Tensor
 
 
-#: called after each step; may return latents to go on with, or a :class:`Change`
+#: called after each step; may return latents to continue with, or a :class:`Change`
 OnStep = Callable[[StepRecord], Tensor | Change | None]
 
 

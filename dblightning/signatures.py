@@ -1,4 +1,4 @@
-"""What a class takes, read from its source without importing it: for help and refusals that cannot wait for torch."""
+"""Arguments of a class, read from its source without importing it: for help and refusals that cannot wait for torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CoDe and RGG: what bends a step. Rewards steer the walk at inference; no fine-tuned model is needed.
+"""CoDe and RGG: what modifies a step. Rewards steer the trajectory at inference; no fine-tuned model is needed.
 
 Both work on top of any blend (the paper runs them on the base model) and score x̂₀, Tweedie's estimate of the image.
 """
@@ -82,7 +82,7 @@ class CoDe(_RewardSteering):
 
     Two forms:
 
-    * ``"block"``, CoDe itself: every ``block_size`` steps each image is copied N times, all copies walk on with noise
+    * ``"block"``, CoDe itself: every ``block_size`` steps each image is copied N times, all copies continue with noise
       of their own, and at the block's end a look-ahead prediction scores them; the last block scores the images.
     * ``"lookahead"``, what the Diffusion Blend paper ran: candidates live for one step, every ``block_size`` steps.
 

@@ -137,7 +137,7 @@ def test_predict_steers_with_code(run_config: list[str], tmp_path: Path) -> None
     )
     import pandas as pd
 
-    # the best of three candidates at each step makes smaller files than the base model's own walk
+    # the best of three candidates at each step makes smaller files than the base model's own trajectory
     assert pd.read_csv(out / "summary.csv").loc[1, "gain/size"] > 0
     with pytest.raises(ValueError, match="needs rewards"):
         cli.main(["predict", *run_config, "--model.blends", json.dumps(blends), "--model.out", str(out)])

@@ -260,7 +260,7 @@ def test_sampling_reproduces_the_tilted_mean_and_covariance(case: str) -> None:
         base, rewards, blend = gaussian(), LINEAR, DBMPA({"r0": WEIGHTS[0], "r1": WEIGHTS[1]})
         target = base.tilted(Quadratic.weighted(LINEAR, WEIGHTS).scaled(1 / ALPHA))
     x, alpha = sampled(backbone_of(base, rewards), blend, target)
-    law = target.noised(alpha)  # the walk ends at ᾱ just below 1
+    law = target.noised(alpha)  # the trajectory ends at ᾱ just below 1
     mean, covariance = x.mean(0), x.T.cov()
     variances = law.covariance().diagonal()
     count = len(x)
@@ -306,7 +306,7 @@ def final_law(slopes: Tensor, offsets: Tensor, stds: Tensor) -> tuple[Tensor, Te
 def ls_distance(schedule: str, num_steps: int) -> float:
     """Total variation between the marginals of DB-MPA and DB-MPA-LS for two Gaussian models.
 
-    Given its draws, a walk of LS is Gaussian with a law known exactly; the draws are the sampling code's own.
+    Given its draws, a trajectory of LS is Gaussian with a law known exactly; the draws are the sampling code's own.
     """
     one = tensor([1.0])
     models = [

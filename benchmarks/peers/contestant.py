@@ -1,4 +1,4 @@
-"""A contestant seen from outside: a process that is started, told to do a round, and asked for its adapter."""
+"""A contestant seen from outside: a process that is started, runs rounds on command, and returns its adapter."""
 
 from __future__ import annotations
 

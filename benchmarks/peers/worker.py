@@ -1,4 +1,4 @@
-"""What every contestant of the training benchmark shares: its settings, its clocks, its counts, and how it is driven.
+"""Shared by the contestants of the training benchmark: its settings, its clocks, its counts, and how it is driven.
 
 A contestant is a process that stays alive, trained and warm, and does one round (a rollout and its policy updates)
 whenever its standard input says so; so rounds of several contestants can be interleaved. Needs torch alone: it also

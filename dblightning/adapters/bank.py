@@ -1,6 +1,6 @@
 """The adapters of one frozen denoiser. PEFT creates and stores them; the forward is :mod:`gated`'s.
 
-PEFT's ``set_adapter`` walks all modules (milliseconds) and is never called while sampling.
+PEFT's ``set_adapter`` visits all modules (milliseconds) and is never called while sampling.
 """
 
 from __future__ import annotations

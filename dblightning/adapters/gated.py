@@ -32,7 +32,7 @@ _LoraLayer: Any = LoraLayer if TYPE_CHECKING else object
 
 @dataclass
 class GateState:
-    """What the next forward of every gated layer does; one object shared by all layers of a denoiser.
+    """Instructions for the next forward of every gated layer; one object shared by all layers of a denoiser.
 
     Everything that does not differ between layers is computed once per denoiser call, by :class:`AdapterBank`: the
     layers only read tensors, so that ``torch.compile`` traces them in one piece.
@@ -56,7 +56,7 @@ class Stack(NamedTuple):
 
 
 class GatedLayer(_LoraLayer):
-    """What the gated layers share; each differs in how it multiplies and where its channels are."""
+    """Base class for gated layers; each differs in how it multiplies and where its channels are."""
 
     gate_state: GateState | None
     layout: int  # index into the state's scales

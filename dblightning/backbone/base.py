@@ -18,7 +18,7 @@ Prediction = Literal["epsilon", "v_prediction", "sample", "velocity"]
 
 
 class Conditioning(NamedTuple):
-    """What the denoiser is conditioned on, for B images."""
+    """Conditioning of the denoiser, for B images."""
 
     prompt_embeds: Tensor  # (B, L, D) text encoder output
     pooled: Tensor  # (B, P) one vector per prompt: the model's pooled embedding, else the end-of-text state
@@ -146,7 +146,7 @@ class Backbone(nn.Module, ABC):
 
 
 def prediction_of(scheduler_config: Mapping[str, Any]) -> Prediction:
-    """What a model predicts, as its diffusers scheduler's config says."""
+    """The kind of output a model predicts, as its diffusers scheduler's config says."""
     kind = scheduler_config.get("prediction_type", "epsilon")
     if kind not in get_args(Prediction):
         raise ValueError(f"prediction_type must be one of {get_args(Prediction)}, got {kind!r}")

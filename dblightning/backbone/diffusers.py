@@ -302,7 +302,7 @@ class DiffusersBackbone(Backbone):
         return self.sized(conditioning, size)
 
     def sized(self, conditioning: Conditioning, size: Size | None = None, **sizes: Any) -> Conditioning:
-        """Conditioning of images of a size (None: the backbone's own), and what the denoiser is told of it.
+        """Conditioning of images of a size (None: the backbone's own), and what the denoiser is given of it.
 
         ``sizes`` as for :meth:`Family.added`.
         """

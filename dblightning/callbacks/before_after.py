@@ -52,6 +52,6 @@ class BeforeAfterGrid(L.Callback):
         return Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "before_after.png")
 
     def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> dict[Path, list[Path]]:
-        """What the picture would replace, for ``RunGuard``."""
+        """Files the picture would replace, for ``RunGuard``."""
         path = self._path(trainer)
         return {path: [path] if path.exists() else []}

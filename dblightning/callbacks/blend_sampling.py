@@ -279,7 +279,7 @@ class BlendSamplingCallback(L.Callback):
         return Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "blend_sampling")
 
     def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> dict[Path, list[Path]]:
-        """What the score tables would replace, for ``RunGuard``."""
+        """Files the score tables would replace, for ``RunGuard``."""
         folder = self._folder(trainer)
         return {folder: sorted(folder.glob("rollout-*.parquet"))}
 

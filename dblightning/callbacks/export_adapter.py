@@ -49,7 +49,7 @@ class ExportAdapter(L.Callback):
                 print(f"LoRA exported to {path}")
 
     def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> dict[Path, list[Path]]:
-        """What the exported files would replace, for ``RunGuard``."""
+        """Files the export would replace, for ``RunGuard``."""
         assert isinstance(module, RewardRLModule)
         folder = Path(self._folder(trainer, module))
         between = folder.parent.glob(f"{folder.name}-epoch*") if self.every_n_epochs else []

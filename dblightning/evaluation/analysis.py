@@ -1,4 +1,4 @@
-"""What an evaluation says, from its score table alone: means, gains, weighted rewards, diversity; all with intervals.
+"""Analysis of an evaluation, from its score table alone: means, gains, weighted rewards, diversity; all with intervals.
 
 Everything is a pure function of the table. Intervals come from one paired, clustered bootstrap
 (:mod:`dblightning.evaluation.intervals`); fronts and hypervolumes are in :mod:`dblightning.evaluation.fronts`.

@@ -112,7 +112,7 @@ def adapter_names(estimates: Estimates, points: Points) -> dict[tuple[float, ...
 
 
 def readable_labels(estimates: Estimates) -> dict[str, str]:
-    """What a reader calls each blend: its variant, then its weights; the label itself where two would read alike."""
+    """Readable label of each blend: its variant, then its weights; the label itself where two would read alike."""
     names = weight_names(estimates.blends)
     found = {}
     for _, row in estimates.blends.iterrows():

@@ -150,14 +150,14 @@ def _by_weights(
 
 
 class Verdict(NamedTuple):
-    """What the comparisons say: (what, about which) pairs, the lost ones first."""
+    """The comparisons in words: (what, about which) pairs, the lost ones first."""
 
     title: str
     lines: list[tuple[str, str]]
 
 
 def verdict(estimates: Estimates, rewards: Sequence[str]) -> Verdict:
-    """What the reference variant beats and what it loses to, and at which preference, from the paired intervals.
+    """The variants that the reference beats and loses to, and at which preference, from the paired intervals.
 
     Lost comparisons come first, and among them the baselines: a blend that one adapter alone beats is of no use.
     """

@@ -246,7 +246,7 @@ def _chance_note(estimates: Estimates, sets: Sequence[Sequence[str]]) -> str:
 
 
 def _absent(frame: pd.DataFrame, estimates: Estimates, tables: Sequence[Table]) -> list[str]:
-    """What the page lacks, and what it would take."""
+    """The parts that the page lacks, and what each needs."""
     names, methods = {table.name.split("_")[0] for table in tables}, set(estimates.blends["method"])
     lines = {
         "diversity": "Diversity: the score table has no thumbnails (or one seed per prompt), from which it is derived.",

@@ -1,4 +1,4 @@
-"""What an evaluation compares: one method with one preference (``BlendSpec``), or a sweep of them (``BlendSweep``)."""
+"""Blends of an evaluation: one method with one preference (``BlendSpec``), or a sweep of them (``BlendSweep``)."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class BlendSpec:
         return blend_key(self.columns())
 
     def columns(self) -> dict[str, Any]:
-        """What the score table says of it."""
+        """Its columns of the score table."""
         return {
             "blend": self.label,
             "method": self.method,

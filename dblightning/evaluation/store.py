@@ -19,7 +19,7 @@ REMEDY = "set another --model.out, or delete the folder"
 
 
 class Key(NamedTuple):
-    """What an image depends on beside the settings and the adapters' weights, which all rows of a folder share."""
+    """Key of an image: its own parts; the settings and the adapters' weights are the whole folder's."""
 
     blend: str  # its :func:`dblightning.evaluation.specs.blend_key`, not its label
     prompt_id: int

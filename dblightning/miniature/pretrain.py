@@ -134,7 +134,7 @@ def save_pipeline(
     )
     scratch = folder.with_name(folder.name + ".writing")
     _remove(scratch)
-    # a copy in half precision: the modules themselves go on training in float32
+    # a copy in half precision: the modules themselves continue training in float32
     halves = {
         name: type(part).from_config(part.config) if name != "text_encoder" else type(part)(part.config)
         for name, part in (("vae", vae), ("unet", unet), ("text_encoder", text_encoder))

@@ -1,4 +1,4 @@
-"""The miniature's rewards: does the image show what its caption asks for, does it look calm and lit, is it small.
+"""The miniature's rewards: does the image show what its caption requests, does it look calm and lit, is it small.
 
 They measure the world of ``dblightning.miniature.world`` and nothing else: 32 × 32 images, eight colours, six shapes.
 """
@@ -72,7 +72,7 @@ def shape_overlaps(masks: Tensor) -> Tensor:
 
 
 class ShapeAlignment(RewardMetric):
-    """Whether the things a caption asks for are there, in their colours and shapes; in [−2, 2], mean over the things.
+    """Whether the things a caption requests are there, in their colours and shapes; in [−2, 2], mean over the things.
 
     For each asked thing let a be the share of the image in its colour, u_s the best overlap (IoU) of that colour's mask
     with shape s, and p = softmax(u / 0.04) at the asked shape. The thing earns

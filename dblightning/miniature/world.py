@@ -68,7 +68,7 @@ _PAIR = re.compile(rf"an? {_COLOR} {_SHAPE} and an? {_COLOR} {_SHAPE}\.?")
 
 
 def parse(text: str) -> tuple[Thing, ...]:
-    """The things a caption asks for, in its order. Case, "colored"/"coloured" and the full stop are free.
+    """The things a caption requests, in its order. Case, "colored"/"coloured" and the full stop are free.
 
     Raises:
         ValueError: a caption outside the grammar.
@@ -91,7 +91,7 @@ def _chosen_prompts() -> tuple[list[str], list[str], list[str]]:
     pairs = [caption([a, b]) for a in things for b in things if a.color != b.color]
     rng = np.random.default_rng(25)
     singles, pairs = ([texts[i] for i in rng.permutation(len(texts))] for texts in (singles, pairs))
-    # this second shuffle's seed spreads the colours and shapes: all eight are among the 15 singles, each asked for at
+    # this second shuffle's seed spreads the colours and shapes: all eight are among the 15 singles, each requested at
     # least three times in the 25
     rng = np.random.default_rng(392)
     chosen_singles, chosen_pairs = ([texts[i] for i in rng.permutation(len(texts))] for texts in (singles, pairs[:277]))
@@ -107,14 +107,14 @@ def train_prompts() -> list[str]:
 def wide_prompts() -> list[str]:
     """225 training prompts: the 25 and 200 more of two things, none of them a test prompt.
 
-    In 25 prompts a colour is asked for a few times more than the one it is confused with, and a policy gradient learns
+    In 25 prompts a colour is requested a few times more than the one it is confused with, and a policy gradient learns
     that bias before it learns to tell the two apart; in 225 the counts even out.
     """
     return train_prompts() + _chosen_prompts()[2][:200]
 
 
 def validation_prompts() -> list[str]:
-    """128 prompts of two things: no two things of them are asked for together in a training or test prompt.
+    """128 prompts of two things: no two things of them are requested together in a training or test prompt.
 
     There are none of one thing: training and test use up all 48.
     """
@@ -272,7 +272,7 @@ def sample_things(rng: np.random.Generator) -> tuple[Thing, ...]:
 
 
 def mislabel(things: Sequence[Thing], rng: np.random.Generator) -> tuple[Thing, ...]:
-    """What a careless caption says of an image: wrong colours, and a second thing that is not there.
+    """A careless caption of an image: wrong colours, and a second thing that is not there.
 
     Each colour is the CONFUSED one with probability 0.45; an image of one thing is said to show another one as well
     with probability 0.6. Classifier-free guidance sharpens away rare errors, so these are nearly as common as the

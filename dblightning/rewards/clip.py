@@ -89,7 +89,7 @@ class CLIPReward(RewardMetric):
         return self.frozen("clip").logit_scale.exp()
 
     def pixels(self, images: Tensor) -> Tensor:
-        """What the network sees of images (B, 3, H, W) in [0, 1]: (B, 3, S, S), normalised."""
+        """The network's view of images (B, 3, H, W) in [0, 1]: (B, 3, S, S), normalised."""
         weight = next(self.frozen("clip").parameters())
         exact = is_exact(self.preprocessing, images)
         # half precision keeps 11 bits at most: resize and normalise above it

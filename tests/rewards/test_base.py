@@ -1,4 +1,4 @@
-"""What every reward does before and after its own formula."""
+"""Base class of rewards: checks, micro-batches, averages, frozen networks."""
 
 from __future__ import annotations
 
