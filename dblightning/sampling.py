@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dblightning.backbone import Backbone, Conditioning
-from dblightning.blending import BatchWeights, Blend, BlendPlan, BlendStep, construct
+from dblightning.blending import Blend, BlendPlan, BlendStep
 from dblightning.execution import (
     MERGED_GROUP,
     Call,
@@ -25,8 +25,10 @@ from dblightning.execution import (
     count_vectors,
     predict,
 )
+from dblightning.methods import construct
 from dblightning.noise import ImageNoise
 from dblightning.solvers import Solver
+from dblightning.weights import BatchWeights
 
 # the names of :mod:`execution` and :mod:`rollout` are here too, where they were at first
 __all__ = [

@@ -13,10 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dblightning.blending import METHODS, BatchWeights, Blend, check_options, load_method, weights_tensor
+from dblightning.blending import METHODS, Blend
+from dblightning.methods import check_options, load_method, weights_tensor
 from dblightning.sampling import Run, State, Steering
 from dblightning.settings import Number, check_settings, count
 from dblightning.solvers import GaussianSolver
+from dblightning.weights import BatchWeights
 
 #: of the numeric settings below
 RULES = {

@@ -25,7 +25,7 @@ LAYERS: dict[str, str] = {
     "evaluation.module",
     "evaluation": "evaluation",
     "pipeline": "pipeline pipeline_call pipeline_inputs pipeline_lora",
-    "algorithm": "rollout sampling execution blending draws steering policy_gradient replay value batch_size",
+    "algorithm": "rollout sampling execution blending methods draws steering policy_gradient replay value batch_size",
     "model": "backbone adapters solvers schedule ddim gaussian_step noise prompt_cache gaussian_mixture",
     "rewards and miniature": "rewards miniature",
     "ground": "settings weights arguments signatures precision figures figure_text geneval_prompts",

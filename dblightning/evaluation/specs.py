@@ -10,10 +10,12 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-from dblightning.blending import DBKLA, METHODS, Base, Blend, Single, check_weights, load_method, resolve_blend
+from dblightning.blending import DBKLA, METHODS, Base, Blend, Single, resolve_blend
+from dblightning.methods import load_method
 from dblightning.sampling import Steering
 from dblightning.settings import Number, check_settings
 from dblightning.steering import STEERING
+from dblightning.weights import check_weights
 
 #: a method of this module alone: an adapter trained on the preference itself, the oracle of the paper's section 5
 MORL = "morl"

@@ -192,3 +192,54 @@ def test_an_adapter_that_is_nowhere_stops_the_run_before_training(sd15_folder: P
     callback = BlendSamplingCallback(blends=[BlendSpec("single", {"nowhere": 1.0})], every_n_rollouts=1)
     with pytest.raises(ValueError, match="runs adapter 'nowhere'"):
         fit(sd15_folder, tmp_path, [callback])
+
+
+OWN = '''
+import torch
+from dblightning.blending import Blend, BlendStep
+from dblightning.sampling import Unsteered
+
+
+class Share(Blend):
+    """A share of the one adapter, the rest of the base model: DB-KLA with that λ."""
+
+    def __init__(self, weights, share=0.5):
+        (self.adapter,), self.share = weights, share
+
+    def start(self, adapters, batch, num_steps, generators=None):
+        one_hot = torch.tensor([float(name == self.adapter) for name in adapters])
+        gates = torch.stack([torch.zeros(len(adapters)), one_hot])[:, None].expand(-1, batch, -1)
+        mix = torch.tensor([1 - self.share, self.share], dtype=torch.float64)[:, None].expand(-1, batch)
+        return lambda step_index: BlendStep(gates, mix)
+
+
+class Plain(Unsteered):
+    pass
+'''
+
+
+def test_methods_of_ones_own_are_sampled_by_their_dotted_path(
+    sd15_folder: Path, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A blend and a steering from outside the package, next to the built-in methods that they equal."""
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "methods_of_my_own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path / "path"))
+    share, plain = "methods_of_my_own.Share", "methods_of_my_own.Plain"
+    blends = [
+        BlendSpec("db-kla", {"other": 1.0}, kl_scale=8.0),
+        BlendSpec(share, {"other": 1.0}, options={"share": 8.0}),
+        BlendSpec("base"),
+        BlendSpec(plain),
+    ]
+    callback = BlendSamplingCallback(
+        blends, adapters={"other": other}, every_n_rollouts=2, max_share=None, out=str(tmp_path / "out")
+    )
+    fit(sd15_folder, tmp_path, [callback], rollouts=2)
+    scores = pd.read_parquet(tmp_path / "out" / "rollout-000002.parquet")
+    assert set(scores["blend"]) == {"db-kla_other-1_lambda-8", f"{share}_other-1_share-8.0", "base", plain}
+    by = {method: group[f"reward/{TRAINED}"].to_numpy() for method, group in scores.groupby("method")}
+    # the same rows of the denoiser, so the same images to the bit
+    assert (by[share] == by["db-kla"]).all()
+    assert (by[plain] == by["base"]).all()
+    assert (by[share] != by["base"]).any()  # so that the test tests something
