@@ -54,12 +54,23 @@ def to_epsilon(model_output: Tensor, latents: Tensor, alpha: Tensor, prediction_
 
 
 def predict_original(noise_pred: Tensor, latents: Tensor, alpha: Tensor) -> Tensor:
-    """Tweedie's estimate x̂₀ = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t, DDIM eq. (12)."""
+    """Tweedie's estimate x̂₀ = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t, DDIM eq. (12).
+
+    >>> import torch
+    >>> alpha, original, noise = torch.tensor(0.25), torch.tensor([2.0]), torch.tensor([-1.0])
+    >>> predict_original(noise, alpha.sqrt() * original + (1 - alpha).sqrt() * noise, alpha)
+    tensor([2.])
+    """
     return (latents - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
 
 
 def ddim_std(alpha: Tensor, alpha_next: Tensor, eta: float) -> Tensor:
-    """σ_t(η) of DDIM eq. (16): η √((1−ᾱ')/(1−ᾱ)) √(1−ᾱ/ᾱ')."""
+    """σ_t(η) of DDIM eq. (16): η √((1−ᾱ')/(1−ᾱ)) √(1−ᾱ/ᾱ').
+
+    >>> import torch
+    >>> [round(ddim_std(torch.tensor(0.5), torch.tensor(0.8), eta).item(), 4) for eta in (0.0, 1.0)]
+    [0.0, 0.3873]
+    """
     return eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)).clamp_min(0).sqrt()
 
 

@@ -33,5 +33,10 @@ def gaussian_kl(step: GaussianStep, reference: GaussianStep) -> Tensor:
     """KL(step ‖ reference) of two Gaussians of the same std, **summed** over C, h, w: (B,), nats.
 
     ‖μ − μ_ref‖² / (2σ²): one term of the sum in Diffusion Blend eq. (4).
+
+    >>> import torch
+    >>> mean, std = torch.ones(1, 2), torch.tensor(0.5)
+    >>> gaussian_kl(GaussianStep(mean, std), GaussianStep(0 * mean, std))  # two dimensions of 1 / (2 · 0.25)
+    tensor([4.])
     """
     return ((step.mean - reference.mean).square() / (2 * step.std.square())).flatten(1).sum(1)

@@ -85,6 +85,7 @@ class Run:
 
     @property
     def num_steps(self) -> int:
+        """T, the number of denoising steps."""
         return len(self.solver.timesteps)
 
     def images(self, part: slice) -> Run:

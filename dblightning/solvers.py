@@ -125,12 +125,15 @@ class DDIMSolver:
         self.timesteps = schedule.timesteps
 
     def initial(self, noise: Tensor) -> Tensor:
+        """x_T of standard normal noise (B, C, h, w): the noise itself."""
         return noise
 
     def scale(self, latents: Tensor, step_index: int) -> Tensor:
+        """The denoiser's input for x_t: x_t itself."""
         return latents
 
     def gaussian(self, output: Tensor, latents: Tensor, step_index: int | Tensor) -> GaussianStep:
+        """The step as a Gaussian; ``step_index`` is one for all rows, or int64 (B,)."""
         return self.schedule.step(output, latents, step_index, self.eta)
 
     def original(self, output: Tensor, latents: Tensor, step_index: int, detach: bool = False) -> Tensor:
@@ -156,6 +159,7 @@ class DDIMSolver:
         return self.schedule.stds(self.eta)
 
     def step(self, output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1) -> Tensor:
+        """The next latents (B · copies, C, h, w), float32; η = 0 draws no noise."""
         gaussian = self.gaussian(output, latents, step_index)
         if self.eta == 0:
             return gaussian.mean
@@ -202,12 +206,15 @@ class DiffusersSolver:
         self._options = {"eta": eta} if "eta" in taken else {}
 
     def initial(self, noise: Tensor) -> Tensor:
+        """x_T of standard normal noise, scaled by the scheduler; starts a run anew."""
         self.scheduler.set_timesteps(**self._steps)  # forget an earlier run's history
         return noise * float(self.scheduler.init_noise_sigma)
 
     def scale(self, latents: Tensor, step_index: int) -> Tensor:
+        """The denoiser's input for x_t, as the scheduler scales it."""
         return self.scheduler.scale_model_input(latents, self.timesteps[step_index])
 
     def step(self, output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1) -> Tensor:
+        """The next latents; the scheduler draws its noise from the images' generators."""
         extra = self._options | ({"generator": noise.generators} if self._takes_generator else {})
         return self.scheduler.step(output, self.timesteps[step_index], latents, return_dict=False, **extra)[0]
