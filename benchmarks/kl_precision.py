@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ def module_of(dtype: str, dimensions: int, steps: int) -> RewardRLModule:
     if math.prod(backbone.latent_shape) != dimensions:
         raise ValueError(f"dimensions must be 4 times a square, such as 64, 256 or 1024, got {dimensions}")
     module = RewardRLModule(
-        backbone, ShapeAesthetic(), init_adapter=str(miniature.adapters()["aesthetic"]), num_inference_steps=steps,
-        kl_weight=1.0, reward_weight=1e-30, advantage="prompt", buffer_size=None,
+        backbone, ShapeAesthetic(), adapter={"init": str(miniature.adapters()["aesthetic"])},
+        sampling={"num_inference_steps": steps}, optimisation={"reward_weight": 1e-30}, kl={"weight": 1.0},
+        advantage={"baseline": "prompt"}, replay={"buffer_size": None},
     )  # fmt: skip
     module.prompts = {0: PROMPT}
     return module
@@ -100,7 +102,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             full = [each.detach().clone() for each in module.backbone.adapters.parameters(module.adapter_name)]
             for guidance in options.guidance:
                 for each in (module, wide):
-                    each.hparams["guidance_scale"] = guidance
+                    each.policy.sampling = replace(each.policy.sampling, guidance_scale=guidance)
                 transitions = None
                 for strength in options.strengths:
                     for each in (module, wide):
@@ -109,7 +111,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                     true, straight = kl_and_gradient(wide, transitions, False)
                     row = {"dimensions": dimensions, "precision": precision, "guidance": guidance, "kl": true}
                     for kl_precision in ("model", "float32"):
-                        module.hparams["kl_precision"] = kl_precision
+                        module.kl.settings = replace(module.kl.settings, precision=kl_precision)
                         module.backbone.rows_run = 0
                         value, gradient = kl_and_gradient(module, transitions, autocast)
                         cosine = torch.nn.functional.cosine_similarity(gradient, straight, dim=0)

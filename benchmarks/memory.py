@@ -34,6 +34,7 @@ from dblightning.miniature import pretrain
 from dblightning.miniature.rewards import ShapeAesthetic
 from dblightning.module import RewardRLModule
 from dblightning.replay import ReplayBuffer, Transitions
+from dblightning.training_settings import AdvantageSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SD15 = dict(
@@ -114,7 +115,7 @@ def update_module(backbone: DiffusersBackbone, checkpointing: bool) -> RewardRLM
     """The module at the paper's settings; advantages by prompt, so that the value function's pass is left out."""
     if checkpointing:
         backbone.enable_gradient_checkpointing()
-    module = RewardRLModule(backbone, ShapeAesthetic(), advantage="prompt")
+    module = RewardRLModule(backbone, ShapeAesthetic(), advantage=AdvantageSettings(baseline="prompt"))
     module.prompts = {0: "a red circle"}
     module.train()  # as Lightning leaves it during a fit
     return module
@@ -192,8 +193,8 @@ def paper_sizes(options: argparse.Namespace) -> dict[str, float]:
             for weight in group["params"]:
                 weight.grad = torch.zeros_like(weight)
         optimizer.step()
-    capacity = module.hparams["buffer_size"] // module.hparams["num_inference_steps"]
-    replay = ReplayBuffer(capacity, module.hparams["num_inference_steps"], backbone.latent_shape)
+    steps = module.settings.sampling.num_inference_steps
+    replay = ReplayBuffer((module.settings.replay.buffer_size or 0) // steps, steps, backbone.latent_shape)
     lora, value = backbone.adapters.parameters(module.adapter_name), list(module.value_function.parameters())
     adapted = sum(4 * layer.get_base_layer().weight.numel() for layer in backbone.adapters.layers())
     return {

@@ -27,14 +27,15 @@ from benchmarks.publish import publish
 
 ROOT = Path(__file__).parent.parent
 REPLAY = str(3 * 48 * 20)  # single steps: three rollouts of 48 images at 20 steps
-ALL_BUT_TWO = ["--model.skip_last_steps", "2"]  # not the first half alone: value functions and replay see every step
+#: not the first half alone: value functions and replay see every step
+ALL_BUT_TWO = ["--model.optimisation.skip_last_steps", "2"]
 #: name → options over configs/quickstart.yaml
 VARIANTS = {
-    "prompt mean": ["--model.advantage", "prompt", "--model.buffer_size", "null"],
-    "value function": ["--model.advantage", "value", "--model.buffer_size", "null"],
-    "both": ["--model.advantage", "both", "--model.buffer_size", "null"],
-    "prompt mean + replay": ["--model.advantage", "prompt", "--model.buffer_size", REPLAY],
-    "value function + replay": ["--model.advantage", "value", "--model.buffer_size", REPLAY],
+    "prompt mean": ["--model.advantage.baseline", "prompt", "--model.replay.buffer_size", "null"],
+    "value function": ["--model.advantage.baseline", "value", "--model.replay.buffer_size", "null"],
+    "both": ["--model.advantage.baseline", "both", "--model.replay.buffer_size", "null"],
+    "prompt mean + replay": ["--model.advantage.baseline", "prompt", "--model.replay.buffer_size", REPLAY],
+    "value function + replay": ["--model.advantage.baseline", "value", "--model.replay.buffer_size", REPLAY],
 }
 
 

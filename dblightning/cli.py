@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dblightning.arguments import convert_parser, convert_vila_parser, pretrain_parser
-from dblightning.preflight import Refused, check_command
+from dblightning.flat_settings import OBJECTIVES, renamed_arguments, tell
+from dblightning.preflight import Refused, check_command, parse_value, read_config
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -123,6 +124,7 @@ def _lightning(command: str, arguments: list[str], debug: bool = False) -> None:
     import torch
     from lightning.pytorch import LightningDataModule
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    from lightning.pytorch.utilities import rank_zero_info
 
     from dblightning.checkpointing import RunCheckpoint
     from dblightning.evaluation import BlendEvaluationModule
@@ -132,6 +134,10 @@ def _lightning(command: str, arguments: list[str], debug: bool = False) -> None:
 
     quiet_libraries()
     torch.set_float32_matmul_precision("high")
+    training = command in TRAINING
+    if training:
+        arguments, moved = renamed_arguments(arguments, read_config, parse_value)
+        tell(moved, rank_zero_info)
 
     class Parser(LightningArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -146,6 +152,8 @@ def _lightning(command: str, arguments: list[str], debug: bool = False) -> None:
                 type=str | None,
                 help="checkpoint to resume from or to score; 'auto' takes the run's latest intact one, if there is any",
             )
+            if training:
+                parser.set_defaults({"model.objective": {"class_path": OBJECTIVES["dpok"]}})
             if command == "fit":
                 parser.add_argument(
                     "--overwrite", action="store_true", help="replace the files of an earlier run in the same folders"
@@ -177,7 +185,6 @@ def _lightning(command: str, arguments: list[str], debug: bool = False) -> None:
         def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
             super().setup(trainer, pl_module, "fit")
 
-    training = command in TRAINING
     cli = CLI(
         RewardRLModule if training else BlendEvaluationModule,
         LightningDataModule,

@@ -7,26 +7,27 @@ import shutil
 import textwrap
 
 from dblightning.preflight import MODELS, TRAINER
-from dblightning.signatures import Parameter, Signature, exports, signature
+from dblightning.signatures import Parameter, Signature, exports, group, signature
 
 #: topic → what its page lists
-TOPICS = ("model", "backbone", "rewards", "data", "callbacks", "trainer")
+TOPICS = ("model", "backbone", "rewards", "objectives", "data", "callbacks", "trainer")
 BACKBONE = "dblightning.backbone.DiffusersBackbone"
 #: modules whose classes each topic lists
 LISTED = {
     "rewards": ("dblightning.rewards", "dblightning.miniature.rewards"),
     "data": ("dblightning.data",),
     "callbacks": ("dblightning.callbacks",),
+    "objectives": ("dblightning.objectives",),
 }
 #: further classes of a topic
-FURTHER = {"callbacks": ("dblightning.checkpointing.RunCheckpoint",), "rewards": (), "data": ()}
+FURTHER = {"callbacks": ("dblightning.checkpointing.RunCheckpoint",), "rewards": (), "data": (), "objectives": ()}
 #: base classes and helpers, which no config names
-UNLISTED = {"RewardMetric", "RewardWorker", "PromptDataModule"}
+UNLISTED = {"RewardMetric", "RewardWorker", "PromptDataModule", "Objective", "PolicyGradient", "Policy", "Metrics"}
 
 INTRODUCTION = {
     "fit": (
         "Train a LoRA adapter on a reward.",
-        "python -m dblightning fit --config configs/quickstart.yaml --model.rank 8",
+        "python -m dblightning fit --config configs/quickstart.yaml --model.adapter.rank 8",
     ),
     "validate": (
         "Score a trained checkpoint.",
@@ -81,6 +82,8 @@ def command_help(command: str) -> str:
         *_listing("callbacks"),
         "rewards: (--model.reward CLASS)",
         *_listing("rewards"),
+        "objectives: (--model.objective CLASS)",
+        *_listing("objectives"),
     ]
     return "\n".join(lines)
 
@@ -106,7 +109,12 @@ def topic_help(topic: str) -> str | None:
 
 
 def _place(topic: str) -> str:
-    return {"rewards": "model.reward", "callbacks": "trainer.callbacks", "data": "data"}[topic]
+    return {
+        "rewards": "model.reward",
+        "objectives": "model.objective",
+        "callbacks": "trainer.callbacks",
+        "data": "data",
+    }[topic]
 
 
 def _classes(topic: str) -> dict[str, str]:
@@ -133,7 +141,11 @@ def _settings(place: str, found: Signature) -> list[str]:
     """A class's settings, one entry each."""
     lines = textwrap.wrap(f"{place or found.path}: {found.path.rpartition('.')[2]}. {found.doc}", _width())
     for each in found.parameters.values():
-        lines += _entry(f"--{place}.{each.name}" if place else each.name, _described(each))
+        name, members = (f"--{place}.{each.name}" if place else each.name), group(each)
+        if members is None:
+            lines += _entry(name, _described(each))
+        for member in members.parameters.values() if members is not None else ():
+            lines += _entry(f"{name}.{member.name}", _described(member))
     return lines
 
 

@@ -1,110 +1,15 @@
-"""The maths of the policy update: objectives, advantages, diagnostics. Pure functions on tensors."""
+"""The maths of the policy update by its former path; it is in ``dblightning.objectives``."""
 
-from __future__ import annotations
-
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from dblightning.settings import check_settings, count
-
-
-def dpok_objective(advantage: Tensor, ratio: Tensor, clip_range: float) -> Tensor:
-    """DPOK's surrogate, advantage · clamp(ratio, 1−c, 1+c), per sample (B,); to be maximised.
-
-    The clamp is hard: outside the range a sample has no gradient in either direction (Fan et al. 2023, and the code
-    of Diffusion Blend).
-
-    Args:
-        advantage: (B,), no gradient.
-        ratio: p_θ(x_{t-1}|x_t) / p_old(x_{t-1}|x_t), (B,).
-        clip_range: c > 0; the paper's 1e-4 is made for log-probs averaged over dimensions.
-    """
-    return advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
-
-
-def ppo_objective(advantage: Tensor, ratio: Tensor, clip_range: float) -> Tensor:
-    """PPO's pessimistic surrogate, min(A·ratio, A·clamp(ratio)), per sample (B,); to be maximised.
-
-    Unlike :func:`dpok_objective` it keeps the gradient that brings a ratio back (Schulman et al. 2017, eq. 7).
-    """
-    return torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
-
+from dblightning.objectives.advantages import PromptStatistics, explained_variance
+from dblightning.objectives.policy_gradient import clip_fraction, dpok_objective, ppo_objective
 
 OBJECTIVES = {"dpok": dpok_objective, "ppo": ppo_objective}
 
-
-def clip_fraction(ratio: Tensor, clip_range: float) -> Tensor:
-    """Share of ratios outside [1−c, 1+c]: scalar in [0, 1]."""
-    return ((ratio - 1).abs() > clip_range).float().mean()
-
-
-def explained_variance(predictions: Tensor, targets: Tensor) -> Tensor:
-    """1 − Var(target − prediction) / Var(target): 1 perfect, 0 no better than the mean; NaN for constant targets."""
-    variance = targets.var(correction=0)
-    return torch.where(variance > 0, 1 - (targets - predictions).var(correction=0) / variance, torch.nan)
-
-
-class PromptStatistics:
-    """Mean and standard deviation of each prompt's rewards, the baseline of DDPO and GRPO.
-
-    Taken over the prompt's own rewards in the latest rollout where there are enough, because older ones are of another
-    policy; else over its latest rewards; else over the latest rewards of all prompts. Memory is bounded.
-
-    Args:
-        window: how many of a prompt's latest rewards are kept.
-        min_count: fewest of a prompt's latest rewards to take statistics of.
-        min_group: fewest of a prompt's rewards in one rollout to take statistics of.
-        max_prompts: prompts kept; those seen longest ago are forgotten.
-    """
-
-    def __init__(self, window: int = 32, min_count: int = 8, min_group: int = 4, max_prompts: int = 4096) -> None:
-        check_settings(
-            {"window": window, "min_count": min_count, "min_group": min_group, "max_prompts": max_prompts},
-            {name: count() for name in ("window", "min_count", "min_group", "max_prompts")},
-        )
-        self.window = window
-        self.min_count = min_count
-        self.min_group = min_group
-        self.max_prompts = max_prompts
-        self.rewards: dict[int, list[float]] = {}  # by prompt, the one seen longest ago first
-        self.group: dict[int, list[float]] = {}  # of the latest rollout, by prompt
-        self.pool: list[float] = []  # of all prompts: the latest rollout's, and earlier ones up to the window
-
-    def update(self, prompt_ids: Tensor, rewards: Tensor) -> None:
-        """Add a rollout: each image's reward under its prompt; both (B,)."""
-        self.group = {}
-        for prompt_id, reward in zip(prompt_ids.tolist(), rewards.tolist(), strict=True):
-            self.group.setdefault(prompt_id, []).append(reward)
-        for prompt_id, new in self.group.items():
-            self.rewards[prompt_id] = [*self.rewards.pop(prompt_id, []), *new][-self.window :]
-        for prompt_id in list(self.rewards)[: -self.max_prompts]:
-            del self.rewards[prompt_id]
-        self.pool = [*self.pool, *rewards.tolist()][-max(self.window, len(rewards)) :]
-
-    def __call__(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation for each image's prompt, both float32 (B,)."""
-        means, stds = [], []
-        for prompt_id in prompt_ids.tolist():
-            sample = torch.tensor(self._sample(prompt_id), dtype=torch.float64)
-            means.append(sample.mean() if len(sample) else torch.tensor(0.0))
-            stds.append(sample.std(correction=0) if len(sample) > 1 else torch.tensor(0.0))
-        return torch.stack(means).float(), torch.stack(stds).float()
-
-    def _sample(self, prompt_id: int) -> list[float]:
-        group, kept = self.group.get(prompt_id, []), self.rewards.get(prompt_id, [])
-        if len(group) >= self.min_group:
-            return group
-        return kept if len(kept) >= self.min_count else self.pool
-
-    def state_dict(self) -> dict[str, Any]:
-        rewards = {prompt_id: list(kept) for prompt_id, kept in self.rewards.items()}
-        return {"rewards": rewards, "pool": list(self.pool)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rewards = {prompt_id: list(kept)[-self.window :] for prompt_id, kept in state["rewards"].items()}
-        # checkpoints of version 0.1.0 have no pool
-        everything = [reward for kept in self.rewards.values() for reward in kept]
-        self.pool = list(state.get("pool", everything[-self.window :]))
-        self.group = {}
+__all__ = [
+    "OBJECTIVES",
+    "PromptStatistics",
+    "clip_fraction",
+    "dpok_objective",
+    "explained_variance",
+    "ppo_objective",
+]

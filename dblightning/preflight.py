@@ -4,6 +4,8 @@ Knows the settings from their classes' source (``signatures``) and their ranges 
 is certainly wrong; everything else is left to the parser, which has the last word.
 """
 
+# Longer than 400 lines: reading a command line and checking it go by the same tree of settings.
+
 from __future__ import annotations
 
 import ast
@@ -13,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dblightning.settings import RULES, Number, count, problems
+from dblightning.flat_settings import OBJECTIVES, renamed_config, renamed_option
+from dblightning.settings import Number, count, problems, rules_of
 from dblightning.signatures import NotFound, Parameter, alias, class_path, exports, signature
 from dblightning.weights import check_kl_scale, check_weights
 
@@ -24,6 +27,8 @@ MODELS = {
     "test": "dblightning.evaluation.module.BlendEvaluationModule",
     "predict": "dblightning.evaluation.module.BlendEvaluationModule",
 }
+#: the commands whose model is trained, and whose settings had flat names once
+TRAINING = ("fit", "validate")
 BLEND = "dblightning.evaluation.specs.BlendSpec"
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 TRAINER_RULES = {
@@ -37,9 +42,15 @@ TRAINER_RULES = {
 #: settings beside ``model``, ``data`` and ``trainer``
 TOP = ("config", "seed_everything", "trainer", "model", "data", "ckpt_path", "overwrite")
 #: modules whose classes may be named without their module, as the parser allows
-SHORT_NAMES = ("dblightning.rewards", "dblightning.miniature.rewards", "dblightning.data", "dblightning.callbacks")
+SHORT_NAMES = (
+    "dblightning.rewards",
+    "dblightning.miniature.rewards",
+    "dblightning.data",
+    "dblightning.callbacks",
+    "dblightning.objectives",
+)
 #: settings that name something on disk, if it looks like a path
-PATHS = ("train_file", "test_file", "val_file", "init_adapter", "pretrained")
+PATHS = ("train_file", "test_file", "val_file", "init", "pretrained")
 
 
 class Refused(ValueError):
@@ -88,9 +99,11 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
         Unclear: a form that is left to the parser.
     """
     tree: dict[str, Any] = {}
+    training = command in TRAINING
     for name, value in _options(arguments):
         if name in ("config", "c"):
-            _merge(tree, read_config(value))
+            content = read_config(value)
+            _merge(tree, _renamed(value, content) if training else content)
         elif name == "print_config" or name.startswith("print_config"):
             continue
         elif name == "help" or name.endswith((".help", "+")):
@@ -99,11 +112,22 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
             top = name.split(".")[0]
             if top not in TOP:
                 raise Refused(f"unknown option --{name}{_hint(top, TOP)}; {command} --help lists the settings")
-            _set(tree, name.split("."), _value(value))
+            name, given = renamed_option(name, parse_value(value)) if training else (name, parse_value(value))
+            _set(tree, name.split("."), given)
     unknown = [str(key) for key in tree if key not in TOP]
     if unknown:
         raise Refused(f"unknown setting {unknown[0]!r} at the top of the config{_hint(unknown[0], TOP)}")
+    model = tree.get("model")
+    if training and isinstance(model, dict) and isinstance(model.get("objective"), dict):
+        model["objective"].setdefault("class_path", OBJECTIVES["dpok"])
     return tree
+
+
+def _renamed(file: str, content: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return renamed_config(content)[0]
+    except ValueError as error:
+        raise Refused(f"config file {file}: {error}") from error
 
 
 def _options(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
@@ -174,7 +198,8 @@ def _yaml(text: str) -> Any:
         raise ValueError(f"{getattr(error, 'problem', None) or 'unreadable'}{place}") from error
 
 
-def _value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """What a text on the command line is in YAML; itself where it is none."""
     try:
         return _yaml(text)
     except ValueError:
@@ -241,7 +266,7 @@ def check_object(place: str, value: Any, complete: bool, modules: Sequence[str] 
         known = {name: each for module in modules for name, each in exports(module).items()}
         if path not in known:
             hint = _hint(path, known)
-            if hint:
+            if hint or path[:1].islower():  # no class of Python's has such a name, and the parser finds classes alone
                 raise Refused(f"{place} names the class {path!r}, which is not known{hint}")
             return
         path = known[path]
@@ -295,6 +320,9 @@ def check_value(place: str, parameter: Parameter, value: Any, complete: bool) ->
     wanted = _kinds(parameter.annotation, parameter.module)
     if not any(_fits(each.node, value) for each in wanted):
         raise Refused(f"{place} must be {_described(parameter.annotation, parameter.module)}, got {_shown(value)}")
+    words = [word for each in wanted for word in _words_of(each.node)]
+    if isinstance(value, str) and words and value not in words and not re.match(r"[A-Z]|.*\.", value):
+        raise Refused(f"{place} must be {_described(parameter.annotation, parameter.module)}, got {_shown(value)}")
     texts = {"str", "Path", "PathLike", "_PATH", "Any"}
     if not (isinstance(value, str) and any(_name(each.node) in texts for each in wanted)):
         for each in wanted:
@@ -325,7 +353,8 @@ def _check_preference(place: str, settings: Mapping[str, Any]) -> None:
 
 def check_ranges(place: str, path: str, settings: Mapping[str, Any]) -> None:
     """Refuse numbers out of the range that their setting has; see ``dblightning.settings``."""
-    rules = TRAINER_RULES if path == TRAINER else RULES if path.startswith("dblightning.") else {}
+    own = rules_of(place.rpartition(".")[2]) if path.startswith("dblightning.") else {}
+    rules = TRAINER_RULES if path == TRAINER else own
     for problem in problems(settings, rules):
         raise Refused(f"{place}.{problem}")
 
@@ -436,6 +465,11 @@ def _element(place: str, annotation: ast.expr, value: Any, module: str, complete
 def _literals(kind: ast.Subscript) -> list[Any]:
     parts = kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
     return [each.value for each in parts if isinstance(each, ast.Constant)]
+
+
+def _words_of(kind: ast.expr) -> list[Any]:
+    """The literals of a kind that is a choice."""
+    return _literals(kind) if isinstance(kind, ast.Subscript) and _name(kind.value) == "Literal" else []
 
 
 def _described(annotation: ast.expr, module: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dblightning.rollout import Trajectory
 
+NO_ADVANTAGE = torch.empty(0)
 TENSORS = ("latents", "log_probs", "facts", "prompt_ids", "born", "rows")
 
 
@@ -28,10 +29,12 @@ class Transitions(NamedTuple):
     scale: Tensor  # (N,) its prompt's reward standard deviation when it was sampled
     prompt_id: Tensor  # (N,) int64, on the CPU
     age: Tensor  # (N,) int64, rollouts since it was sampled (0: the latest)
+    advantage: Tensor = NO_ADVANTAGE  # (N,), filled in for an objective's loss
 
     def at(self, rows: Tensor) -> Transitions:
         """Some of them: ``rows`` is int64 (n,)."""
-        return Transitions(*(part[rows.to(part.device)] for part in self))
+        parts = {name: part[rows.to(part.device)] for name, part in self._asdict().items() if part is not NO_ADVANTAGE}
+        return Transitions(**parts)
 
 
 class ReplayBuffer:
@@ -138,7 +141,12 @@ class ReplayBuffer:
         self.size = self.cursor = 0
 
     def batches(
-        self, count: int, seed: Callable[[int, int], int], last_step: int | None = None, rank: int = 0
+        self,
+        count: int,
+        seed: Callable[[int, int], int],
+        last_step: int | None = None,
+        rank: int = 0,
+        first_step: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless random (trajectory, step_index) index batches, each int64 (count,); none from an empty buffer.
 
@@ -155,8 +163,9 @@ class ReplayBuffer:
             seed: generator seed of (lane, pass); a lane is numbered over all ranks.
             last_step: only steps below it (training without the last ones).
             rank: whose lanes these are.
+            first_step: only steps from it on (objectives that need the final samples alone).
         """
-        steps = last_step if last_step is not None else self.num_steps
+        steps = (last_step if last_step is not None else self.num_steps) - first_step
         total = self.size * steps
         if total == 0:
             return
@@ -175,7 +184,7 @@ class ReplayBuffer:
                 order = torch.stack([torch.randperm(length, generator=generator.manual_seed(each)) for each in seeds])
             for column in order.T:
                 picked = (starts + column) // parts
-                yield slots[picked // steps], picked % steps
+                yield slots[picked // steps], picked % steps + first_step
 
     def state_dict(self, contents: bool = True) -> dict[str, Any]:
         """Everything, for the checkpoint; only the trajectories held are stored.

@@ -16,8 +16,10 @@ from lightning.pytorch.loggers import CSVLogger
 
 from dblightning.adapters import read_metadata
 from dblightning.checkpointing import latest_intact, read_intact
+from dblightning.flat_settings import flat
 from dblightning.loggers import drop_table
-from dblightning.run_state import RunState, changed_settings
+from dblightning.run_state import RunState
+from dblightning.same_run import changed_settings
 
 #: seconds between two signs of life of a lock's owner
 HEARTBEAT_S = 15.0
@@ -289,7 +291,7 @@ def _refusal(module: RunState, files: list[Path]) -> str:
 
 def _changed(module: RunState, files: Iterable[Path]) -> list[tuple[str, tuple[Any, Any]]] | None:
     """Settings in which an earlier run differs from this one, from its checkpoint or adapter; None: it has neither."""
-    own = dict(module.hparams)
+    own = flat(module.hparams)  # as adapter files hold them
     saved: dict[str, Any] | None = None
     reward = None
     for file in files:
@@ -310,7 +312,7 @@ def _changed(module: RunState, files: Iterable[Path]) -> list[tuple[str, tuple[A
             break
     if saved is None:
         return None
-    changed = list(changed_settings(saved, own, exclude=()).items())
+    changed = list(changed_settings(saved, own).items())
     if reward not in (None, module.reward.name):
         changed.insert(0, ("reward", (reward, module.reward.name)))
     return changed

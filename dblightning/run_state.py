@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,15 +18,21 @@ from dblightning.adapters import Form, fingerprint
 from dblightning.backbone import Backbone
 from dblightning.checkpointing import StopSignal, check_ours, read_shard, save_last_good_state
 from dblightning.distributed import Ranks
+from dblightning.flat_settings import GROUPED, flat
 from dblightning.lightning_internals import attached_trainer
-from dblightning.policy_gradient import PromptStatistics
+from dblightning.objectives.advantages import PromptStatistics
+from dblightning.objectives.base import Objective
+from dblightning.objectives.kl import KLTerm
+from dblightning.objectives.value import ValueFunction
 from dblightning.replay import ReplayBuffer
 from dblightning.rewards.base import RewardMetric, RewardUnavailable
+from dblightning.same_run import changed_settings, check_same_run
 from dblightning.settings import check
 from dblightning.solvers import DDIMSolver
-from dblightning.value import ValueFunction
+from dblightning.training_settings import TrainingSettings
 
-#: settings a resumed run may not change: they give the adapter its shape or the stored log-probs their meaning
+#: settings a resumed run may not change, by their names in a checkpoint's facts: they give the adapter its shape or the
+#: stored log-probs their meaning
 FIXED = (
     "rank",
     "lora_alpha",
@@ -55,6 +61,9 @@ class RunState(L.LightningModule):
 
     backbone: Backbone
     reward: RewardMetric
+    settings: TrainingSettings
+    objective: Objective
+    kl: KLTerm
     adapter_name: str
     value_function: ValueFunction
     solver: DDIMSolver
@@ -65,13 +74,21 @@ class RunState(L.LightningModule):
     share_rank_states: Callable[[dict[str, Any]], list[dict[str, Any]]]
     rollouts_done: int
     images_done: int
-    kl_weight: float
     _max_rollouts: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self._skipped = {"policy": 0, "value": 0}  # optimiser steps in a row
         self._stop = StopSignal()  # of a command that only evaluates; a fit's is in RunCheckpoint
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight of the KL, which moves where there is a target."""
+        return self.kl.weight
+
+    @kl_weight.setter
+    def kl_weight(self, weight: float) -> None:
+        self.kl.weight = weight
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained tensors: ``adapter.*`` and ``value_function.*``."""
@@ -98,22 +115,24 @@ class RunState(L.LightningModule):
         """What must be the same for a checkpoint's adapter and replay buffer to keep their meaning."""
         denoiser = getattr(self.backbone.adapters, "denoiser", None)
         scheduler = {key: value for key, value in dict(self.backbone.scheduler_config).items() if key[0] != "_"}
+        settings = flat(self.hparams)
         return {
             "reward": self.reward.name,
             "adapter_name": self.adapter_name,
             "base": fingerprint(denoiser) if denoiser is not None else None,
             "latent_shape": list(self.backbone.latent_shape),
             "scheduler": scheduler,
-            **{name: _plain(self.hparams[name]) for name in FIXED},
+            **{name: _plain(settings[name]) for name in FIXED},
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         with self.ranks.together("saving a checkpoint"):
             check_finite(checkpoint["state_dict"], "a checkpoint")
             check_finite(checkpoint.get("optimizer_states", []), "a checkpoint")
+        # without a buffer_size the next rollout clears it: nothing of it would be read
+        kept = self.settings.replay.buffer_size is not None
         own = {
-            # without a buffer_size the next rollout clears it: nothing of it would be read
-            "replay": None if self.replay is None else self.replay.state_dict(self.hparams["buffer_size"] is not None),
+            "replay": None if self.replay is None else self.replay.state_dict(kept),
             "capacity": self.replay.capacity if self.replay is not None else None,
             "random": random_state(self.device),
         }
@@ -124,6 +143,7 @@ class RunState(L.LightningModule):
             "rollouts_done": self.rollouts_done,
             "images_done": self.images_done,
             "kl_weight": self.kl_weight,
+            "objective": self.objective.state_dict(),
             "ranks": self.share_rank_states(own),
         }
 
@@ -135,15 +155,16 @@ class RunState(L.LightningModule):
         check_finite(checkpoint["state_dict"], "the checkpoint", "take an earlier one")
         check_same_run(state["facts"], self.facts(), adapter_only=not fitting)
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        changed = changed_settings(saved, dict(self.hparams), exclude=FIXED)
+        changed = changed_settings(saved, self.hparams, exclude=[GROUPED[name] for name in FIXED])
         if fitting and changed:
             what = ", ".join(f"{name} was {then!r} and is {now!r}" for name, (then, now) in changed.items())
             warnings.warn(f"resuming with other settings than the checkpoint's: {what}", stacklevel=2)
         self.prompts = dict(state["prompts"])
         self.statistics.load_state_dict(state["statistics"])
         self.rollouts_done, self.images_done = state["rollouts_done"], state["images_done"]
-        if "kl_weight" not in changed:
+        if "kl.weight" not in changed:
             self.kl_weight = state["kl_weight"]
+        self.objective.load_state_dict(state.get("objective", {}))
         self._resumed = state
 
     def on_fit_start(self) -> None:
@@ -164,7 +185,7 @@ class RunState(L.LightningModule):
             own = read_shard(state.get("folder", "."), state["ranks"][self.ranks.rank])
             restore_random_state(own["random"], self.device)
             if own["replay"] is not None:
-                steps, size = len(self.solver.timesteps), self.hparams["buffer_size"]
+                steps, size = len(self.solver.timesteps), self.settings.replay.buffer_size
                 capacity = own["capacity"] if size is None else size // steps
                 self.replay = ReplayBuffer(capacity, steps, self.backbone.latent_shape, self.device)
                 self.replay.load_state_dict(own["replay"])
@@ -179,7 +200,7 @@ class RunState(L.LightningModule):
             NonFiniteError: a weight is NaN or infinite; nothing is written.
         """
         check_finite(self.backbone.adapters.state_dict(self.adapter_name), f"the adapter in {folder}")
-        hparams = {key: value for key, value in self.hparams.items() if value is not None}
+        hparams = {key: value for key, value in flat(self.hparams).items() if value is not None}
         made = {"reward": self.reward.name, "images": self.images_done, "hyperparameters": hparams}
         if getattr(self.backbone, "pretrained", None) == "miniature":
             made["base"] = "miniature"  # its folder's name says nothing
@@ -280,6 +301,7 @@ class RunState(L.LightningModule):
             "replay": None if self.replay is None else self.replay.rollouts,
             "random": random_state(self.device),
             "kl_weight": self.kl_weight,
+            "objective": copy.deepcopy(self.objective.state_dict()),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -290,6 +312,7 @@ class RunState(L.LightningModule):
             optimizer.load_state_dict(saved)
             optimizer.zero_grad()
         self.statistics, self.kl_weight = state["statistics"], state["kl_weight"]
+        self.objective.load_state_dict(state["objective"])
         if state["replay"] is None:
             self.replay = None
         elif self.replay is not None and self.replay.rollouts > state["replay"]:
@@ -318,54 +341,6 @@ def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(state, dict | list | tuple):
         for key, value in state.items() if isinstance(state, dict) else enumerate(state):
             yield from _tensors(value, f"{name}.{key}" if name else str(key))
-
-
-def check_same_run(saved: dict[str, Any], own: dict[str, Any], adapter_only: bool = False) -> None:
-    """Refuse a checkpoint whose adapter or replay buffer would mean something else in this run.
-
-    Args:
-        saved, own: the checkpoint's facts and this run's, by name; "base" is a fingerprint of the base model.
-        adapter_only: the checkpoint is to be scored, not trained on: how its rollouts were sampled does not matter.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    if saved["reward"] != own["reward"]:
-        raise ValueError(
-            f"the checkpoint was trained on reward {saved['reward']!r}, this run has {own['reward']!r}; "
-            "resume with the same reward, or start a new run from its exported adapter (init_adapter)"
-        )
-    names = [name for name in own if name != "base" and not (adapter_only and name in SAMPLING)]
-    different = [name for name in names if not _same(saved.get(name), own[name])]
-    # 1e-3: half-precision copies of a base model differ by 1e-5 in their fingerprints, another model by far more
-    if not _same(saved["base"], own["base"], tolerance=1e-3):
-        different.append("base")
-    if different:
-        what = "; ".join(f"{name} was {saved.get(name)!r} and is {own[name]!r}" for name in different if name != "base")
-        base = "the base model differs" if "base" in different else ""
-        raise ValueError(
-            f"the checkpoint is of another run: {'; '.join(filter(None, (base, what)))}. Resume with its settings, or "
-            "start a new run from its exported adapter (init_adapter)"
-        )
-
-
-#: facts that say how rollouts are sampled; the others describe the adapter and its base
-SAMPLING = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt", "scheduler")
-
-
-def changed_settings(saved: dict[str, Any], own: dict[str, Any], exclude: Iterable[str]) -> dict[str, tuple[Any, Any]]:
-    """Hyperparameters with another value than in the checkpoint: name → (then, now)."""
-    names = [name for name in own if name in saved and name not in exclude and not name.startswith("_")]
-    return {name: (saved[name], own[name]) for name in names if not _same(saved[name], own[name])}
-
-
-def _same(one: Any, other: Any, tolerance: float = 0.0) -> bool:
-    """Equal, a tuple and a list of the same values too; floats to a relative ``tolerance``."""
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(_same(a, b, tolerance) for a, b in zip(one, other, strict=True))
-    if isinstance(one, float) and isinstance(other, float):
-        return abs(one - other) <= tolerance * abs(other)
-    return bool(one == other)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def count(least: int = 1, **options: Any) -> Number:
     return Number(least=least, whole=True, **options)
 
 
-#: numeric settings of every class and command of this package that keep their rule wherever they appear
+#: numeric settings of every class and command of this package that keep their rule wherever they appear; those with a
+#: dot only in that group of training settings
 RULES: dict[str, Number] = {
     # the adapter
     "rank": count(remedy="the paper's is 4"),
@@ -70,28 +71,35 @@ RULES: dict[str, Number] = {
     "seed": Number(whole=True, least=-(2**63), most=2**63 - 1),
     "num_inference_steps": count(most=1000, remedy="the paper's is 50"),
     "guidance_scale": Number(least=0, most=100, remedy="1 turns guidance off, the paper's is 7.5"),
-    # training; `eta` may be 0 elsewhere
+    # training
+    "sampling.eta": Number(above=0, most=1, remedy="a step without noise has no density to train on; the paper's is 1"),
     "clip_range": Number(above=0, remedy="the paper's is 1e-4"),
-    "kl_weight": Number(least=0, most=1e6, remedy="the paper's is 0.1"),
+    "kl.weight": Number(least=0, most=1e6, remedy="the paper's is 0.1"),
     "reward_weight": Number(above=0, most=1e6),
-    "kl_target": Number(above=0, words=(None,), remedy="it counts nats; null keeps the weight"),
-    "kl_warmup": count(0),
-    "kl_share": Number(above=0, most=1, remedy="1 computes the KL of every transition"),
+    "kl.target": Number(above=0, words=(None,), remedy="it counts nats; null keeps the weight"),
+    "kl.warmup": count(0),
+    "kl.share": Number(above=0, most=1, remedy="1 computes the KL of every transition"),
     "learning_rate": Number(least=0, most=1, remedy="the paper's is 1e-5"),
     "weight_decay": Number(least=0, most=1, remedy="the paper's is 0"),
     "policy_steps": count(),
-    "policy_batch_size": count(),
-    "gradient_accumulation": count(),
+    "optimisation.batch_size": count(),
+    "optimisation.accumulation": count(),
     "clip_grad_norm": Number(above=0, remedy="a large number such as 1e6 leaves gradients as they are"),
     "skip_last_steps": count(0),
     "value_learning_rate": Number(least=0, most=1, remedy="the paper's is 1e-4"),
-    "value_steps": count(remedy="advantage: prompt trains without a value function"),
+    "value_steps": count(remedy="advantage.baseline: prompt trains without a value function"),
     "value_batch_size": count(),
     "value_width": count(most=2**20),
     "rollout_batch_size": count(words=(None, "auto"), remedy="null takes the whole batch"),
     "buffer_size": count(words=(None,), remedy="it counts single steps; null keeps the latest rollout only"),
     "statistics_window": count(),
 }
+
+
+def rules_of(group: str) -> dict[str, Number]:
+    """The rules of a group of settings, by the settings' names in it."""
+    own = {name.removeprefix(f"{group}."): rule for name, rule in RULES.items() if name.startswith(f"{group}.")}
+    return RULES | own
 
 
 def problems(settings: Mapping[str, Any], rules: Mapping[str, Number] = RULES) -> Iterator[str]:
@@ -106,18 +114,19 @@ def problems(settings: Mapping[str, Any], rules: Mapping[str, Number] = RULES) -
             yield f"{name} must be {rule}, got {value!r}" + (f"; {rule.remedy}" if rule.remedy else "")
 
 
-def check_settings(settings: Mapping[str, Any], rules: Mapping[str, Number] = RULES) -> None:
+def check_settings(settings: Mapping[str, Any], rules: Mapping[str, Number] = RULES, group: str = "") -> None:
     """Refuse settings that are not finite or make no sense.
 
     Args:
         settings: name → value; names without a rule are let pass.
         rules: name → rule; a class with settings of its own passes ``RULES | {…}``.
+        group: that they are of, for the message.
 
     Raises:
         ValueError: naming the first such setting, its value, the rule and what to do.
     """
     for problem in problems(settings, rules):
-        raise ValueError(problem)
+        raise ValueError(f"{group}.{problem}" if group else problem)
 
 
 def check(condition: bool, message: str) -> None:

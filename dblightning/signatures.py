@@ -43,12 +43,14 @@ class Signature:
         doc: first paragraph of its docstring, on one line.
         parameters: by name, in order.
         open: whether it takes arguments that its source does not name.
+        fields: whether it is a dataclass, a group of settings.
     """
 
     path: str
     doc: str
     parameters: dict[str, Parameter]
     open: bool
+    fields: bool = False
 
 
 class NotFound(LookupError):
@@ -110,7 +112,8 @@ def exports(module: str) -> dict[str, str]:
         if isinstance(node, ast.ImportFrom):
             for each in node.names:
                 name = each.asname or each.name
-                if name[0].isupper() and not name.isupper() and f"{node.module}".split(".")[0] == module.split(".")[0]:
+                constant = name.isupper() and class_path(module, name) is None
+                if name[0].isupper() and not constant and f"{node.module}".split(".")[0] == module.split(".")[0]:
                     found.setdefault(name, f"{module}.{name}")
     return {name: path for name, path in found.items() if not name.startswith("_")}
 
@@ -121,6 +124,15 @@ def class_path(module: str, name: str) -> str | None:
         return _signature(module, name, MAX_DEPTH).path
     except LookupError:
         return None
+
+
+def group(parameter: Parameter) -> Signature | None:
+    """The settings of a parameter that is a group of them (a dataclass of this package); None for any other."""
+    if not isinstance(parameter.annotation, ast.Name):
+        return None
+    path = class_path(parameter.module, parameter.annotation.id)
+    found = signature(path) if path is not None and path.startswith("dblightning.") else None
+    return found if found is not None and found.fields else None
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -228,10 +240,11 @@ def _of_class(module: str, tree: ast.Module, node: ast.ClassDef, depth: int) -> 
         docs = argument_docs(inspect.cleandoc(ast.get_docstring(own) or "")) | docs
     parameters: dict[str, Parameter] = {}
     inherits = True
+    fields = own is None and any("dataclass" in ast.unparse(each) for each in node.decorator_list)
     if own is not None:
         parameters = _arguments(own, module, docs)
         inherits = own.args.kwarg is not None
-    elif any("dataclass" in ast.unparse(each) for each in node.decorator_list):
+    elif fields:
         parameters = _fields(node, module, docs)
     is_open = False
     if inherits and node.bases:
@@ -250,7 +263,7 @@ def _of_class(module: str, tree: ast.Module, node: ast.ClassDef, depth: int) -> 
     elif inherits and own is not None:
         is_open = True
     first = " ".join(text.split("\n\n")[0].split())
-    return Signature(f"{module}.{node.name}", first, parameters, is_open)
+    return Signature(f"{module}.{node.name}", first, parameters, is_open, fields)
 
 
 def _base(module: str, tree: ast.Module, node: ast.ClassDef, depth: int) -> Signature:

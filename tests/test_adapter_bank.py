@@ -384,5 +384,5 @@ def test_what_init_adapter_brings_is_recorded(sd15_folder: Path, tmp_path: Path)
         backbone=DiffusersBackbone(str(sd15_folder)), reward=JPEGCompressibility(), init_adapter=str(tmp_path / "init")
     )
     truth = {"rank": 6, "lora_alpha": 9, "target_modules": ["to_q", "to_v"]}
-    assert {name: module.hparams[name] for name in truth} == truth
+    assert {name: module.hparams["adapter"][name] for name in truth} == truth
     assert {name: module.facts()[name] for name in truth} == truth

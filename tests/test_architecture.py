@@ -22,13 +22,15 @@ LAYERS: dict[str, str] = {
     "command line": "__main__ cli help_pages preflight",
     "callbacks": "callbacks",
     "lightning": "module run_state run_folder progress checkpointing distributed loggers lightning_internals data "
+    "scoring manual_updates "
     "evaluation.module",
     "evaluation": "evaluation",
     "pipeline": "pipeline pipeline_call pipeline_inputs pipeline_lora",
-    "algorithm": "rollout sampling execution blending methods draws steering policy_gradient replay value batch_size",
+    "algorithm": "rollout sampling execution blending methods draws steering policy_gradient replay value batch_size "
+    "objectives training_settings rollout_sampler same_run",
     "model": "backbone adapters solvers schedule ddim gaussian_step noise prompt_cache gaussian_mixture",
     "rewards and miniature": "rewards miniature",
-    "ground": "settings weights arguments signatures precision figures figure_text geneval_prompts",
+    "ground": "settings flat_settings weights arguments signatures precision figures figure_text geneval_prompts",
 }
 #: the layers that may import lightning
 ABOVE_THE_LINE = ("command line", "callbacks", "lightning")

@@ -50,12 +50,12 @@ def test_a_share_out_of_range_is_refused() -> None:
 
 
 def test_on_a_cpu_auto_takes_the_whole_batch(backbone: Any) -> None:
-    assert build(backbone, rollout_batch_size="auto")._images_at_once(["a"] * 7) == 7
+    assert build(backbone, rollout_batch_size="auto").sampler.images_at_once(["a"] * 7, torch.device("cpu")) == 7
 
 
 def test_the_trial_runs_what_a_rollout_runs_at_once(backbone: Any) -> None:
     module = build(backbone, rollout_batch_size="auto")
-    module._try(["a", "b", "c"])
+    module.sampler._try(["a", "b", "c"], torch.device("cpu"))
     assert backbone.rows_run == 3
 
 

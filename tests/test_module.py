@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dblightning.data import PromptFileDataModule
-from dblightning.module import RewardRLModule, adapted_kl_weight
-from dblightning.policy_gradient import explained_variance
+from dblightning.flat_settings import flat
+from dblightning.module import RewardRLModule
+from dblightning.objectives.advantages import explained_variance
+from dblightning.objectives.kl import adapted_kl_weight
 from dblightning.rewards import JPEGCompressibility
 from dblightning.rewards.base import RewardMetric
 from dblightning.solvers import DDIMSolver
@@ -84,11 +87,11 @@ def test_dpok_converges_to_the_known_optimum(
         LinearReward(slope),
         num_inference_steps=4,
         guidance_scale=1.0,
-        objective=objective,  # type: ignore[arg-type]
+        objective=objective,
         clip_range=0.5,
         kl="exact",
         kl_weight=alpha,
-        advantage=advantage,  # type: ignore[arg-type]
+        advantage=advantage,
         learning_rate=0.02,
         policy_steps=1,
         policy_batch_size=4 * 256,
@@ -224,7 +227,7 @@ def test_the_on_policy_ratio_of_every_stored_transition_is_one(
     rolled_out(module, tmp_path, prompts())
     transitions = every_transition(module)
     assert len(transitions.reward) == 4 * 4
-    output = module._output(transitions)
+    output = module.policy.current(transitions)
     from dblightning.schedule import gaussian_log_prob
 
     step = module.solver.gaussian(output, transitions.latents, transitions.step_index)
@@ -271,13 +274,13 @@ def test_a_rollout_and_its_update_multiply_alike_under_tf32(
         transitions = every_transition(module)
         parts = (transitions.at(rows) for rows in torch.arange(len(transitions.reward)).split(4))
         errors = [float(module.policy_loss(part, False)[1]["train/on_policy_ratio_error"]) for part in parts]
-        assert module._rollout_execution() == {"auto": "gated"}.get(rollout_execution, rollout_execution)
+        assert module.sampler.execution(module.device) == {"auto": "gated"}.get(rollout_execution, rollout_execution)
     error = max(errors)
     if rollout_execution == "auto":
         assert error < 1e-5
     else:
         assert error > 3e-5  # a third of the paper's clip range: what merging costs in this small network
-    assert module._rollout_execution() == "merged"
+    assert module.sampler.execution(module.device) == "merged"
 
 
 @pytest.mark.parametrize(("matmul", "convolutions"), [("high", False), ("medium", False), ("highest", True)])
@@ -307,7 +310,7 @@ def test_the_reference_is_the_base_model_without_any_adapter(
     give_effect(module)
     rolled_out(module, tmp_path, prompts())
     transitions = every_transition(module)
-    output, reference = module._output(transitions), module._reference(transitions)
+    output, reference = module.policy.current(transitions), module.policy.reference(transitions)
     plain = UNet2DConditionModel.from_pretrained(sd15_folder, subfolder="unet")
     conditioning = backbone.encode([module.prompts[each] for each in transitions.prompt_id.tolist()])
     timesteps = module.solver.timesteps[transitions.step_index]
@@ -328,7 +331,9 @@ def test_the_kl_penalty_is_the_formula(backbone: Any, tmp_path: Path, prompts: A
     rolled_out(module, tmp_path, prompts())
     transitions = every_transition(module)
     loss, metrics = module.policy_loss(transitions)
-    output, reference = (each(transitions).detach().double() for each in (module._output, module._reference))
+    output, reference = (
+        each(transitions).detach().double() for each in (module.policy.current, module.policy.reference)
+    )
     difference = (output - reference).square().flatten(1).mean(1)
     alphas = module.backbone.pipeline.scheduler.alphas_cumprod.double()
     weights = []
@@ -357,7 +362,8 @@ def in_float32(module: RewardRLModule, folder: Path) -> RewardRLModule:
     """The same module with the same weights, widened; the adapter's too."""
     from dblightning.backbone import DiffusersBackbone
 
-    settings = {key: module.hparams[key] for key in (*FAST, "kl_weight", "reward_weight")}
+    saved = flat(module.hparams)
+    settings = {key: saved[key] for key in (*FAST, "kl_weight", "reward_weight")}
     wide = build(DiffusersBackbone(str(folder)), **settings)
     weights = {key: each.float() for key, each in module.backbone.unet.state_dict().items()}  # type: ignore[union-attr]
     wide.backbone.unet.load_state_dict(weights)  # type: ignore[union-attr]
@@ -398,7 +404,7 @@ def test_the_kl_and_its_gradient_in_half_precision_are_those_of_float32(
     assert value == pytest.approx(expected, rel=1e-3)
     assert torch.nn.functional.cosine_similarity(gradient.double(), straight.double(), dim=0) > 0.99
     assert gradient.norm() == pytest.approx(straight.norm().item(), rel=0.05)
-    module.hparams["kl_precision"] = "model"
+    module.kl.settings = replace(module.kl.settings, precision="model")
     assert abs(kl(module, precision == "autocast")[0] / expected - 1) > 1e-3  # so that the test tests something
 
 
@@ -435,12 +441,12 @@ def test_the_kl_of_a_share_of_the_transitions_is_an_unbiased_estimate(
     assert len({round(part, 9) for part in parts}) == 4
     assert sum(parts) / 4 == pytest.approx(whole, rel=1e-5)  # a sum in another order
     # over many micro-batches of 6 each transition is taken as often: 1.5 a time, never none or all
-    taken = [module._kl_rows(6, visit) for visit in range(400)]
+    taken = [module.kl_rows(6, visit) for visit in range(400)]
     assert {len(each) for each in taken if each is not None} == {1, 2}
     times = torch.bincount(torch.cat([each for each in taken if each is not None]), minlength=6)
     assert times.sum() == 600
     assert times.min() > 70  # 100 ± 9
-    assert [len(module._kl_rows(1, visit)) for visit in range(8)] == [1, 0, 0, 0] * 2  # type: ignore[arg-type]
+    assert [len(module.kl_rows(1, visit)) for visit in range(8)] == [1, 0, 0, 0] * 2  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -452,8 +458,8 @@ def test_without_a_kl_weight_the_base_model_runs_on_the_first_micro_batch_alone(
 ) -> None:  # fmt: skip
     module = build(backbone, policy_steps=2, policy_batch_size=4, gradient_accumulation=2, **settings)
     rows: list[int] = []
-    reference = module._reference
-    monkeypatch.setattr(module, "_reference", lambda each: rows.append(len(each.latents)) or reference(each))
+    reference = module.policy.reference
+    monkeypatch.setattr(module.policy, "reference", lambda each: rows.append(len(each.latents)) or reference(each))
     run = trainer(tmp_path, limit_train_batches=1, max_epochs=1)
     run.fit(module, datamodule=prompts())
     assert sum(rows) == base_rows
@@ -483,7 +489,7 @@ def test_the_loss_gradient_on_policy_is_minus_advantage_times_score(
     parameters = backbone.adapters.parameters(module.adapter_name)
     loss, _ = module.policy_loss(transitions)
     got = torch.autograd.grad(loss, parameters)
-    output = module._output(transitions)
+    output = module.policy.current(transitions)
     step = module.solver.gaussian(output, transitions.latents, transitions.step_index)
     density = torch.distributions.Normal(step.mean, step.std.expand_as(step.mean))
     log_prob = density.log_prob(transitions.next_latents).flatten(1).mean(1)
@@ -541,7 +547,7 @@ def test_the_value_function_takes_real_steps_and_learns(backbone: Any, tmp_path:
     changed = [not torch.equal(each, start[name]) for name, each in module.value_function.state_dict().items()]
     assert any(changed)
     transitions = every_transition(module)
-    assert explained_variance(module._value(transitions), transitions.reward) > 0.5
+    assert explained_variance(module.value(transitions), transitions.reward) > 0.5
 
 
 def test_steps_left_out_of_training_are_never_trained_on(backbone: Any, tmp_path: Path, prompts: Any) -> None:
@@ -633,8 +639,15 @@ def test_a_nan_image_drops_its_sample_alone(
     else:  # with guidance each row is its own
         backbone.denoise = lambda latents, *rest, **options: spoil(denoise(latents, *rest, **options))
     module = build(backbone, overlap_reward=overlap_reward, kl_weight=0.0, rollout_batch_size=4)
+    watch = module.kl.watch
+
+    def unspoilt(*arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backbone, "denoise", denoise)
+            return watch(*arguments)
+
     fit = trainer(tmp_path, limit_train_batches=1, limit_val_batches=1.0)
-    module._kl_outputs = lambda each: (None, denoise(*module._arguments(each)))  # type: ignore[method-assign]
+    module.kl.watch = unspoilt  # type: ignore[method-assign]
     fit.fit(module, datamodule=prompts(limit_test_prompts=2, eval_batch_size=2))
     assert module.replay is not None
     assert module.replay.size == 3
@@ -837,8 +850,8 @@ def test_an_update_reads_nothing_back_from_the_device(
     buffer, module.prompts = ReplayBuffer(2, 4, (1, 1, 1), "meta"), {0: "a red circle"}
     transitions = buffer.transitions(torch.tensor([0, 1, 1]), torch.tensor([3, 0, 2]), module.device)
     assert (transitions.latents.device.type, transitions.prompt_id.device.type) == ("meta", "cpu")
-    module.policy_loss(transitions, True, module._kl_rows(3, 0))[0].backward()
-    module._value(transitions).sum().backward()
+    module.policy_loss(transitions, True, module.kl_rows(3, 0))[0].backward()
+    module.value(transitions).sum().backward()
     with pytest.raises(RuntimeError, match=r"meta"):
         transitions.log_prob.tolist()
 
@@ -877,9 +890,9 @@ def test_validation_scores_the_adapter_with_every_reward(backbone: Any, tmp_path
     [
         ({"eta": 0.0}, "eta must be > 0"),
         ({"clip_range": 0.0}, "clip_range"),
-        ({"kl_weight": -1.0}, "kl_weight"),
-        ({"kl_target": 0.0}, "kl_target must be > 0"),
-        ({"kl_target": 1.0, "kl_weight": 0.0}, "needs a kl_weight > 0 to start from"),
+        ({"kl_weight": -1.0}, "kl.weight"),
+        ({"kl_target": 0.0}, "kl.target must be > 0"),
+        ({"kl_target": 1.0, "kl_weight": 0.0}, "needs a kl.weight > 0 to start from"),
         ({"policy_steps": 0}, "policy_steps must be a whole number >= 1"),
         ({"skip_last_steps": 4}, "skip_last_steps"),
         ({"clip_grad_norm": -1.0}, "clip_grad_norm must be > 0 and finite, got -1.0"),
@@ -899,10 +912,10 @@ def test_validation_scores_the_adapter_with_every_reward(backbone: Any, tmp_path
         ({"value_width": 0}, "value_width"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"eta": float("nan")}, "eta must be > 0"),
-        ({"kl_weight": float("nan")}, "kl_weight"),
+        ({"kl_weight": float("nan")}, "kl.weight"),
         ({"reward_weight": 0.0}, "reward_weight"),
-        ({"kl_target": float("nan")}, "kl_target"),
-        ({"kl_warmup": -1}, "kl_warmup"),
+        ({"kl_target": float("nan")}, "kl.target"),
+        ({"kl_warmup": -1}, "kl.warmup"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"statistics_window": 0}, "statistics_window"),
         ({"rollout_batch_size": 0}, 'rollout_batch_size must be a whole number >= 1 or null or "auto", got 0'),

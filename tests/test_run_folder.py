@@ -124,7 +124,7 @@ def test_a_second_run_in_the_same_folder_is_refused_with_what_differs_and_writes
     before = contents(tmp_path)
     with pytest.raises(ValueError, match="the same settings; --ckpt_path auto resumes it, --overwrite replaces it"):
         fit(tmp_path, module(), **saver(tmp_path))
-    with pytest.raises(ValueError, match="other settings: reward was 'LinearReward' and is 'Other', learning_rate was"):
+    with pytest.raises(ValueError, match="reward was 'LinearReward' and is 'Other', optimisation.learning_rate was"):
         fit(tmp_path, module(type("Other", (LinearReward,), {})(), learning_rate=0.04), **saver(tmp_path))
     assert contents(tmp_path) == before
     resumed = module()
@@ -186,7 +186,7 @@ def test_adapter_picture_and_table_of_an_earlier_run_stay(backbone: Any, tmp_pat
     table = CSVLogger(str(tmp_path), "log", version="")
     table.log_metrics({"a": 1.0}, 0)
     table.save()
-    run.hparams["num_inference_steps"] = 3
+    run.hparams["sampling"]["num_inference_steps"] = 3
     for callbacks, logger, message in (
         ([ExportAdapter(str(folder))], False, "pytorch_lora_weights.*num_inference_steps was 2 and is 3"),
         ([BeforeAfterGrid(path=str(tmp_path / "picture.png"))], False, "picture.png would be replaced.*unknown"),
@@ -236,4 +236,4 @@ def test_the_command_line_refuses_resumes_and_overwrites(command: list[str], tmp
     cli.main([*command, "--overwrite", "--model.learning_rate", "0.5"])
     assert [file.name for file in (log / "checkpoints").iterdir()] == ["rollout-000002.ckpt"]
     saved = yaml.safe_load((log / "config.yaml").read_text())
-    assert (saved["model"]["learning_rate"], saved["overwrite"]) == (0.5, False)
+    assert (saved["model"]["optimisation"]["learning_rate"], saved["overwrite"]) == (0.5, False)

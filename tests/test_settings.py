@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from dblightning.settings import RULES, Number, check_settings, count, problems
+from dblightning.settings import RULES, Number, check_settings, count, problems, rules_of
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "1", None])
@@ -36,13 +36,18 @@ def test_the_message_is_one_sentence_of_value_rule_and_remedy() -> None:
 
 
 def test_every_numeric_setting_of_the_training_module_has_a_rule() -> None:
-    from dblightning.module import TRAINING_RULES, RewardRLModule
+    from dblightning.training_settings import TrainingSettings
 
     numeric = [
-        name for name, hint in get_type_hints(RewardRLModule.__init__).items() if {int, float} & {hint, *get_args(hint)}
+        (group, name)
+        for group, kind in get_type_hints(TrainingSettings).items()
+        for name, hint in get_type_hints(kind).items()
+        if {int, float} & {hint, *get_args(hint)}
     ]
     assert len(numeric) > 20
-    assert not [name for name in numeric if name not in TRAINING_RULES]
+    assert not [f"{group}.{name}" for group, name in numeric if name not in rules_of(group)]
+    listed = [name.partition(".") for name in RULES if "." in name]
+    assert all((group, name) in numeric for group, _, name in listed), "no rule is of a setting that is gone"
 
 
 def test_the_rules_are_known_without_torch() -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dblightning.signatures import NotFound, Unknowable, alias, argument_docs, signature
+from dblightning.signatures import NotFound, Unknowable, alias, argument_docs, group, signature
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,10 @@ def test_arguments_of_base_classes_are_known_and_those_a_class_gives_itself_are_
 
 
 def test_every_setting_of_training_has_a_text() -> None:
-    settings = signature("dblightning.RewardRLModule").parameters.values()
+    settings = list(signature("dblightning.RewardRLModule").parameters.values())
+    groups = [found for each in settings if (found := group(each)) is not None]
+    assert len(groups) == 6
+    settings += [each for found in groups for each in found.parameters.values()]
     assert [each.name for each in settings if not each.doc] == []
 
 
@@ -94,5 +97,5 @@ def test_help_and_refusals_import_neither_torch_nor_lightning() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "--model.rank" in done.stdout and "MiniatureDataModule" in done.stdout
+    assert "--model.adapter.rank" in done.stdout and "MiniatureDataModule" in done.stdout
     assert done.stderr.startswith("error: config file nowhere.yaml does not exist")

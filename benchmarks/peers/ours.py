@@ -23,6 +23,7 @@ from dblightning.backbone import DiffusersBackbone
 from dblightning.data import MiniatureDataModule
 from dblightning.miniature.rewards import ShapeAesthetic
 from dblightning.module import RewardRLModule
+from dblightning.objectives import DPOK
 
 
 class Gate(L.Callback):
@@ -64,12 +65,18 @@ def build(settings: Settings) -> tuple[RewardRLModule, MiniatureDataModule]:
         data = run["data"]["init_args"]
     else:
         model = dict(
-            seed=settings.seed, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
-            rollout_batch_size=settings.sample_batch, clip_range=settings.clip_range, kl_weight=settings.kl_weight,
-            advantage="prompt", normalize_advantage=True, learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay, policy_steps=settings.optimizer_steps,
-            policy_batch_size=settings.micro_batch, gradient_accumulation=settings.accumulation,
-            clip_grad_norm=settings.max_grad_norm, buffer_size=None,
+            seed=settings.seed, objective=DPOK(settings.clip_range),
+            sampling=dict(
+                num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
+                rollout_batch_size=settings.sample_batch,
+            ),
+            optimisation=dict(
+                learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
+                policy_steps=settings.optimizer_steps, batch_size=settings.micro_batch,
+                accumulation=settings.accumulation, clip_grad_norm=settings.max_grad_norm,
+            ),
+            kl=dict(weight=settings.kl_weight), advantage=dict(baseline="prompt", normalize=True),
+            replay=dict(buffer_size=None),
         )  # fmt: skip
         data = dict(batch_size=settings.images, samples_per_prompt=settings.samples_per_prompt)
     module = RewardRLModule(DiffusersBackbone("miniature"), ShapeAesthetic(), **model)
@@ -83,7 +90,7 @@ def main() -> None:
     meter = Meter(time.process_time if settings.processes == 1 else time.perf_counter)
     module, data = build(settings)
     backbone: Any = module.backbone
-    meter.watch(backbone.unet, backbone.vae, backbone.text_encoder, module.hparams["guidance_scale"] > 1)
+    meter.watch(backbone.unet, backbone.vae, backbone.text_encoder, module.settings.sampling.guidance_scale > 1)
     meter.wrap(module, "roll_out", "sampling")
     meter.wrap(module.reward, "score", "rewards")
     meter.wrap(module, "update_policy", "update")

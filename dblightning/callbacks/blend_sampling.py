@@ -215,13 +215,14 @@ class BlendSamplingCallback(L.Callback):
 
     def _sampler(self, module: RewardRLModule) -> BlendSampler:
         own = {module.reward.name: module.reward, **dict(module.eval_rewards.items())}
+        given = {name: value for name, value in self.sampling.items() if value is not None}
         settings: dict[str, Any] = {
-            name: module.hparams[name] if value is None else value for name, value in self.sampling.items()
+            name: given.get(name, getattr(module.settings.sampling, name)) for name in self.sampling
         }
         return BlendSampler(
             backbone=module.backbone,
             rewards=own | dict(self.rewards.items()),  # type: ignore[arg-type]
-            negative_prompt=module.hparams["negative_prompt"],
+            negative_prompt=module.settings.sampling.negative_prompt,
             seed=self.seed,
             **settings,
         )

@@ -1,0 +1,106 @@
+"""Advantages: rewards less a baseline, which is a prompt's mean reward, a value function, or both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dblightning.replay import Transitions
+from dblightning.settings import check_settings, count
+from dblightning.training_settings import Baseline
+
+#: least deviation to divide by: a prompt whose images all score alike has no signal, and must not be blown up
+LEAST_SCALE = 1e-3
+
+
+def value_target(transitions: Transitions, baseline: Baseline) -> Tensor:
+    """What the value function learns, (B,): the reward, less the prompt's mean where that is a baseline too."""
+    return transitions.reward - transitions.baseline if baseline == "both" else transitions.reward
+
+
+def advantages(transitions: Transitions, baseline: Baseline, value: Tensor | None, normalize: bool) -> Tensor:
+    """Advantage of each transition, (B,).
+
+    Args:
+        transitions: (B, …).
+        baseline: "value", "prompt" or "both".
+        value: the value function's prediction of :func:`value_target`, (B,); None where the baseline is the prompt's.
+        normalize: divide by the prompt's reward standard deviation.
+    """
+    if value is None:
+        advantage = transitions.reward - transitions.baseline
+    else:
+        advantage = value_target(transitions, baseline) - value
+    return advantage / transitions.scale.clamp_min(LEAST_SCALE) if normalize else advantage
+
+
+def explained_variance(predictions: Tensor, targets: Tensor) -> Tensor:
+    """1 − Var(target − prediction) / Var(target): 1 perfect, 0 no better than the mean; NaN for constant targets."""
+    variance = targets.var(correction=0)
+    return torch.where(variance > 0, 1 - (targets - predictions).var(correction=0) / variance, torch.nan)
+
+
+class PromptStatistics:
+    """Mean and standard deviation of each prompt's rewards, the baseline of DDPO and GRPO.
+
+    Taken over the prompt's own rewards in the latest rollout where there are enough, because older ones are of another
+    policy; else over its latest rewards; else over the latest rewards of all prompts. Memory is bounded.
+
+    Args:
+        window: how many of a prompt's latest rewards are kept.
+        min_count: fewest of a prompt's latest rewards to take statistics of.
+        min_group: fewest of a prompt's rewards in one rollout to take statistics of.
+        max_prompts: prompts kept; those seen longest ago are forgotten.
+    """
+
+    def __init__(self, window: int = 32, min_count: int = 8, min_group: int = 4, max_prompts: int = 4096) -> None:
+        check_settings(
+            {"window": window, "min_count": min_count, "min_group": min_group, "max_prompts": max_prompts},
+            {name: count() for name in ("window", "min_count", "min_group", "max_prompts")},
+        )
+        self.window = window
+        self.min_count = min_count
+        self.min_group = min_group
+        self.max_prompts = max_prompts
+        self.rewards: dict[int, list[float]] = {}  # by prompt, the one seen longest ago first
+        self.group: dict[int, list[float]] = {}  # of the latest rollout, by prompt
+        self.pool: list[float] = []  # of all prompts: the latest rollout's, and earlier ones up to the window
+
+    def update(self, prompt_ids: Tensor, rewards: Tensor) -> None:
+        """Add a rollout: each image's reward under its prompt; both (B,)."""
+        self.group = {}
+        for prompt_id, reward in zip(prompt_ids.tolist(), rewards.tolist(), strict=True):
+            self.group.setdefault(prompt_id, []).append(reward)
+        for prompt_id, new in self.group.items():
+            self.rewards[prompt_id] = [*self.rewards.pop(prompt_id, []), *new][-self.window :]
+        for prompt_id in list(self.rewards)[: -self.max_prompts]:
+            del self.rewards[prompt_id]
+        self.pool = [*self.pool, *rewards.tolist()][-max(self.window, len(rewards)) :]
+
+    def __call__(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation for each image's prompt, both float32 (B,)."""
+        means, stds = [], []
+        for prompt_id in prompt_ids.tolist():
+            sample = torch.tensor(self._sample(prompt_id), dtype=torch.float64)
+            means.append(sample.mean() if len(sample) else torch.tensor(0.0))
+            stds.append(sample.std(correction=0) if len(sample) > 1 else torch.tensor(0.0))
+        return torch.stack(means).float(), torch.stack(stds).float()
+
+    def _sample(self, prompt_id: int) -> list[float]:
+        group, kept = self.group.get(prompt_id, []), self.rewards.get(prompt_id, [])
+        if len(group) >= self.min_group:
+            return group
+        return kept if len(kept) >= self.min_count else self.pool
+
+    def state_dict(self) -> dict[str, Any]:
+        rewards = {prompt_id: list(kept) for prompt_id, kept in self.rewards.items()}
+        return {"rewards": rewards, "pool": list(self.pool)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rewards = {prompt_id: list(kept)[-self.window :] for prompt_id, kept in state["rewards"].items()}
+        # checkpoints of version 0.1.0 have no pool
+        everything = [reward for kept in self.rewards.values() for reward in kept]
+        self.pool = list(state.get("pool", everything[-self.window :]))
+        self.group = {}

@@ -1,0 +1,65 @@
+"""Interface of objectives: what one needs of a rollout, its loss, its state; and the policy it is given."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from dblightning.replay import Transitions
+from dblightning.schedule import GaussianStep
+from dblightning.solvers import DDIMSolver
+
+#: what is logged about a loss: name → scalar
+Metrics = dict[str, Tensor]
+#: what an objective trains on: every step of the trajectories, or their final samples
+Needs = Literal["trajectories", "samples"]
+
+
+class Policy(Protocol):
+    """The denoiser as an objective sees it: model outputs for some transitions, each (B, C, h, w), guidance applied."""
+
+    solver: DDIMSolver
+
+    def current(self, transitions: Transitions) -> Tensor:
+        """With the adapter in training, with gradients."""
+
+    def step(self, transitions: Transitions) -> GaussianStep:
+        """The denoising step that :meth:`current` makes, with gradients."""
+
+    def reference(self, transitions: Transitions) -> Tensor:
+        """Of the base model (all gates zero), without gradients."""
+
+    def old(self, transitions: Transitions) -> Tensor:
+        """With a frozen earlier adapter, without gradients."""
+
+
+class Objective(ABC):
+    """Base class of objectives: what an update of the policy minimises, beside the KL term.
+
+    Its subclasses are named in ``model.objective`` by class path, with their settings. They never see the training
+    module.
+
+    Attributes:
+        needs: "trajectories": transitions are steps of the stored trajectories; "samples": the last step of each, whose
+            ``next_latents`` are the final latents.
+    """
+
+    needs: ClassVar[Needs] = "trajectories"
+
+    @abstractmethod
+    def loss(self, policy: Policy, transitions: Transitions) -> tuple[Tensor, Metrics]:
+        """The loss, a scalar, and what to log about it.
+
+        Args:
+            policy: the denoiser.
+            transitions: (B, …), with ``advantage`` filled in.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most have none
+        """Resume from a :meth:`state_dict`."""

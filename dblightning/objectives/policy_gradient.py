@@ -1,0 +1,85 @@
+"""Policy-gradient objectives, DPOK and PPO: the surrogates as pure functions, and as what the training module takes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dblightning.objectives.base import Metrics, Objective, Policy
+from dblightning.replay import Transitions
+from dblightning.schedule import gaussian_log_prob
+from dblightning.settings import check_settings
+
+
+def dpok_objective(advantage: Tensor, ratio: Tensor, clip_range: float) -> Tensor:
+    """DPOK's surrogate, advantage · clamp(ratio, 1−c, 1+c), per sample (B,); to be maximised.
+
+    The clamp is hard: outside the range a sample has no gradient in either direction (Fan et al. 2023, and the code
+    of Diffusion Blend).
+
+    Args:
+        advantage: (B,), no gradient.
+        ratio: p_θ(x_{t-1}|x_t) / p_old(x_{t-1}|x_t), (B,).
+        clip_range: c > 0; the paper's 1e-4 is made for log-probs averaged over dimensions.
+    """
+    return advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
+
+
+def ppo_objective(advantage: Tensor, ratio: Tensor, clip_range: float) -> Tensor:
+    """PPO's pessimistic surrogate, min(A·ratio, A·clamp(ratio)), per sample (B,); to be maximised.
+
+    Unlike :func:`dpok_objective` it keeps the gradient that brings a ratio back (Schulman et al. 2017, eq. 7).
+    """
+    return torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
+def clip_fraction(ratio: Tensor, clip_range: float) -> Tensor:
+    """Share of ratios outside [1−c, 1+c]: scalar in [0, 1]."""
+    return ((ratio - 1).abs() > clip_range).float().mean()
+
+
+@dataclass
+class PolicyGradient(Objective):
+    """Base class of objectives that weigh a step's likelihood ratio with its advantage.
+
+    Args:
+        clip_range: c of the ratio clip [1−c, 1+c] (paper: 1e-4).
+    """
+
+    clip_range: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_settings({"clip_range": self.clip_range})
+
+    @abstractmethod
+    def surrogate(self, advantage: Tensor, ratio: Tensor) -> Tensor:
+        """What is maximised, per transition: all (B,)."""
+
+    def loss(self, policy: Policy, transitions: Transitions) -> tuple[Tensor, Metrics]:
+        """−surrogate, averaged over the transitions."""
+        log_prob = gaussian_log_prob(policy.step(transitions), transitions.next_latents)
+        ratio = (log_prob - transitions.log_prob).exp()
+        loss = -self.surrogate(transitions.advantage, ratio).mean()
+        return loss, {
+            "train/ratio": ratio.mean(),
+            "train/clip_fraction": clip_fraction(ratio, self.clip_range),
+            # of the latest rollout's: until the first step of an update their policy is the one that sampled
+            "train/on_policy_ratio_error": torch.where(transitions.age == 0, (ratio - 1).abs(), 0).max(),
+        }
+
+
+class DPOK(PolicyGradient):
+    """DPOK: the ratio is clamped hard, see :func:`dpok_objective`."""
+
+    def surrogate(self, advantage: Tensor, ratio: Tensor) -> Tensor:
+        return dpok_objective(advantage, ratio, self.clip_range)
+
+
+class PPO(PolicyGradient):
+    """PPO: the smaller of the clipped and the unclipped surrogate, see :func:`ppo_objective`."""
+
+    def surrogate(self, advantage: Tensor, ratio: Tensor) -> Tensor:
+        return ppo_objective(advantage, ratio, self.clip_range)

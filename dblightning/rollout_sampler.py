@@ -1,0 +1,148 @@
+"""Images of a batch of prompts under the adapter in training: rollouts with their trajectories, and plain images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dblightning.backbone import Backbone
+from dblightning.batch_size import CudaMeter, largest_batch
+from dblightning.blending import Blend, Single
+from dblightning.execution import Execution
+from dblightning.noise import ImageNoise
+from dblightning.precision import computes_in_float32
+from dblightning.rollout import Trajectory, rollout
+from dblightning.sampling import denoise_loop
+from dblightning.solvers import DDIMSolver
+from dblightning.training_settings import SamplingSettings
+
+#: what is done with a part of a rollout as soon as it is decoded: its images and prompts
+Take = Callable[[Tensor, list[str]], None]
+
+
+def without_nan(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W), grey in place of those with a NaN or infinite value; and which were finite, bool (B,)."""
+    finite = torch.isfinite(images).flatten(1).all(1)
+    return images.where(finite.view(-1, 1, 1, 1), 0.5), finite
+
+
+class RolloutSampler:
+    """Sampling with a run's settings.
+
+    Args:
+        backbone: the denoiser.
+        solver: of ``num_inference_steps`` steps.
+        adapter: name of the adapter in training.
+        settings: of sampling.
+        seed: of the run; an image's noise is of it, the prompt and the image's own seed.
+        inform: is given what is worth saying about a run, once.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        solver: DDIMSolver,
+        adapter: str,
+        settings: SamplingSettings,
+        seed: int,
+        inform: Callable[[str], None] = print,
+    ) -> None:
+        self.backbone = backbone
+        self.solver = solver
+        self.adapter = adapter
+        self.settings = settings
+        self.seed = seed
+        self.inform = inform
+        self._fitting: int | None = None  # images that fit into memory at once, where that is asked
+
+    def rollout(
+        self, batch: dict[str, Any], device: torch.device, take: Take | None = None
+    ) -> tuple[Trajectory, Tensor]:
+        """Trajectory and images (B, 3, H, W) of the batch's prompts.
+
+        A sample with a NaN or infinite value is a grey image, and its log-probs are NaN.
+
+        Args:
+            batch: prompts, their ids and the images' seeds.
+            device: of the backbone.
+            take: see ``Take``.
+        """
+        prompts: list[str] = list(batch["prompt"])
+        size = self.images_at_once(prompts, device)
+        parts, images = [], []
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            noise = self._noise(batch["prompt_id"][part], batch["seed"][part], device, "training")
+            trajectory, decoded = self._part(prompts[part], noise, device)
+            parts.append(trajectory)
+            images.append(decoded)
+            if take is not None:
+                take(decoded, prompts[part])
+        whole = Trajectory(*(torch.cat([part[field] for part in parts], dim=1) for field in range(2)))
+        return whole, torch.cat(images)
+
+    def _part(self, prompts: list[str], noise: ImageNoise, device: torch.device) -> tuple[Trajectory, Tensor]:
+        trajectory = rollout(
+            self.backbone,
+            self.backbone.encode(prompts, self.settings.negative_prompt),
+            self.solver,
+            Single(self.adapter),
+            noise,
+            self.settings.guidance_scale,
+            self.execution(device),
+        )
+        images, finite = without_nan(self.backbone.decode(trajectory.latents[-1]))
+        finite &= torch.isfinite(trajectory.latents).transpose(0, 1).flatten(1).all(1)
+        # a sample that is not finite has no density either, which is how it is known later
+        return trajectory._replace(log_probs=trajectory.log_probs.where(finite, torch.nan)), images
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[str], prompt_ids: Tensor, seeds: Tensor, blend: Blend | None, device: torch.device
+    ) -> Tensor:
+        """Images (B, 3, H, W) with the noise of an evaluation, never a rollout's; ``blend`` None is the adapter."""
+        latents = denoise_loop(
+            self.backbone,
+            self.backbone.encode(prompts, self.settings.negative_prompt),
+            self.solver,
+            blend or Single(self.adapter),
+            self._noise(prompt_ids, seeds, device, "evaluation"),
+            guidance_scale=self.settings.guidance_scale,
+        )
+        return self.backbone.decode(latents)
+
+    def execution(self, device: torch.device) -> Execution:
+        """How a rollout runs the adapter."""
+        if self.settings.execution != "auto":
+            return self.settings.execution
+        # rounded to TF32, W + ΔW is another matrix than W and ΔW apart, which the update multiplies by
+        return "merged" if computes_in_float32(self.backbone, device) else "gated"
+
+    def images_at_once(self, prompts: list[str], device: torch.device) -> int:
+        """``rollout_batch_size`` in images."""
+        size = self.settings.rollout_batch_size
+        if size != "auto":
+            return int(size or len(prompts))
+        if self._fitting is None:
+            if device.type != "cuda":
+                return len(prompts)
+            self._fitting = largest_batch(
+                lambda count: self._try(prompts[:count], device), len(prompts), CudaMeter(device)
+            )
+            self.inform(f"rollout_batch_size: {self._fitting} images fit at once")
+        return self._fitting
+
+    def _try(self, prompts: list[str], device: torch.device) -> None:
+        """What a rollout of so many images needs most memory for: one denoiser call, and decoding."""
+        latents = torch.zeros(len(prompts), *self.backbone.latent_shape, device=device)
+        timesteps = self.solver.timesteps[:1].to(device).expand(len(prompts))
+        gates = torch.ones(len(prompts), len(self.backbone.adapters.names), device=device)
+        conditioning = self.backbone.encode(prompts, self.settings.negative_prompt)
+        self.backbone.denoise(latents, timesteps, conditioning, self.settings.guidance_scale, gates=gates)
+        self.backbone.decode(latents)
+
+    def _noise(self, prompt_ids: Tensor, seeds: Tensor, device: torch.device, stream: str) -> ImageNoise:
+        return ImageNoise.of(self.seed, prompt_ids.tolist(), seeds.tolist(), device, stream)

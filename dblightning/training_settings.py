@@ -1,0 +1,205 @@
+"""Groups of training settings, as YAML and options name them: ``model.sampling.eta``, ``model.kl.weight`` and so on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_type_hints
+
+from dblightning.adapters import ATTENTION
+from dblightning.execution import Execution
+from dblightning.settings import check, check_settings, rules_of
+
+Baseline = Literal["value", "prompt", "both"]
+KLForm = Literal["exact", "eps_mse"]
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The LoRA adapter in training.
+
+    Args:
+        name: its name; null takes the reward's.
+        rank, lora_alpha, target_modules: LoRA settings; paper: rank 4 on attention q, k, v, out.
+        init: folder of a LoRA to start from.
+    """
+
+    name: str | None = None
+    rank: int = 4
+    lora_alpha: float | None = None
+    target_modules: Sequence[str] = ATTENTION
+    init: str | None = None
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How rollouts, and the validation's images, are sampled.
+
+    Args:
+        num_inference_steps: denoising steps T (paper's code: 50).
+        eta: DDIM noise, must be > 0 (paper's code: 1).
+        guidance_scale: classifier-free guidance (paper's code: 7.5).
+        negative_prompt: of every prompt; null is none.
+        rollout_batch_size: images sampled at once; null takes the whole batch, "auto" as many as fit into 80 % of the
+            GPU's memory, found at the first rollout (the whole batch on a CPU).
+        overlap_reward: score a part of the rollout in the background while the next one is sampled; it needs a
+            ``rollout_batch_size`` below the batch.
+        execution: how rollouts run the adapter; "auto" merges it into the weights where products are float32 and gates
+            it otherwise (half precision, autocast, TF32), because the on-policy ratio must be 1.
+    """
+
+    num_inference_steps: int = 50
+    eta: float = 1.0
+    guidance_scale: float = 7.5
+    negative_prompt: str | None = None
+    rollout_batch_size: int | Literal["auto"] | None = None
+    overlap_reward: bool = False
+    execution: Execution = "auto"
+
+
+@dataclass(frozen=True)
+class OptimisationSettings:
+    """Updates of the policy.
+
+    Args:
+        learning_rate, weight_decay: AdamW's (paper: 1e-5, 0).
+        schedule: of the learning rate: "constant" (paper), or "linear" down to zero at the run's last rollout, which
+            takes the gradient's noise out of the final adapter.
+        policy_steps: optimiser steps per rollout (paper: 5).
+        batch_size: transitions per forward (paper: 2).
+        accumulation: forwards per optimiser step (paper: 12).
+        clip_grad_norm: largest gradient norm of a step (paper's code: 0.1, on a loss scaled by ``reward_weight``).
+        skip_last_steps: leave this many final denoising steps out of training, not of sampling. With "leading" timestep
+            spacing the last but one dominates the gradient's variance. A departure from DPOK; the paper's value is 0.
+        reward_weight: of the objective in the loss, beside the KL's ``kl.weight``.
+    """
+
+    learning_rate: float = 1e-5
+    schedule: Literal["constant", "linear"] = "constant"
+    weight_decay: float = 0.0
+    policy_steps: int = 5
+    batch_size: int = 2
+    accumulation: int = 12
+    clip_grad_norm: float = 0.1
+    skip_last_steps: int = 0
+    reward_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class KLSettings:
+    """The KL term.
+
+    Args:
+        form: "exact" Gaussian KL, or "eps_mse", DPOK's unweighted ‖ε_θ − ε_pre‖²
+            (``schedule.mean_sensitivity(...)**2 / 2`` converts).
+        weight: of the KL in the loss (paper: α = 0.1). With 0 the base model is not run but for the first micro-batch
+            of a rollout, whose KL is logged.
+        target: path KL in nats, as logged in ``train/kl``; ``weight`` starts at its value and is steered there by the
+            controller of Ziegler et al. 2019. null keeps the weight (paper).
+        warmup: rollouts before the KL term sets in.
+        share: of the transitions, of which the KL is computed, in (0, 1]: an unbiased estimate of the KL and of its
+            gradient at that share of the cost.
+        precision: arithmetic of the KL's predictions: "float32", also where the model's is coarser, whose rounding
+            would be most of the KL (docs/training.md), or the "model"'s own, which costs one row less.
+    """
+
+    form: KLForm = "exact"
+    weight: float = 0.1
+    target: float | None = None
+    warmup: int = 0
+    share: float = 1.0
+    precision: Literal["float32", "model"] = "float32"
+
+
+@dataclass(frozen=True)
+class AdvantageSettings:
+    """The advantage's baseline, and the value function.
+
+    Args:
+        baseline: "value" function, per-"prompt" mean, or "both" (the value function then learns what the prompt's mean
+            leaves over).
+        normalize: divide by the prompt's reward standard deviation. α then is in those units.
+        statistics_window: how many of a prompt's latest rewards its mean and deviation are taken over where the rollout
+            has fewer than four images of it; with four or more they are of these alone.
+        value_learning_rate, value_steps, value_batch_size, value_width: of the value function (paper: 1e-4, 5, 256;
+            code: 256). Each value step is an optimiser step.
+    """
+
+    baseline: Baseline = "value"
+    normalize: bool = False
+    statistics_window: int = 32
+    value_learning_rate: float = 1e-4
+    value_steps: int = 5
+    value_batch_size: int = 256
+    value_width: int = 256
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """The replay buffer.
+
+    Args:
+        buffer_size: capacity in single steps (paper: 1000), rounded down to whole trajectories; null keeps the latest
+            rollout only.
+    """
+
+    buffer_size: int | None = 1000
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """All groups of a run."""
+
+    adapter: AdapterSettings
+    sampling: SamplingSettings
+    optimisation: OptimisationSettings
+    kl: KLSettings
+    advantage: AdvantageSettings
+    replay: ReplaySettings
+
+    @classmethod
+    def of(cls, *groups: Any) -> TrainingSettings:
+        """The groups in their order, each as itself or as a mapping by name.
+
+        Raises:
+            ValueError: names that a group does not have.
+        """
+        kinds = get_type_hints(cls).values()
+        return cls(*(group_of(kind, group) for kind, group in zip(kinds, groups, strict=True)))
+
+    def check(self) -> None:
+        """Refuse settings that are out of range or do not go together.
+
+        Raises:
+            ValueError: naming the first such setting, its value, the rule and what to do.
+        """
+        for group, settings in self.groups():
+            check_settings(settings, rules_of(group), group)
+        steps, skipped = self.sampling.num_inference_steps, self.optimisation.skip_last_steps
+        target, weight, size = self.kl.target, self.kl.weight, self.replay.buffer_size
+        check(target is None or weight > 0, f"kl.target {target} needs a kl.weight > 0 to start from, got 0")
+        check(skipped < steps, f"skip_last_steps must leave a step to train on: got {skipped} of {steps}")
+        check(
+            size is None or size >= steps,
+            f"buffer_size counts single steps and must hold at least one trajectory of {steps}, got {size}",
+        )
+
+    def groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each group's name and its settings by name, lists for sequences."""
+        for field in fields(self):
+            values = asdict(getattr(self, field.name))
+            yield field.name, {name: list(each) if isinstance(each, tuple) else each for name, each in values.items()}
+
+
+def group_of(kind: Any, value: Any) -> Any:
+    """A group of settings, from one or from a mapping by name.
+
+    Raises:
+        ValueError: names that the group does not have.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    known = [field.name for field in fields(kind)]
+    unknown = [name for name in value if name not in known]
+    check(not unknown, f"{kind.__name__} has no setting {unknown[0] if unknown else ''!r}; it has {', '.join(known)}")
+    return kind(**value)
