@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 from dblightning import cli
-from dblightning.backbone import DiffusersBackbone
+from dblightning.backbone import FAMILIES, DiffusersBackbone
 from tests.conftest import randomize
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -111,3 +112,41 @@ def test_a_blend(outside: Callable[[str], dict[str, Any]], sd15_folder: Path, tm
     assert by[name, '{"start_at": 0.0}'] == pytest.approx(single, abs=1e-3)
     half = by[name, '{"start_at": 0.5}']
     assert abs(half - base).max() > 0.05 and abs(half - single).max() > 0.05  # half a byte, so that it is another image
+
+
+def save_dit(folder: Path) -> None:
+    """A DiT of three classes with random weights: 16×16 images."""
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+
+    from tests import tiny_pipelines
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2, norm_num_groups=4,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=3,
+    )  # fmt: skip
+    DiTPipeline(transformer, tiny_pipelines._vae(), tiny_pipelines._scheduler()).save_pretrained(folder)
+    index = folder / "model_index.json"  # where the published model has its classes' names
+    names = {"0": "a red circle", "1": "a blue star", "2": "a dog, a hound"}
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": names}))
+
+
+def test_a_family(outside: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+    """A run trains the transformer's adapter; the denoiser equals the plain pipeline's, class by class."""
+    backbone = outside("A family of models")["model"]["backbone"]
+    backbone["init_args"]["pretrained"] = str(tmp_path / "dit")
+    save_dit(tmp_path / "dit")
+    options = {"scale_kb": 0.01, "offset_kb": 1.0}
+    reward = {"class_path": "dblightning.rewards.JPEGCompressibility", "init_args": options}
+    state = trained(tmp_path, {"backbone": backbone, "reward": reward})
+    assert state["dblightning"]["facts"]["latent_shape"] == [4, 8, 8]
+
+    from my_family import DiTBackbone  # type: ignore[import-not-found]
+
+    built = DiTBackbone(str(tmp_path / "dit"))
+    conditioning = built.encode(["a blue star", "a hound", "anything else"])
+    assert conditioning.pooled.argmax(-1).tolist() == [1, 2, 3]
+    latents, timesteps = torch.randn(3, 4, 8, 8), torch.tensor([500, 20, 300])
+    expected = built.pipeline.transformer(latents, timesteps, torch.tensor([1, 2, 3])).sample[:, :4]
+    torch.testing.assert_close(built.denoise(latents, timesteps, conditioning), expected)
+    FAMILIES.pop("DiTPipeline")
