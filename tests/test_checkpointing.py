@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dblightning import checkpointing
+from dblightning import checkpoint_files
 from dblightning.checkpointing import (
     CheckedCheckpointIO,
     DamagedCheckpointError,
@@ -45,7 +45,7 @@ def test_a_checkpoint_is_read_back_by_us_and_by_plain_torch(tmp_path: Path) -> N
         assert torch.equal(state["weights"], STATE["weights"])
         assert (state["rollouts"], state["names"]) == (3, ["a", "b"])
     data = file.read_bytes()
-    assert data.endswith(hashlib.sha256(data[: -checkpointing.FOOTER]).digest())
+    assert data.endswith(hashlib.sha256(data[: -checkpoint_files.FOOTER]).digest())
 
 
 def test_a_plain_torch_file_is_read_too(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path: Path, monke
     file = saved(tmp_path / "run.ckpt")
     before = file.read_bytes()
     opened = builtins.open
-    monkeypatch.setattr(checkpointing, "open", lambda *a: HalfFull(opened(*a)), raising=False)
+    monkeypatch.setattr(checkpoint_files, "open", lambda *a: HalfFull(opened(*a)), raising=False)
     with pytest.raises(OSError, match="the disk is full. Earlier checkpoints are untouched") as raised:
         write_atomically(serialized({"other": torch.zeros(9)}), file)
     assert raised.value.errno == errno.ENOSPC
@@ -258,4 +258,4 @@ def test_a_checkpoint_of_another_program_is_refused_by_name(tmp_path: Path, cont
     file = tmp_path / "foreign.ckpt"
     torch.save(content, file)
     with pytest.raises(ValueError, match=r"foreign\.ckpt was not saved by a training run .*init_adapter"):
-        checkpointing.CheckedCheckpointIO().load_checkpoint(file)
+        CheckedCheckpointIO().load_checkpoint(file)
