@@ -141,7 +141,7 @@ class Run:
     def _calls(self, blend: BlendStep, copies: int, device: torch.device) -> Calls:
         # most plans repeat a few steps; a run's device copies are made once
         execution = "gated" if torch.is_grad_enabled() else self.execution
-        key = (blend.gates.numpy().tobytes(), blend.mix.numpy().tobytes(), copies, execution)
+        key = (blend.gates.numpy().tobytes(), blend.mix.numpy().tobytes(), blend.factors, copies, execution)
         if key not in self._arranged:
             many = BlendStep(
                 blend.gates.repeat_interleave(copies, 1), blend.mix.repeat_interleave(copies, 1), blend.factors

@@ -301,6 +301,24 @@ def test_schedules_are_run_as_given(ours: Any) -> None:
     assert not torch.equal(walk["both"][half], walk["a"][half])
 
 
+class SoupThenFactors(RewardedSoup):
+    """The exact soup at the first step, the factor soup at the others: same gates, same mix."""
+
+    def start(self, *args: Any) -> Any:
+        exact, factors = RewardedSoup.start(self, *args), RewardedSoupFactors(self.weights).start(*args)
+        return lambda step_index: (exact if step_index == 0 else factors)(step_index)
+
+
+def test_steps_that_differ_in_averaging_factors_alone_are_told_apart(ours: Any) -> None:
+    weights = {"a": 0.5, "c": 0.5}
+    walk: dict[str, list[torch.Tensor]] = {"both": [], "exact": []}
+    with ours.adapters.only(["a", "c"]):  # of one rank
+        our_blend(ours, SoupThenFactors(weights), 0.0, on_step=lambda record: walk["both"].append(record.next_latents))
+        our_blend(ours, RewardedSoup(weights), 0.0, on_step=lambda record: walk["exact"].append(record.next_latents))
+    assert torch.equal(walk["both"][0], walk["exact"][0])
+    assert not torch.allclose(walk["both"][1], walk["exact"][1], atol=1e-3)
+
+
 def test_the_exact_soup_is_db_mpa_to_first_order_in_the_adapters(ours: Any) -> None:
     """Halving ΔW quarters their difference: soup − DB-MPA is of second order."""
     conditioning, weights = ours.encode(PROMPTS), {"a": 0.5, "c": 0.5}
