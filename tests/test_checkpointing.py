@@ -216,7 +216,7 @@ def test_scoring_a_checkpoint_may_sample_in_another_way() -> None:
 def test_changed_settings_are_named_with_both_values() -> None:
     then = {"learning_rate": 1e-5, "seed": 0, "rank": 4, "_class_path": "a"}
     now = {"learning_rate": 3e-5, "seed": 0, "rank": 8, "_class_path": "b", "new": 1}
-    assert changed_settings(then, now, exclude=["rank"]) == {"learning_rate": (1e-5, 3e-5)}
+    assert changed_settings(then, now, exclude=["adapter.rank"]) == {"optimisation.learning_rate": (1e-5, 3e-5)}
 
 
 # ── sizes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
