@@ -67,7 +67,7 @@ def trained(folder: Path, model: dict[str, Any]) -> dict[str, torch.Tensor]:
     model = {
         "backbone": {"class_path": "dblightning.backbone.DiffusersBackbone", "init_args": {"pretrained": "miniature"}},
         "num_inference_steps": 2, "policy_steps": 1, "policy_batch_size": 4, "advantage": "prompt",
-        "learning_rate": 1e-3, "clip_range": 0.1,
+        "learning_rate": 1e-3, "objective": {"class_path": "PPO", "init_args": {"clip_range": 0.1}},
     } | model  # fmt: skip
     save = {"class_path": "dblightning.checkpointing.RunCheckpoint", "init_args": {"folder": str(folder / "saved")}}
     run(folder, "fit", {"model": model, "trainer": {"max_epochs": 1, "limit_val_batches": 0, "callbacks": [save]}})
@@ -112,6 +112,16 @@ def test_a_blend(outside: Callable[[str], dict[str, Any]], sd15_folder: Path, tm
     assert by[name, '{"start_at": 0.0}'] == pytest.approx(single, abs=1e-3)
     half = by[name, '{"start_at": 0.5}']
     assert abs(half - base).max() > 0.05 and abs(half - single).max() > 0.05  # half a byte, so that it is another image
+
+
+def test_an_objective(outside: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+    settings = outside("An objective")
+    model = settings["model"] | {"reward": {"class_path": "dblightning.rewards.JPEGCompressibility"}}
+    state = trained(tmp_path, model)
+    wanted = {"class_path": "my_objective.Reinforce", "init_args": {"temperature": 0.5}}
+    assert state["hyper_parameters"]["objective"] == wanted
+    moved = [tensor for name, tensor in state["state_dict"].items() if "lora_B" in name]
+    assert moved and any(bool(tensor.abs().max() > 0) for tensor in moved), "the update moves what starts at zero"
 
 
 def save_dit(folder: Path) -> None:
