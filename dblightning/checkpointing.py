@@ -1,7 +1,5 @@
 """When a run is saved: every few rollouts, at its end, and on a stop signal. The files are :mod:`checkpoint_files`'."""
 
-# Longer than 400 lines: a file's format, its checks and the callback that writes it have to agree.
-
 from __future__ import annotations
 
 import signal
