@@ -309,6 +309,7 @@ class RewardRLModule(Scoring, ManualUpdates):
 
     @property
     def uses_value(self) -> bool:
+        """Whether the advantage has a value function."""
         return self.settings.advantage.baseline != "prompt"
 
     @property

@@ -295,3 +295,13 @@ def test_the_run_itself_passes_the_check(command: str) -> None:
     from dblightning.preflight import check_command
 
     check_command(command, ["--config", str(ROOT / CONFIGS[command])])
+
+
+def test_a_config_from_a_pipe_is_left_to_the_parser(tmp_path: Path) -> None:
+    """``--config <(sed … FILE)``: it can be read only once."""
+    import os
+
+    from dblightning.preflight import check_command
+
+    os.mkfifo(tmp_path / "pipe")
+    check_command("fit", ["--config", str(tmp_path / "pipe")])

@@ -95,10 +95,12 @@ class PromptStatistics:
         return kept if len(kept) >= self.min_count else self.pool
 
     def state_dict(self) -> dict[str, Any]:
+        """The windows of rewards, for a checkpoint."""
         rewards = {prompt_id: list(kept) for prompt_id, kept in self.rewards.items()}
         return {"rewards": rewards, "pool": list(self.pool)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`, of an earlier version too."""
         self.rewards = {prompt_id: list(kept)[-self.window :] for prompt_id, kept in state["rewards"].items()}
         # checkpoints of version 0.1.0 have no pool
         everything = [reward for kept in self.rewards.values() for reward in kept]
