@@ -11,11 +11,14 @@ seeds), ``score``, ``pretrain-miniature``, ``convert-vila``.
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import importlib
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dblightning.arguments import convert_parser, convert_vila_parser, pretrain_parser
@@ -80,13 +83,14 @@ def _run(arguments: list[str], debug: bool) -> None:
         if any(each in ("-h", "--help") for each in arguments) and arguments[-1] != "all":
             _help(command, arguments[1:])
             return
+        given = [arguments[0], *map(_file_of_pipe, arguments[1:])]
         try:
-            check_command(command, arguments[1:])
+            check_command(command, given[1:])
         except Refused as refusal:
             if debug:
                 raise
             _refuse(str(refusal))
-        _lightning(command, arguments[1:], debug)
+        _lightning(command, given[1:], debug)
     else:
         print(__doc__)
         if command not in ("-h", "--help", "help"):
@@ -94,6 +98,18 @@ def _run(arguments: list[str], debug: bool) -> None:
             close = difflib.get_close_matches(command, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             sys.exit(f"error: unknown command {command!r}; one of {', '.join(known)}{hint}")
+
+
+def _file_of_pipe(argument: str) -> str:
+    """A copy, for this process, of a pipe such as ``--config <(sed … FILE)``, which can be read only once."""
+    option, equals, value = argument.partition("=")
+    path = value if equals else option
+    if not path.startswith("/") or not Path(path).is_fifo():
+        return argument
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False, encoding="utf-8") as copy:
+        copy.write(Path(path).read_text(encoding="utf-8"))
+    atexit.register(Path(copy.name).unlink, missing_ok=True)
+    return f"{option}={copy.name}" if equals else copy.name
 
 
 def _help(command: str, arguments: list[str]) -> None:

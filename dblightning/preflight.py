@@ -154,11 +154,8 @@ def read_config(file: str) -> dict[str, Any]:
 
     Raises:
         Refused: naming the file and what is wrong with it.
-        Unclear: a pipe.
     """
     path = Path(file).expanduser()
-    if path.is_fifo() or path.is_char_device():
-        raise Unclear(file)  # a pipe can be read once, and the parser has to
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise Refused(f"config file {file} {what}; the configs that come with the project are in configs/")

@@ -297,11 +297,15 @@ def test_the_run_itself_passes_the_check(command: str) -> None:
     check_command(command, ["--config", str(ROOT / CONFIGS[command])])
 
 
-def test_a_config_from_a_pipe_is_left_to_the_parser(tmp_path: Path) -> None:
-    """``--config <(sed … FILE)``: it can be read only once."""
+def test_a_config_from_a_pipe_is_read_once_and_checked(run: Any, tmp_path: Path) -> None:
+    """``--config <(sed … FILE)``"""
     import os
-
-    from dblightning.preflight import check_command
+    import threading
 
     os.mkfifo(tmp_path / "pipe")
-    check_command("fit", ["--config", str(tmp_path / "pipe")])
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("model: {rank: 0}",))
+    writer.start()
+    code, printed = run("fit", "--config", str(ROOT / CONFIGS["fit"]), "--config", str(tmp_path / "pipe"))
+    writer.join()
+    check(code, printed)
+    assert "rank" in printed
