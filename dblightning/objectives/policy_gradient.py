@@ -24,6 +24,9 @@ def dpok_objective(advantage: Tensor, ratio: Tensor, clip_range: float) -> Tenso
         advantage: (B,), no gradient.
         ratio: p_θ(x_{t-1}|x_t) / p_old(x_{t-1}|x_t), (B,).
         clip_range: c > 0; the paper's 1e-4 is made for log-probs averaged over dimensions.
+
+    >>> dpok_objective(torch.tensor([2.0, -2.0]), torch.tensor([0.5, 0.5]), clip_range=0.25)
+    tensor([ 1.5000, -1.5000])
     """
     return advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
 
@@ -32,6 +35,9 @@ def ppo_objective(advantage: Tensor, ratio: Tensor, clip_range: float) -> Tensor
     """PPO's pessimistic surrogate, min(A·ratio, A·clamp(ratio)), per sample (B,); to be maximised.
 
     Unlike :func:`dpok_objective` it keeps the gradient that brings a ratio back (Schulman et al. 2017, eq. 7).
+
+    >>> ppo_objective(torch.tensor([2.0, -2.0]), torch.tensor([0.5, 0.5]), clip_range=0.25)
+    tensor([ 1.0000, -1.5000])
     """
     return torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
 
