@@ -15,7 +15,16 @@ import dblightning
 
 PACKAGE = Path(dblightning.__file__).parent
 #: modules with examples; a test finds one that is missing here
-MODULES = ["blending", "ddim", "gaussian_step", "methods", "objectives.policy_gradient", "settings", "signatures", "weights"]
+MODULES = [
+    "blending",
+    "ddim",
+    "gaussian_step",
+    "methods",
+    "objectives.policy_gradient",
+    "settings",
+    "signatures",
+    "weights",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
