@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import difflib
 import importlib
+import os
 import re
 import sys
 import tempfile
@@ -63,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = [each for each in arguments if each != "--debug"]
     try:
         _run(arguments, debug)
+    except BrokenPipeError:
+        if argv is not None or debug:
+            raise
+        # the reader has gone, as in `… | head`; Python would complain again when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         # what breaks in the middle of a run is not a refusal: its trace is wanted
         users = isinstance(error, USERS_ERRORS) or type(error).__name__ == "MisconfigurationException"
