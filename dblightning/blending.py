@@ -173,7 +173,23 @@ class DBMPA(_Weighted):
         return plan
 
 
-class DBKLA(DBMPA):
+class _OneAdapter(DBMPA):
+    """Blends that run one adapter, which their constructor takes in place of weights."""
+
+    @classmethod
+    def from_preference(
+        cls,
+        weights: BatchWeights | WeightSchedule | None = None,
+        kl_scale: float | Sequence[float] = 1.0,
+        normalize: bool = False,
+        **options: Any,
+    ) -> Self:
+        """The blend of the one adapter that has weight 1."""
+        given = {"adapter": _only_adapter(cls, weights), "kl_scale": None if is_one(kl_scale) else kl_scale}
+        return construct(cls, given, options, _subject(cls))
+
+
+class DBKLA(_OneAdapter):
     """DB-KLA, ε = (1−λ) ε_pre + λ ε_rl (Algorithm 2, eq. 10): regularisation α/λ without retraining.
 
     Args:
@@ -184,20 +200,8 @@ class DBKLA(DBMPA):
     def __init__(self, adapter: str | Sequence[str], kl_scale: float | Sequence[float] = 1.0) -> None:
         super().__init__(_one_hot(adapter), kl_scale)
 
-    @classmethod
-    def from_preference(
-        cls,
-        weights: BatchWeights | WeightSchedule | None = None,
-        kl_scale: float | Sequence[float] = 1.0,
-        normalize: bool = False,
-        **options: Any,
-    ) -> Self:
-        """The blend of the one adapter that has weight 1."""
-        given = {"adapter": _only_adapter(cls, weights), "kl_scale": None if is_one(kl_scale) else kl_scale}
-        return construct(cls, given, options, _subject(cls))
 
-
-class Single(DBMPA):
+class Single(_OneAdapter):
     """One adapter alone: an endpoint of a blend, or a MORL oracle trained on the weighted reward itself (B.1).
 
     Args:
@@ -206,18 +210,6 @@ class Single(DBMPA):
 
     def __init__(self, adapter: str | Sequence[str]) -> None:
         super().__init__(_one_hot(adapter))
-
-    @classmethod
-    def from_preference(
-        cls,
-        weights: BatchWeights | WeightSchedule | None = None,
-        kl_scale: float | Sequence[float] = 1.0,
-        normalize: bool = False,
-        **options: Any,
-    ) -> Self:
-        """The blend of the one adapter that has weight 1."""
-        given = {"adapter": _only_adapter(cls, weights), "kl_scale": None if is_one(kl_scale) else kl_scale}
-        return construct(cls, given, options, _subject(cls))
 
 
 def _one_hot(adapter: str | Sequence[str]) -> BatchWeights:

@@ -128,6 +128,7 @@ def save_dit(folder: Path) -> None:
     """A DiT of three classes with random weights: 16×16 images."""
     from diffusers import DiTPipeline, DiTTransformer2DModel
 
+    from dblightning.miniature.pretrain import build_scheduler
     from tests import tiny_pipelines
 
     torch.manual_seed(0)
@@ -135,7 +136,7 @@ def save_dit(folder: Path) -> None:
         num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2, norm_num_groups=4,
         sample_size=8, patch_size=2, num_embeds_ada_norm=3,
     )  # fmt: skip
-    DiTPipeline(transformer, tiny_pipelines._vae(), tiny_pipelines._scheduler()).save_pretrained(folder)
+    DiTPipeline(transformer, tiny_pipelines._vae(), build_scheduler()).save_pretrained(folder)
     index = folder / "model_index.json"  # where the published model has its classes' names
     names = {"0": "a red circle", "1": "a blue star", "2": "a dog, a hound"}
     index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": names}))

@@ -100,6 +100,7 @@ def folder(tiny: Any, tmp_path: Path) -> Path:
     """A pipeline of random weights, saved by diffusers: 16×16 images."""
     from diffusers import UNet2DConditionModel
 
+    from dblightning.miniature.pretrain import build_scheduler
     from tests import tiny_pipelines
 
     torch.manual_seed(0)
@@ -108,7 +109,7 @@ def folder(tiny: Any, tmp_path: Path) -> Path:
         attention_head_dim=2, time_cond_proj_dim=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
-    pipeline = tiny.TinyPipeline(denoiser, tiny_pipelines._vae(), tiny_pipelines._scheduler())
+    pipeline = tiny.TinyPipeline(denoiser, tiny_pipelines._vae(), build_scheduler())
     pipeline.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

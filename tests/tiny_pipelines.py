@@ -39,24 +39,11 @@ def _vae() -> Any:
     )
 
 
-def _scheduler() -> Any:
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
 def save_sd15(folder: Path) -> Path:
     """SD 1.5's classes and block types at reduced width, random weights, saved by diffusers: 16×16 images."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-    from dblightning.miniature.pretrain import build_tokenizer
+    from dblightning.miniature.pretrain import build_scheduler, build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
@@ -75,7 +62,7 @@ def save_sd15(folder: Path) -> Path:
         text_encoder=_clip_text(tokenizer, 16, None),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=_scheduler(),
+        scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -88,7 +75,7 @@ def save_sdxl(folder: Path) -> Path:
     """SDXL's classes at reduced width: two text encoders, added time ids, transformer depth 1 and 2."""
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-    from dblightning.miniature.pretrain import build_tokenizer
+    from dblightning.miniature.pretrain import build_scheduler, build_tokenizer
 
     torch.manual_seed(1)
     tokenizer = build_tokenizer()
@@ -114,7 +101,7 @@ def save_sdxl(folder: Path) -> Path:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
-        scheduler=_scheduler(),
+        scheduler=build_scheduler(),
         add_watermarker=False,
     )
     pipeline.save_pretrained(folder)
