@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from dblightning.average import AdapterAverage
 from dblightning.backbone import Backbone
 from dblightning.distributed import Ranks
 from dblightning.flat_settings import reads_flat_settings
@@ -45,7 +46,9 @@ from dblightning.training_settings import (
     ReplaySettings,
     SamplingSettings,
     TrainingSettings,
+    WindowSettings,
 )
+from dblightning.window import Window
 
 
 class RewardRLModule(Scoring, ManualUpdates):
@@ -69,6 +72,7 @@ class RewardRLModule(Scoring, ManualUpdates):
         kl: the KL term.
         advantage: its baseline, and the value function.
         replay: the buffer of trajectories.
+        window: of stochastic steps.
         seed: of the run: adapter initialisation, every image's noise, replay order.
         validate_first: validate before the first rollout too, so that curves of ``val/…`` start at step 0.
 
@@ -89,12 +93,13 @@ class RewardRLModule(Scoring, ManualUpdates):
         kl: KLSettings = KLSettings(),
         advantage: AdvantageSettings = AdvantageSettings(),
         replay: ReplaySettings = ReplaySettings(),
+        window: WindowSettings = WindowSettings(),
         seed: int = 0,
         validate_first: bool = True,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.settings = TrainingSettings.of(adapter, sampling, optimisation, kl, advantage, replay)
+        self.settings = TrainingSettings.of(adapter, sampling, optimisation, kl, advantage, replay, window)
         self.settings.check()
         check_settings({"seed": seed})
         self.seed, self.validate_first = seed, validate_first
@@ -128,12 +133,15 @@ class RewardRLModule(Scoring, ManualUpdates):
         self.solver = make_solver(backbone.scheduler_config, steps, sampling.eta)
         self.sampler = RolloutSampler(backbone, self.solver, self.adapter_name, sampling, self.seed, rank_zero_info)
         self.policy = AdapterPolicy(backbone, self.solver, self.adapter_name, sampling, self._texts)
+        skipped = self.settings.optimisation.skip_last_steps
+        self.window = Window(self.settings.window, steps, skipped, self.seed, self.objective.needs)
         self.kl = KLTerm(self.settings.kl, self.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.value_function = ValueFunction(
                 backbone.latent_shape, backbone.pooled_dim, steps, self.settings.advantage.value_width
             )
+        self.average = AdapterAverage(backbone.adapters, [self.adapter_name], self.settings.optimisation.ema)
         self.statistics = PromptStatistics(self.settings.advantage.statistics_window)
         self.replay: ReplayBuffer | None = None
         self.prompts: dict[int, str] = {}  # prompt_id → text, for the transitions in the replay buffer
@@ -192,7 +200,7 @@ class RewardRLModule(Scoring, ManualUpdates):
 
     def roll_out(self, batch: dict[str, Any], take: Take | None = None) -> tuple[Trajectory, Tensor]:
         """Sample the batch's images with the adapter as it is: trajectory and images (B, 3, H, W)."""
-        return self.sampler.rollout(batch, self.device, take)
+        return self.sampler.rollout(batch, self.device, take, self.window.solver(self.solver, self.rollouts_done))
 
     def _store(self, trajectory: Trajectory, batch: dict[str, Any], reward: Tensor) -> None:
         """Put the samples with a finite reward into the buffer; statistics and logs are of all ranks' samples."""
@@ -211,9 +219,8 @@ class RewardRLModule(Scoring, ManualUpdates):
         buffer = self._buffer(len(reward))
         if self.settings.replay.buffer_size is None:
             buffer.clear()
-        walk = Trajectory(trajectory.latents[:, finite], trajectory.log_probs[:, finite])
         scores = reward[finite]
-        buffer.add(walk, own[0][rows], scores, baseline.to(scores), scale.to(scores), rows)
+        buffer.add(trajectory.of(finite), own[0][rows], scores, baseline.to(scores), scale.to(scores), rows)
         held = self.ranks.gather((buffer.size, buffer.prompt_ids[: buffer.size].unique().tolist()))
         self._share = buffer.size * len(held) / sum(size for size, _ in held)
         needed = {*prompt_ids.tolist(), *(prompt_id for _, stored in held for prompt_id in stored)}
@@ -258,6 +265,7 @@ class RewardRLModule(Scoring, ManualUpdates):
                     self._backward_of_nothing(self.policy_parameters)
             norm = self._step(optimizer, self.policy_parameters)
             if norm is not None:
+                self.average.update()
                 logged.setdefault("train/grad_norm", []).append(norm)
         worst = {name: torch.stack(logged.pop(name)).max() for name in WORST if name in logged}
         return {name: torch.stack(values).mean() for name, values in logged.items()} | worst
@@ -299,7 +307,7 @@ class RewardRLModule(Scoring, ManualUpdates):
         if watched is not None:
             penalty, exact_kl = self.kl.loss(policy, transitions, watched, self.rollouts_done)
             loss = loss + penalty
-            # the sum over a path's trained steps, in nats: what eq. (4) multiplies by α
+            # the sum over a path's trained steps, in nats: what eq. (4) multiplies by α; with a window, over its steps
             metrics["train/kl"] = exact_kl * self.trained_steps
         policy.forget()
         own = {"train/policy_loss": loss, "train/advantage_std": transitions.advantage.std(correction=0)}
@@ -314,8 +322,8 @@ class RewardRLModule(Scoring, ManualUpdates):
 
     @property
     def trained_steps(self) -> int:
-        """Steps 0 … this − 1 are trained on."""
-        return len(self.solver.timesteps) - self.settings.optimisation.skip_last_steps
+        """Stored steps 0 … this − 1 are trained on."""
+        return self.window.trained
 
     def kl_rows(self, count: int, visit: int) -> Tensor | None:
         """Which of a micro-batch's ``count`` transitions the KL is computed of, int64 (n,); None: all."""
@@ -341,7 +349,7 @@ class RewardRLModule(Scoring, ManualUpdates):
 
     def _buffer(self, batch_size: int) -> ReplayBuffer:
         """The replay buffer, allocated at the first rollout."""
-        steps, size = len(self.solver.timesteps), self.settings.replay.buffer_size
+        steps, size = self.window.stored, self.settings.replay.buffer_size
         capacity = batch_size if size is None else size // steps
         if capacity < batch_size:
             raise ValueError(

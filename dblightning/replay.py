@@ -14,7 +14,7 @@ from torch import Tensor
 from dblightning.rollout import Trajectory
 
 NO_ADVANTAGE = torch.empty(0)
-TENSORS = ("latents", "log_probs", "facts", "prompt_ids", "born", "rows")
+TENSORS = ("latents", "log_probs", "facts", "prompt_ids", "born", "rows", "starts")
 
 
 class Transitions(NamedTuple):
@@ -22,7 +22,7 @@ class Transitions(NamedTuple):
 
     latents: Tensor  # (N, C, h, w) float32
     next_latents: Tensor  # (N, C, h, w) float32, exactly what was sampled
-    step_index: Tensor  # (N,) int64, on the CPU: what it looks up is there
+    step_index: Tensor  # (N,) int64, in the solver's schedule; on the CPU: what it looks up is there
     log_prob: Tensor  # (N,) of the policy that sampled it; mean over C, h, w
     reward: Tensor  # (N,) of the trajectory's image
     baseline: Tensor  # (N,) its prompt's mean reward when it was sampled
@@ -45,7 +45,7 @@ class ReplayBuffer:
 
     Args:
         capacity: number of trajectories.
-        num_steps: denoising steps T of each.
+        num_steps: stored steps T of each: all denoising steps, or a window of them.
         latent_shape: (C, h, w).
         device: where the latents are kept.
     """
@@ -66,6 +66,7 @@ class ReplayBuffer:
         self.prompt_ids = torch.zeros(capacity, dtype=torch.long)
         self.born = torch.zeros(capacity, dtype=torch.long)
         self.rows = torch.zeros(capacity, dtype=torch.long)
+        self.starts = torch.zeros(capacity, dtype=torch.long)  # index of its first stored step in the solver's schedule
         self.size = 0  # trajectories held
         self.cursor = 0  # where the next one goes
         self.rollouts = 0  # calls of add
@@ -103,11 +104,15 @@ class ReplayBuffer:
         self.prompt_ids[slots] = prompt_ids[keep].cpu()
         self.born[slots] = self.rollouts
         self.rows[slots] = rows[keep].cpu()
+        self.starts[slots] = trajectory.start
         self.cursor = (self.cursor + len(slots)) % self.capacity
         self.size = min(self.size + len(slots), self.capacity)
 
     def transitions(self, trajectory: Tensor, step_index: Tensor, device: torch.device | str) -> Transitions:
-        """Gather steps by slot and step index, both int64 (N,) on the CPU; nothing is read back from a device."""
+        """Gather steps by slot and stored step, both int64 (N,) on the CPU; nothing is read back from a device.
+
+        The transitions' ``step_index`` is the one in the solver's schedule.
+        """
         rows, steps = (index.to(self.latents.device, non_blocking=True) for index in (trajectory, step_index))
         reward, baseline, scale = self.facts[rows].T
         gathered = {
@@ -120,6 +125,7 @@ class ReplayBuffer:
             "age": self.rollouts - self.born[trajectory],
         }
         moved = {name: part.to(device, non_blocking=True) for name, part in gathered.items()}
+        step_index = step_index + self.starts[trajectory]
         return Transitions(step_index=step_index, prompt_id=self.prompt_ids[trajectory], **moved)
 
     def take_back(self) -> None:
@@ -216,5 +222,6 @@ class ReplayBuffer:
             cursor = len(slots) % self.capacity
         for name in TENSORS:
             own = getattr(self, name)
-            own[: len(slots)] = state[name][slots].to(own.device)
+            if name in state:  # "starts" is not in checkpoints of before windows
+                own[: len(slots)] = state[name][slots].to(own.device)
         self.size, self.cursor, self.rollouts = len(slots), cursor, state["rollouts"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,13 +15,33 @@ from dblightning.gaussian_step import gaussian_log_prob
 from dblightning.noise import ImageNoise
 from dblightning.sampling import StepRecord, denoise_loop
 from dblightning.solvers import GaussianSolver
+from dblightning.window import WindowedSolver
 
 
 class Trajectory(NamedTuple):
-    """One rollout of B images over T steps, float32."""
+    """The stored steps of one rollout of B images, T of them, float32."""
 
     latents: Tensor  # (T + 1, B, C, h, w), from noise to image
     log_probs: Tensor  # (T, B), of latents[t + 1] given latents[t]; mean over C, h, w
+    start: int = 0  # index of the first of them in the solver's schedule
+    final: Tensor | None = None  # (B, C, h, w), where the image is not latents[T]
+
+    @property
+    def image(self) -> Tensor:
+        """The final latents, (B, C, h, w)."""
+        return self.latents[-1] if self.final is None else self.final
+
+    def of(self, rows: Tensor) -> Trajectory:
+        """Some of its images: ``rows`` is bool (B,) or int64 (n,)."""
+        final = None if self.final is None else self.final[rows]
+        return Trajectory(self.latents[:, rows], self.log_probs[:, rows], self.start, final)
+
+    @staticmethod
+    def joined(parts: Sequence[Trajectory]) -> Trajectory:
+        """The images of several parts of one rollout."""
+        final = None if parts[0].final is None else torch.cat([part.image for part in parts])
+        latents, log_probs = (torch.cat(each, dim=1) for each in list(zip(*parts, strict=True))[:2])
+        return Trajectory(latents, log_probs, parts[0].start, final)
 
 
 @torch.no_grad()
@@ -32,29 +53,47 @@ def rollout(
     noise: ImageNoise,
     guidance_scale: float,
     execution: Execution = "auto",
+    window: WindowedSolver | None = None,
 ) -> Trajectory:
     """Sample trajectories for the policy gradient, with the log-prob of every step.
+
+    With a window of the solver's steps only those are stochastic and stored; the others follow the ODE.
 
     The log-prob is evaluated on the stored float32 latents, so that the on-policy ratio is 1 up to kernel noise.
 
     Raises:
         ValueError: a step without noise (eta 0), which has no density.
     """
-    stds = solver.stds()
-    if bool((stds <= 0).any()):
-        raise ValueError(
-            f"step {int((stds <= 0).nonzero()[0])} adds no noise (eta {solver.eta}), so it has no density; "
-            "train with eta > 0 and a scheduler whose set_alpha_to_one is false"
-        )
+    steps = range(len(solver.timesteps)) if window is None else range(window.start, window.start + window.size)
+    check_density(solver, steps)
     states: list[Tensor] = []
     log_probs: list[Tensor] = []
 
     def record(step: StepRecord) -> None:
-        states.append(step.latents)
+        if step.step_index not in steps:
+            return
+        states[-1:] = [step.latents, step.next_latents]
         taken = solver.gaussian(step.output, step.latents, step.step_index)
         log_probs.append(gaussian_log_prob(taken, step.next_latents))
 
     last = denoise_loop(
-        backbone, conditioning, solver, blend, noise, guidance_scale=guidance_scale, execution=execution, on_step=record
-    )
-    return Trajectory(torch.stack([*states, last]), torch.stack(log_probs))
+        backbone, conditioning, window or solver, blend, noise, guidance_scale=guidance_scale, execution=execution,
+        on_step=record,
+    )  # fmt: skip
+    final = None if window is None else last
+    return Trajectory(torch.stack(states), torch.stack(log_probs), steps.start, final)
+
+
+def check_density(solver: GaussianSolver, steps: Iterable[int]) -> None:
+    """Refuse steps to train on that add no noise.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    stds = solver.stds().tolist()
+    for step in steps:
+        if stds[step] <= 0:
+            raise ValueError(
+                f"step {step} adds no noise (eta {solver.eta}), so it has no density; "
+                "train with eta > 0 and a scheduler whose set_alpha_to_one is false"
+            )

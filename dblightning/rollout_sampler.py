@@ -18,6 +18,7 @@ from dblightning.rollout import Trajectory, rollout
 from dblightning.sampling import denoise_loop
 from dblightning.solvers import DDIMSolver
 from dblightning.training_settings import SamplingSettings
+from dblightning.window import WindowedSolver
 
 #: what is done with a part of a rollout as soon as it is decoded: its images and prompts
 Take = Callable[[Tensor, list[str]], None]
@@ -59,7 +60,11 @@ class RolloutSampler:
         self._fitting: int | None = None  # images that fit into memory at once, where that is asked
 
     def rollout(
-        self, batch: dict[str, Any], device: torch.device, take: Take | None = None
+        self,
+        batch: dict[str, Any],
+        device: torch.device,
+        take: Take | None = None,
+        window: WindowedSolver | None = None,
     ) -> tuple[Trajectory, Tensor]:
         """Trajectory and images (B, 3, H, W) of the batch's prompts.
 
@@ -69,6 +74,7 @@ class RolloutSampler:
             batch: prompts, their ids and the images' seeds.
             device: of the backbone.
             take: see ``Take``.
+            window: of stochastic steps; None: all are.
         """
         prompts: list[str] = list(batch["prompt"])
         size = self.images_at_once(prompts, device)
@@ -76,15 +82,16 @@ class RolloutSampler:
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
             noise = self._noise(batch["prompt_id"][part], batch["seed"][part], device, "training")
-            trajectory, decoded = self._part(prompts[part], noise, device)
+            trajectory, decoded = self._part(prompts[part], noise, device, window)
             parts.append(trajectory)
             images.append(decoded)
             if take is not None:
                 take(decoded, prompts[part])
-        whole = Trajectory(*(torch.cat([part[field] for part in parts], dim=1) for field in range(2)))
-        return whole, torch.cat(images)
+        return Trajectory.joined(parts), torch.cat(images)
 
-    def _part(self, prompts: list[str], noise: ImageNoise, device: torch.device) -> tuple[Trajectory, Tensor]:
+    def _part(
+        self, prompts: list[str], noise: ImageNoise, device: torch.device, window: WindowedSolver | None
+    ) -> tuple[Trajectory, Tensor]:
         trajectory = rollout(
             self.backbone,
             self.backbone.encode(prompts, self.settings.negative_prompt),
@@ -93,8 +100,9 @@ class RolloutSampler:
             noise,
             self.settings.guidance_scale,
             self.execution(device),
+            window,
         )
-        images, finite = without_nan(self.backbone.decode(trajectory.latents[-1]))
+        images, finite = without_nan(self.backbone.decode(trajectory.image))
         finite &= torch.isfinite(trajectory.latents).transpose(0, 1).flatten(1).all(1)
         # a sample that is not finite has no density either, which is how it is known later
         return trajectory._replace(log_probs=trajectory.log_probs.where(finite, torch.nan)), images

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dblightning.adapters import Form, fingerprint
+from dblightning.average import AdapterAverage
 from dblightning.backbone import Backbone
 from dblightning.checkpointing import StopSignal, check_ours, read_shard, save_last_good_state
 from dblightning.distributed import Ranks
@@ -30,6 +31,7 @@ from dblightning.same_run import changed_settings, check_same_run
 from dblightning.settings import check
 from dblightning.solvers import DDIMSolver
 from dblightning.training_settings import TrainingSettings
+from dblightning.window import Window
 
 #: settings a resumed run may not change, by their names in a checkpoint's facts: they give the adapter its shape or the
 #: stored log-probs their meaning
@@ -67,6 +69,8 @@ class RunState(L.LightningModule):
     adapter_name: str
     value_function: ValueFunction
     solver: DDIMSolver
+    window: Window
+    average: AdapterAverage
     statistics: PromptStatistics
     replay: ReplayBuffer | None
     prompts: dict[int, str]
@@ -91,12 +95,11 @@ class RunState(L.LightningModule):
         self.kl.weight = weight
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trained tensors: ``adapter.*`` and ``value_function.*``."""
+        """The trained tensors: ``adapter.*``, ``value_function.*``, and ``ema.*`` of the adapter's average."""
         adapter = self.backbone.adapters.state_dict(self.adapter_name)
         value = self.value_function.state_dict()
-        return {f"adapter.{key}": tensor for key, tensor in adapter.items()} | {
-            f"value_function.{key}": tensor for key, tensor in value.items()
-        }
+        parts = {"adapter": adapter, "value_function": value, "ema": self.average.state_dict()}
+        return {f"{part}.{key}": tensor for part, tensors in parts.items() for key, tensor in tensors.items()}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Restore :meth:`state_dict`.
@@ -104,11 +107,12 @@ class RunState(L.LightningModule):
         Raises:
             ValueError: tensors of another adapter or value function.
         """
-        parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "value_function": {}}
+        parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "value_function": {}, "ema": {}}
         for key, tensor in state_dict.items():
             part, _, rest = key.partition(".")
             parts[part][rest] = tensor
         self.backbone.adapters.load_state_dict(self.adapter_name, parts["adapter"])
+        self.average.load_state_dict(parts["ema"])
         return self.value_function.load_state_dict(parts["value_function"], strict=strict)
 
     def facts(self) -> dict[str, Any]:
@@ -185,7 +189,7 @@ class RunState(L.LightningModule):
             own = read_shard(state.get("folder", "."), state["ranks"][self.ranks.rank])
             restore_random_state(own["random"], self.device)
             if own["replay"] is not None:
-                steps, size = len(self.solver.timesteps), self.settings.replay.buffer_size
+                steps, size = self.window.stored, self.settings.replay.buffer_size
                 capacity = own["capacity"] if size is None else size // steps
                 self.replay = ReplayBuffer(capacity, steps, self.backbone.latent_shape, self.device)
                 self.replay.load_state_dict(own["replay"])
@@ -193,6 +197,8 @@ class RunState(L.LightningModule):
 
     def export_adapter(self, folder: str, format: Form = "diffusers", **facts: Any) -> str:
         """Write the adapter as LoRA safetensors, the run's facts as metadata; returns the file's path.
+
+        Where the run keeps an average of the adapter (``optimisation.ema``), that is what is written.
 
         ``format`` is "diffusers", "kohya" (ComfyUI, A1111) or "peft".
 
@@ -205,7 +211,8 @@ class RunState(L.LightningModule):
         if getattr(self.backbone, "pretrained", None) == "miniature":
             made["base"] = "miniature"  # its folder's name says nothing
         pipeline: Any = self.backbone.pipeline
-        return str(self.backbone.adapters.export(self.adapter_name, folder, pipeline, {**made, **facts}, format))
+        with self.average.applied():
+            return str(self.backbone.adapters.export(self.adapter_name, folder, pipeline, {**made, **facts}, format))
 
     # ── how long ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -296,6 +303,7 @@ class RunState(L.LightningModule):
         """A copy of what a rollout and its update change, on the device; the replay buffer takes back its own."""
         return {
             "weights": [parameter.detach().clone() for _, parameter in self._trained()],
+            "average": self.average.snapshot(),
             "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self.trainer.optimizers],
             "statistics": copy.deepcopy(self.statistics),
             "replay": None if self.replay is None else self.replay.rollouts,
@@ -308,6 +316,7 @@ class RunState(L.LightningModule):
         with torch.no_grad():
             for (_, parameter), saved in zip(self._trained(), state["weights"], strict=True):
                 parameter.copy_(saved)
+        self.average.restore(state["average"])
         for optimizer, saved in zip(self.trainer.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
             optimizer.zero_grad()

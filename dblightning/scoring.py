@@ -37,11 +37,14 @@ class Scoring(RunState):
         self._worker: RewardWorker | None = None
 
     def generate(self, prompts: list[str], prompt_ids: Tensor, seeds: Tensor, blend: Blend | None = None) -> Tensor:
-        """Images (B, 3, H, W) of prompts with this run's sampling settings; ``blend`` None is the adapter in training.
+        """Images (B, 3, H, W) of prompts with this run's sampling settings, every step stochastic.
+
+        ``blend`` None is the adapter in training, which is its average where the run keeps one.
 
         The image of (prompt_id, seed) has the same noise whatever the blend, and never a training rollout's.
         """
-        return self.sampler.generate(prompts, prompt_ids, seeds, blend, self.device)
+        with self.average.applied():
+            return self.sampler.generate(prompts, prompt_ids, seeds, blend, self.device)
 
     # ── a reward that is unavailable, or scores in the background ────────────────────────────────────────────────────
 

@@ -56,6 +56,10 @@ class GaussianSolver(Solver, Protocol):
         """Standard deviation of every step, float64 (T,)."""
         ...
 
+    def levels(self) -> Tensor:
+        """α and σ of x = α x₀ + σ ε at each step's start, and after the last step: float64 (T + 1, 2)."""
+        ...
+
 
 @overload
 def make_solver(
@@ -157,6 +161,11 @@ class DDIMSolver:
     def stds(self) -> Tensor:
         """σ_t(η) of every step, float64 (T,)."""
         return self.schedule.stds(self.eta)
+
+    def levels(self) -> Tensor:
+        """√ᾱ and √(1−ᾱ) at each step's start, and after the last: float64 (T + 1, 2)."""
+        alphas = torch.cat([self.schedule.alphas, self.schedule.alphas_next[-1:]])
+        return torch.stack([alphas, 1 - alphas], dim=1).sqrt()
 
     def step(self, output: Tensor, latents: Tensor, step_index: int, noise: ImageNoise, copies: int = 1) -> Tensor:
         """The next latents (B · copies, C, h, w), float32; η = 0 draws no noise."""

@@ -69,6 +69,8 @@ class OptimisationSettings:
         batch_size: transitions per forward (paper: 2).
         accumulation: forwards per optimiser step (paper: 12).
         clip_grad_norm: largest gradient norm of a step (paper's code: 0.1, on a loss scaled by ``reward_weight``).
+        ema: decay of an exponential moving average of the adapter, taken after every step: it is what is evaluated and
+            exported; null has none. 0.987 per step is flow_grpo's 0.9 every eight.
         skip_last_steps: leave this many final denoising steps out of training, not of sampling. With "leading" timestep
             spacing the last but one dominates the gradient's variance. A departure from DPOK; the paper's value is 0.
         reward_weight: of the objective in the loss, beside the KL's ``kl.weight``.
@@ -81,6 +83,7 @@ class OptimisationSettings:
     batch_size: int = 2
     accumulation: int = 12
     clip_grad_norm: float = 0.1
+    ema: float | None = None
     skip_last_steps: int = 0
     reward_weight: float = 1.0
 
@@ -147,6 +150,64 @@ class ReplaySettings:
 
 
 @dataclass(frozen=True)
+class WindowSettings:
+    """The window of a rollout: the steps that are stochastic, stored and trained; the others are deterministic.
+
+    Validation samples with every step stochastic, whatever the window. (Flow-GRPO-Fast: random; MixGRPO: sliding, size
+    4 of 25, every 25; docs/training.md.)
+
+    Args:
+        size: steps of the window; null: every step is stochastic, and all but ``skip_last_steps`` are trained.
+        position: of each rollout's window: "fixed" at ``first``, "random" from ``first`` to ``last``, or "sliding": one
+            step on every ``every`` rollouts, from ``last`` back to ``first``.
+        first, last: earliest and latest index of the window's first step; ``last`` null is the latest there is, so that
+            the window ends before the steps of ``skip_last_steps``.
+        every: rollouts that a sliding window stays.
+        tail_steps: denoiser calls for what follows the window; null takes each step left in the schedule.
+    """
+
+    size: int | None = None
+    position: Literal["fixed", "random", "sliding"] = "fixed"
+    first: int = 0
+    last: int | None = None
+    every: int = 25
+    tail_steps: int | None = None
+
+    def starts(self, steps: int, skipped: int) -> range:
+        """Indices at which the window may begin, in a schedule whose last ``skipped`` steps are not trained."""
+        if self.size is None:
+            return range(1)
+        latest = steps - skipped - self.size if self.last is None else self.last
+        return range(self.first, latest + 1)
+
+    def check(self, steps: int, skipped: int) -> None:
+        """Refuse a window that the schedule has no room for.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        check(
+            self.position in ("fixed", "random", "sliding"),
+            f"window.position must be fixed, random or sliding, got {self.position!r}",
+        )
+        if self.size is None:
+            set_without = [name for name in ("first", "last", "tail_steps") if getattr(self, name)]
+            check(not set_without, f"window.{''.join(set_without[:1])} needs a window.size, got null")
+            return
+        trainable = steps - skipped
+        check(
+            self.size <= trainable,
+            f"window.size must be at most the {trainable} trainable of {steps} steps, got {self.size}",
+        )
+        starts, room = self.starts(steps, skipped), trainable - self.size
+        check(
+            len(starts) > 0 and starts[-1] <= room,
+            f"a window of {self.size} steps may begin at step 0 to {room} of {steps} ({skipped} skipped at the end), "
+            f"got window.first {self.first} and window.last {self.last}",
+        )
+
+
+@dataclass(frozen=True)
 class TrainingSettings:
     """All groups of a run."""
 
@@ -156,6 +217,7 @@ class TrainingSettings:
     kl: KLSettings
     advantage: AdvantageSettings
     replay: ReplaySettings
+    window: WindowSettings
 
     @classmethod
     def of(cls, *groups: Any) -> TrainingSettings:
@@ -179,9 +241,11 @@ class TrainingSettings:
         target, weight, size = self.kl.target, self.kl.weight, self.replay.buffer_size
         check(target is None or weight > 0, f"kl.target {target} needs a kl.weight > 0 to start from, got 0")
         check(skipped < steps, f"skip_last_steps must leave a step to train on: got {skipped} of {steps}")
+        self.window.check(steps, skipped)
         check(
-            size is None or size >= steps,
-            f"buffer_size counts single steps and must hold at least one trajectory of {steps}, got {size}",
+            size is None or size >= (self.window.size or steps),
+            f"buffer_size counts single steps and must hold at least one trajectory of {self.window.size or steps}, "
+            f"got {size}",
         )
 
     def groups(self) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -26,8 +26,8 @@ LAYERS: dict[str, str] = {
     "evaluation": "evaluation",
     "pipeline": "pipeline pipeline_call pipeline_inputs pipeline_lora",
     "algorithm": "rollout sampling execution blending methods draws steering policy_gradient replay value batch_size "
-    "objectives training_settings rollout_sampler same_run",
-    "model": "backbone adapters solvers schedule ddim gaussian_step noise prompt_cache gaussian_mixture",
+    "average objectives training_settings rollout_sampler same_run window",
+    "model": "backbone adapters solvers schedule ddim gaussian_step ode noise prompt_cache gaussian_mixture",
     "rewards and miniature": "rewards miniature",
     "ground": "settings flat_settings weights arguments signatures precision figures figure_text geneval_prompts",
 }

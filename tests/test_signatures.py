@@ -47,7 +47,7 @@ def test_arguments_of_base_classes_are_known_and_those_a_class_gives_itself_are_
 def test_every_setting_of_training_has_a_text() -> None:
     settings = list(signature("dblightning.RewardRLModule").parameters.values())
     groups = [found for each in settings if (found := group(each)) is not None]
-    assert len(groups) == 6
+    assert len(groups) == 7
     settings += [each for found in groups for each in found.parameters.values()]
     assert [each.name for each in settings if not each.doc] == []
 

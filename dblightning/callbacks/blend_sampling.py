@@ -172,7 +172,7 @@ class BlendSamplingCallback(L.Callback):
         shown = set(prompts.prompt_ids[: self.grid_prompts])
         rows: list[dict[str, Any]] = []
         grids: dict[tuple[str, int], Tensor] = {}
-        with self._temporary_adapters(module, specs), self._on_device(module.device):
+        with module.average.applied(), self._temporary_adapters(module, specs), self._on_device(module.device):
             sampler = self._sampler(module)
             for batch in loader:
                 for order, spec in enumerate(specs):
