@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dblightning.lightning_internals import attached_trainer
+from dblightning.noise import image_seed
+from dblightning.objectives.advantages import check_groups
+from dblightning.replay import Transitions
 from dblightning.run_state import RunState
 from dblightning.settings import check
 
@@ -24,7 +28,9 @@ def set_options(optimizer: Any, **options: float) -> None:
 class ManualUpdates(RunState):
     """The part of ``RewardRLModule`` that steps its two optimisers, the policy's and the value function's."""
 
+    seed: int
     _share: float  # of this rank's gradient: its stored steps by the ranks' mean
+    _most_held: int  # trajectories held by the rank that holds most
     _norm: Tensor | None
 
     @property
@@ -59,8 +65,75 @@ class ManualUpdates(RunState):
         optimizers: Any = self.optimizers()
         return optimizers
 
-    def _step(self, optimizer: Any, parameters: Any) -> Tensor | None:
+    # ── transitions ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def trained_steps(self) -> int:
+        """Stored steps 0 … this − 1 are trained on."""
+        return self.window.trained
+
+    def _check_groups(self, prompt_ids: Tensor) -> None:
+        """Refuse groups of one image where the advantage is a comparison within groups. A collective call there."""
+        if self.settings.advantage.baseline == "group":
+            check_groups(torch.cat(self.ranks.gather(prompt_ids.cpu())))
+
+    def _policy_batches(self) -> Iterator[Iterable[Transitions]]:
+        """The micro-batches of each optimiser step of the policy's update: as many steps on every rank."""
+        settings = self.settings.optimisation
+        if settings.epochs is None:
+            batches = self._batches(settings.batch_size, "policy")
+            for _ in range(settings.policy_steps):
+                yield islice(batches, settings.accumulation)
+            return
+        first, last = self._trained_on("policy")
+        whole = settings.batch_size * settings.accumulation
+        for epoch in range(settings.epochs):
+            batches = self._pass(settings.batch_size, epoch)
+            for _ in range(-(-self._most_held * (last - first) // whole)):
+                yield islice(batches, settings.accumulation)
+
+    def _batches(self, count: int, use: str) -> Iterator[Transitions]:
+        """Endless batches of ``count`` stored steps; none on a rank that holds no sample with a finite reward."""
+        if self.replay is None:
+            return
+        first, last = self._trained_on(use)
+
+        def seed(lane: int, visit: int) -> int:
+            return self._order_seed(lane, visit, use)
+
+        for slots, steps in self.replay.batches(count, seed, last, self.ranks.rank, first):
+            yield self.replay.transitions(slots, steps, self.device)
+
+    def _pass(self, count: int, epoch: int) -> Iterator[Transitions]:
+        """Batches of at most ``count``, every stored step that the policy is trained on in one of them."""
+        if self.replay is None:
+            return
+        first, last = self._trained_on("policy")
+
+        def seed(lane: int) -> int:
+            return self._order_seed(lane, epoch, "policy")
+
+        for slots, steps in self.replay.epoch(count, seed, last, self.ranks.rank, first):
+            yield self.replay.transitions(slots, steps, self.device)
+
+    def _order_seed(self, lane: int, visit: int, use: str) -> int:
+        return image_seed(self.seed, self.rollouts_done, lane, f"{use} order {visit}")
+
+    def _trained_on(self, use: str) -> tuple[int, int]:
+        """The stored steps in use, the first and one past the last."""
+        if use == "policy" and self.objective.needs == "samples":
+            return self.window.stored - 1, self.window.stored
+        return 0, self.trained_steps
+
+    # ── optimiser steps ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _step(self, optimizer: Any, parameters: Any, share: float = 1.0) -> Tensor | None:
         """Average the gradients over ranks, once; then clip, step, reset.
+
+        Args:
+            optimizer: of the parameters.
+            parameters: the same on every rank.
+            share: what this rank's gradient counts; over the ranks the shares average 1.
 
         Returns:
             The norm before clipping; None where a float16 loss scaler skipped the step.
@@ -68,7 +141,7 @@ class ManualUpdates(RunState):
         Raises:
             NonFiniteError: the gradients are NaN or infinite; on every rank, before the step.
         """
-        self.ranks.average_gradients(list(parameters), self._share)
+        self.ranks.average_gradients(list(parameters), share)
         optimizer.step()
         optimizer.zero_grad()
         return self._norm

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
@@ -21,7 +20,6 @@ from dblightning.flat_settings import reads_flat_settings
 from dblightning.lightning_internals import collective_timeout, validate_now
 from dblightning.loggers import keep_tables
 from dblightning.manual_updates import ManualUpdates, set_options
-from dblightning.noise import image_seed
 from dblightning.objectives.advantages import PromptStatistics, advantages, explained_variance, value_target
 from dblightning.objectives.base import Objective
 from dblightning.objectives.kl import KLTerm
@@ -104,6 +102,7 @@ class RewardRLModule(Scoring, ManualUpdates):
         check_settings({"seed": seed})
         self.seed, self.validate_first = seed, validate_first
         self.objective = objective_of(objective)
+        self.objective.check(self.settings)
         self.backbone = backbone
         self.reward = reward
         self.eval_rewards = nn.ModuleDict(eval_rewards or {})
@@ -142,7 +141,7 @@ class RewardRLModule(Scoring, ManualUpdates):
                 backbone.latent_shape, backbone.pooled_dim, steps, self.settings.advantage.value_width
             )
         self.average = AdapterAverage(backbone.adapters, [self.adapter_name], self.settings.optimisation.ema)
-        self.statistics = PromptStatistics(self.settings.advantage.statistics_window)
+        self.statistics = PromptStatistics.of(self.settings.advantage)
         self.replay: ReplayBuffer | None = None
         self.prompts: dict[int, str] = {}  # prompt_id → text, for the transitions in the replay buffer
         self.ranks = Ranks()
@@ -157,6 +156,7 @@ class RewardRLModule(Scoring, ManualUpdates):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One rollout and the updates that follow it."""
         start = time.perf_counter()
+        self._check_groups(batch["prompt_id"])
         with self.last_good_state():
             trajectory, images, reward, sampled = self._scored_rollout(batch)
             scored = time.perf_counter()
@@ -204,8 +204,6 @@ class RewardRLModule(Scoring, ManualUpdates):
 
     def _store(self, trajectory: Trajectory, batch: dict[str, Any], reward: Tensor) -> None:
         """Put the samples with a finite reward into the buffer; statistics and logs are of all ranks' samples."""
-        finite = torch.isfinite(reward)
-        rows = finite.cpu().nonzero().flatten()
         own = (batch["prompt_id"].cpu(), list(batch["prompt"]), reward.cpu())
         everyones = self.ranks.gather(own)
         prompt_ids = torch.cat([ids for ids, _, _ in everyones])
@@ -215,6 +213,10 @@ class RewardRLModule(Scoring, ManualUpdates):
             self.prompts.update(zip(ids.tolist(), prompts, strict=True))
         kept = torch.isfinite(rewards)
         self.statistics.update(prompt_ids[kept], rewards[kept])
+        finite = torch.isfinite(reward)
+        if self.settings.advantage.drop_flat_groups:
+            finite &= self.statistics.varied(own[0]).to(finite.device)
+        rows = finite.cpu().nonzero().flatten()
         baseline, scale = self.statistics(own[0][rows]) if len(rows) else (reward[:0], reward[:0])
         buffer = self._buffer(len(reward))
         if self.settings.replay.buffer_size is None:
@@ -223,6 +225,7 @@ class RewardRLModule(Scoring, ManualUpdates):
         buffer.add(trajectory.of(finite), own[0][rows], scores, baseline.to(scores), scale.to(scores), rows)
         held = self.ranks.gather((buffer.size, buffer.prompt_ids[: buffer.size].unique().tolist()))
         self._share = buffer.size * len(held) / sum(size for size, _ in held)
+        self._most_held = max(size for size, _ in held)
         needed = {*prompt_ids.tolist(), *(prompt_id for _, stored in held for prompt_id in stored)}
         self.prompts = {prompt_id: self.prompts[prompt_id] for prompt_id in self.prompts if prompt_id in needed}
         self._log_rewards(prompt_ids, rewards)
@@ -245,25 +248,25 @@ class RewardRLModule(Scoring, ManualUpdates):
                     explained.append(explained_variance(predicted.detach(), target))
                 if not losses:
                     self._backward_of_nothing(self.value_function.parameters())
-            self._step(optimizer, self.value_function.parameters())
+            self._step(optimizer, self.value_function.parameters(), self._share)
         if not losses:
             return {}
         return {"train/value_loss": torch.stack(losses).mean(), "train/explained_variance": explained[0]}
 
     def update_policy(self) -> dict[str, Tensor]:
-        """``policy_steps`` optimiser steps on the objective plus the KL penalty."""
+        """Optimiser steps on the objective plus the KL penalty: ``policy_steps``, or ``epochs`` through the rollout."""
         settings, optimizer = self.settings.optimisation, self._optimizers()[0]
         set_options(optimizer, lr=self.learning_rate, weight_decay=settings.weight_decay)
-        batches = self._batches(settings.batch_size, "policy")
         logged: dict[str, list[Tensor]] = {}
-        for policy_step in range(settings.policy_steps):
+        for policy_step, batches in enumerate(self._policy_batches()):
             with self.ranks.together("the policy update"):
-                for index, transitions in enumerate(islice(batches, settings.accumulation)):
+                index = -1
+                for index, transitions in enumerate(batches):
                     for name, value in self._accumulate(transitions, policy_step, index).items():
                         logged.setdefault(name, []).append(value.detach())
-                if not logged.keys() - {"train/grad_norm"}:
+                if index < 0:
                     self._backward_of_nothing(self.policy_parameters)
-            norm = self._step(optimizer, self.policy_parameters)
+            norm = self._step(optimizer, self.policy_parameters, 1.0 if settings.epochs else self._share)
             if norm is not None:
                 self.average.update()
                 logged.setdefault("train/grad_norm", []).append(norm)
@@ -280,7 +283,9 @@ class RewardRLModule(Scoring, ManualUpdates):
         measured = policy_step == index == 0 or self.kl.weight_at(self.rollouts_done) > 0
         rows = self.kl_rows(len(transitions.reward), policy_step * accumulated + index)
         loss, metrics = self.policy_loss(transitions, measured, rows)
-        self.manual_backward(loss / accumulated)
+        # in a pass's last step, which may be smaller, a transition counts what it counts in the others
+        whole = accumulated * self.settings.optimisation.batch_size
+        self.manual_backward(loss / (whole / len(transitions.reward)))
         if policy_step > 0:  # the policy is no longer the one that sampled
             metrics.pop("train/on_policy_ratio_error", None)
         return metrics
@@ -318,12 +323,7 @@ class RewardRLModule(Scoring, ManualUpdates):
     @property
     def uses_value(self) -> bool:
         """Whether the advantage has a value function."""
-        return self.settings.advantage.baseline != "prompt"
-
-    @property
-    def trained_steps(self) -> int:
-        """Stored steps 0 … this − 1 are trained on."""
-        return self.window.trained
+        return self.settings.advantage.baseline in ("value", "both")
 
     def kl_rows(self, count: int, visit: int) -> Tensor | None:
         """Which of a micro-batch's ``count`` transitions the KL is computed of, int64 (n,); None: all."""
@@ -342,7 +342,7 @@ class RewardRLModule(Scoring, ManualUpdates):
         settings = self.settings.advantage
         with torch.autocast(self.device.type, enabled=False):
             value = self.value(transitions) if self.uses_value else None
-        return advantages(transitions, settings.baseline, value, settings.normalize)
+        return advantages(transitions, settings.baseline, value, settings.normalize, settings.clip)
 
     def _texts(self, prompt_ids: Tensor) -> list[str]:
         return [self.prompts[prompt_id] for prompt_id in prompt_ids.tolist()]
@@ -359,20 +359,6 @@ class RewardRLModule(Scoring, ManualUpdates):
         if self.replay is None or (size is None and self.replay.capacity != capacity):
             self.replay = ReplayBuffer(capacity, steps, self.backbone.latent_shape, self.device)
         return self.replay
-
-    def _batches(self, count: int, use: str) -> Iterator[Transitions]:
-        """Endless batches of ``count`` stored steps; none on a rank that holds no sample with a finite reward."""
-        if self.replay is None:
-            return
-
-        def seed(lane: int, visit: int) -> int:
-            return image_seed(self.seed, self.rollouts_done, lane, f"{use} order {visit}")
-
-        first, last = 0, self.trained_steps
-        if use == "policy" and self.objective.needs == "samples":
-            first, last = self.replay.num_steps - 1, self.replay.num_steps
-        for slots, steps in self.replay.batches(count, seed, last, self.ranks.rank, first):
-            yield self.replay.transitions(slots, steps, self.device)
 
     # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from dblightning.flat_settings import OBJECTIVES, renamed_config, renamed_option
 from dblightning.settings import Number, count, problems, rules_of
 from dblightning.signatures import NotFound, Parameter, alias, class_path, exports, signature
+from dblightning.training_rules import DEFAULTS, GROUP_OBJECTIVES, conflicts, group_problem, group_size_problem
 from dblightning.weights import check_kl_scale, check_weights
 
 #: the classes behind ``model``, by command
@@ -85,7 +86,24 @@ def check_command(command: str, arguments: Sequence[str]) -> None:
         )
     if data is not None:
         check_object("data", data, complete, modules=("dblightning.data",))
+    if command in TRAINING:
+        _check_together(tree.get("model") or {}, data)
     _check_checkpoint(tree.get("ckpt_path"))
+
+
+def _check_together(model: Mapping[str, Any], data: Any) -> None:
+    """Refuse training settings that do not go together, and groups of one image."""
+    groups = {name: each for name, each in model.items() if isinstance(each, dict)}
+    found = list(conflicts(groups))
+    path = str((groups.get("objective") or {}).get("class_path", ""))
+    if path.removeprefix("dblightning.objectives.") in GROUP_OBJECTIVES:
+        baseline = (groups.get("advantage") or {}).get("baseline", DEFAULTS["advantage"]["baseline"])
+        found += group_problem(path.rpartition(".")[2], baseline)
+    if isinstance(data, dict) and str(data.get("class_path", "")).startswith("dblightning."):
+        given = {"samples_per_prompt": 1} | (data.get("init_args") or {}) | data  # an option stands beside init_args
+        found += group_size_problem(groups, given["samples_per_prompt"])
+    for problem in found:
+        raise Refused(problem)
 
 
 # ── parsing ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -192,6 +192,37 @@ class ReplayBuffer:
                 picked = (starts + column) // parts
                 yield slots[picked // steps], picked % steps + first_step
 
+    def epoch(
+        self,
+        count: int,
+        seed: Callable[[int], int],
+        last_step: int | None = None,
+        rank: int = 0,
+        first_step: int = 0,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass: every stored step exactly once, in random (trajectory, step_index) batches of at most ``count``.
+
+        The lanes are those of :meth:`batches`, but for whole steps: where ``count`` does not divide the number of
+        steps, some lanes are one step longer and the last batch is smaller.
+
+        Args:
+            count, last_step, rank, first_step: see :meth:`batches`.
+            seed: generator seed of a lane, numbered over all ranks.
+        """
+        steps = (last_step if last_step is not None else self.num_steps) - first_step
+        total = self.size * steps
+        slots = torch.arange(self.size)
+        slots = slots[np.lexsort((self.born[slots], self.rows[slots]))]
+        generator = torch.Generator()
+        ends = [lane * total // count for lane in range(count + 1)]
+        lanes = []
+        for lane, (start, end) in enumerate(itertools.pairwise(ends)):
+            generator.manual_seed(seed(rank * count + lane))
+            lanes.append(start + torch.randperm(end - start, generator=generator))
+        for column in range(-(-total // count)):
+            picked = torch.stack([lane[column] for lane in lanes if column < len(lane)])
+            yield slots[picked // steps], picked % steps + first_step
+
     def state_dict(self, contents: bool = True) -> dict[str, Any]:
         """Everything, for the checkpoint; only the trajectories held are stored.
 

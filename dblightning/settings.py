@@ -82,6 +82,7 @@ RULES: dict[str, Number] = {
     "learning_rate": Number(least=0, most=1, remedy="the paper's is 1e-5"),
     "weight_decay": Number(least=0, most=1, remedy="the paper's is 0"),
     "policy_steps": count(),
+    "optimisation.epochs": count(words=(None,), remedy="null takes policy_steps random batches instead"),
     "optimisation.batch_size": count(),
     "optimisation.accumulation": count(),
     "clip_grad_norm": Number(above=0, remedy="a large number such as 1e6 leaves gradients as they are"),
@@ -99,6 +100,7 @@ RULES: dict[str, Number] = {
     "rollout_batch_size": count(words=(None, "auto"), remedy="null takes the whole batch"),
     "buffer_size": count(words=(None,), remedy="it counts single steps; null keeps the latest rollout only"),
     "statistics_window": count(),
+    "advantage.clip": Number(above=0, words=(None,), remedy="GRPO's is 5; null leaves advantages as they are"),
 }
 
 

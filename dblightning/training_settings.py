@@ -9,8 +9,10 @@ from typing import Any, Literal, get_type_hints
 from dblightning.adapters import ATTENTION
 from dblightning.execution import Execution
 from dblightning.settings import check, check_settings, rules_of
+from dblightning.training_rules import conflicts
 
-Baseline = Literal["value", "prompt", "both"]
+Baseline = Literal["value", "prompt", "both", "group"]
+Deviation = Literal["group", "global"]
 KLForm = Literal["exact", "eps_mse"]
 
 
@@ -65,7 +67,9 @@ class OptimisationSettings:
         learning_rate, weight_decay: AdamW's (paper: 1e-5, 0).
         schedule: of the learning rate: "constant" (paper), or "linear" down to zero at the run's last rollout, which
             takes the gradient's noise out of the final adapter.
-        policy_steps: optimiser steps per rollout (paper: 5).
+        policy_steps: optimiser steps per rollout (paper: 5), each on transitions drawn from the buffer.
+        epochs: instead, passes through the latest rollout: each trains on every stored transition exactly once, in as
+            many optimiser steps as that takes, the last of a pass being smaller. It needs ``buffer_size`` null.
         batch_size: transitions per forward (paper: 2).
         accumulation: forwards per optimiser step (paper: 12).
         clip_grad_norm: largest gradient norm of a step (paper's code: 0.1, on a loss scaled by ``reward_weight``).
@@ -80,6 +84,7 @@ class OptimisationSettings:
     schedule: Literal["constant", "linear"] = "constant"
     weight_decay: float = 0.0
     policy_steps: int = 5
+    epochs: int | None = None
     batch_size: int = 2
     accumulation: int = 12
     clip_grad_norm: float = 0.1
@@ -120,8 +125,13 @@ class AdvantageSettings:
 
     Args:
         baseline: "value" function, per-"prompt" mean, or "both" (the value function then learns what the prompt's mean
-            leaves over).
+            leaves over); "group": the mean of the prompt's images in the same rollout, of which there must be two or
+            more (GRPO).
         normalize: divide by the prompt's reward standard deviation. α then is in those units.
+        deviation: which one: "group", the prompt's, or "global", that of all rewards of the rollout.
+        clip: largest absolute advantage; null leaves it (GRPO: 5).
+        drop_flat_groups: leave out prompts whose images all have the same reward, which have no advantage; needs
+            baseline "group".
         statistics_window: how many of a prompt's latest rewards its mean and deviation are taken over where the rollout
             has fewer than four images of it; with four or more they are of these alone.
         value_learning_rate, value_steps, value_batch_size, value_width: of the value function (paper: 1e-4, 5, 256;
@@ -130,6 +140,9 @@ class AdvantageSettings:
 
     baseline: Baseline = "value"
     normalize: bool = False
+    deviation: Deviation = "group"
+    clip: float | None = None
+    drop_flat_groups: bool = False
     statistics_window: int = 32
     value_learning_rate: float = 1e-4
     value_steps: int = 5
@@ -237,6 +250,8 @@ class TrainingSettings:
         """
         for group, settings in self.groups():
             check_settings(settings, rules_of(group), group)
+        for problem in conflicts(dict(self.groups())):
+            raise ValueError(problem)
         steps, skipped = self.sampling.num_inference_steps, self.optimisation.skip_last_steps
         target, weight, size = self.kl.target, self.kl.weight, self.replay.buffer_size
         check(target is None or weight > 0, f"kl.target {target} needs a kl.weight > 0 to start from, got 0")

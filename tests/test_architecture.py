@@ -29,7 +29,8 @@ LAYERS: dict[str, str] = {
     "average objectives training_settings rollout_sampler same_run window",
     "model": "backbone adapters solvers schedule ddim gaussian_step ode noise prompt_cache gaussian_mixture",
     "rewards and miniature": "rewards miniature",
-    "ground": "settings flat_settings weights arguments signatures precision figures figure_text geneval_prompts",
+    "ground": "settings training_rules flat_settings weights arguments signatures precision figures figure_text "
+    "geneval_prompts",
 }
 #: the layers that may import lightning
 ABOVE_THE_LINE = ("command line", "callbacks", "lightning")

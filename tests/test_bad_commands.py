@@ -104,6 +104,13 @@ FIT: list[list[str]] = [
     ["--model.policy_steps", "0"],
     ["--model.skip_last_steps", "-1"],
     ["--model.blends", "[]"],
+    ["--model.optimisation.epochs", "0"],
+    ["--model.optimisation.epochs", "2", "--model.replay.buffer_size", "1000"],
+    ["--model.objective", "dblightning.objectives.GRPO"],
+    ["--model.objective.class_path", "GRPO"],
+    ["--model.advantage.baseline", "group", "--data.samples_per_prompt", "1"],
+    ["--model.advantage.drop_flat_groups", "true"],
+    ["--model.advantage.clip", "-5"],
 ]
 BLENDS: list[list[str]] = [
     ["--model.blends", "3"],

@@ -1,6 +1,6 @@
 """Objectives of training, and what they are made of: advantages, the KL term, the policy."""
 
 from dblightning.objectives.base import Metrics, Objective, Policy
-from dblightning.objectives.policy_gradient import DPOK, PPO, PolicyGradient
+from dblightning.objectives.policy_gradient import DPOK, GRPO, PPO, PolicyGradient
 
-__all__ = ["DPOK", "PPO", "Metrics", "Objective", "Policy", "PolicyGradient"]
+__all__ = ["DPOK", "GRPO", "PPO", "Metrics", "Objective", "Policy", "PolicyGradient"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from dblightning.replay import Transitions
 from dblightning.schedule import GaussianStep
 from dblightning.solvers import DDIMSolver
+from dblightning.training_settings import TrainingSettings
 
 #: what is logged about a loss: name → scalar
 Metrics = dict[str, Tensor]
@@ -47,6 +48,13 @@ class Objective(ABC):
     """
 
     needs: ClassVar[Needs] = "trajectories"
+
+    def check(self, settings: TrainingSettings) -> None:  # noqa: B027  # most go with any
+        """Refuse training settings that do not go with the objective, before any work.
+
+        Raises:
+            ValueError: naming the setting, its value and what to do.
+        """
 
     @abstractmethod
     def loss(self, policy: Policy, transitions: Transitions) -> tuple[Tensor, Metrics]:

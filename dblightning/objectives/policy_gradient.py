@@ -1,4 +1,4 @@
-"""Policy-gradient objectives, DPOK and PPO: the surrogates as pure functions, and as what the training module takes."""
+"""Policy-gradient objectives, DPOK, PPO, GRPO: the surrogates as pure functions, and as what training takes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dblightning.objectives.base import Metrics, Objective, Policy
 from dblightning.replay import Transitions
 from dblightning.schedule import gaussian_log_prob
 from dblightning.settings import check_settings
+from dblightning.training_rules import group_problem
+from dblightning.training_settings import TrainingSettings
 
 
 def dpok_objective(advantage: Tensor, ratio: Tensor, clip_range: float) -> Tensor:
@@ -89,3 +91,15 @@ class PPO(PolicyGradient):
 
     def surrogate(self, advantage: Tensor, ratio: Tensor) -> Tensor:
         return ppo_objective(advantage, ratio, self.clip_range)
+
+
+class GRPO(PPO):
+    """GRPO: PPO's surrogate on advantages within a prompt's group (Shao et al. 2024; Flow-GRPO, Liu et al. 2025).
+
+    What makes it GRPO stands in ``advantage``: ``baseline: group``, which it insists on, and by custom ``normalize``,
+    ``deviation``, ``clip: 5`` and ``drop_flat_groups``; passes through a rollout are ``optimisation.epochs``.
+    """
+
+    def check(self, settings: TrainingSettings) -> None:
+        for problem in group_problem(type(self).__name__, settings.advantage.baseline):
+            raise ValueError(problem)
