@@ -51,7 +51,11 @@ GROUPED = {
 }
 FLAT = {new: old for old, new in GROUPED.items()}
 #: short names of objectives
-OBJECTIVES = {"dpok": "dblightning.objectives.DPOK", "ppo": "dblightning.objectives.PPO"}
+OBJECTIVES = {
+    "dpok": "dblightning.objectives.DPOK",
+    "ppo": "dblightning.objectives.PPO",
+    "reward_gradient": "dblightning.objectives.RewardGradient",
+}
 
 
 def is_flat(name: str, value: Any) -> bool:

@@ -39,6 +39,11 @@ class ManualUpdates(RunState):
         return self.backbone.adapters.parameters(self.adapter_name)
 
     @property
+    def policy_norm_limit(self) -> float:
+        """Largest gradient norm of a policy step; a longer gradient is shortened to it."""
+        return float(self.settings.optimisation.clip_grad_norm)
+
+    @property
     def learning_rate(self) -> float:
         """The policy's learning rate of this rollout."""
         rate = float(self.settings.optimisation.learning_rate)
@@ -154,7 +159,7 @@ class ManualUpdates(RunState):
         # here, where a float16 loss scale is already taken out of the gradients
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         policy = parameters[0] is self.policy_parameters[0]
-        limit = self.settings.optimisation.clip_grad_norm if policy else float("inf")
+        limit = self.policy_norm_limit if policy else float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         self._norm = norm if self.gradients_are_finite(norm, parameters, "policy" if policy else "value") else None
 

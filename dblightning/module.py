@@ -19,7 +19,7 @@ from dblightning.distributed import Ranks
 from dblightning.flat_settings import reads_flat_settings
 from dblightning.lightning_internals import collective_timeout, validate_now
 from dblightning.loggers import keep_tables
-from dblightning.manual_updates import ManualUpdates, set_options
+from dblightning.manual_updates import set_options
 from dblightning.objectives.advantages import PromptStatistics, advantages, explained_variance, value_target
 from dblightning.objectives.base import Objective
 from dblightning.objectives.kl import KLTerm
@@ -29,11 +29,12 @@ from dblightning.objectives.policy import AdapterPolicy
 from dblightning.objectives.value import ValueFunction
 from dblightning.progress import RolloutProgress
 from dblightning.replay import ReplayBuffer, Transitions
+from dblightning.reward_gradients import RewardGradients, Round
 from dblightning.rewards.base import RewardMetric
 from dblightning.rollout import Trajectory
 from dblightning.rollout_sampler import RolloutSampler, Take
 from dblightning.run_folder import RunGuard
-from dblightning.scoring import WORST, Scoring
+from dblightning.scoring import WORST
 from dblightning.settings import check_settings
 from dblightning.solvers import make_solver
 from dblightning.training_settings import (
@@ -49,7 +50,7 @@ from dblightning.training_settings import (
 from dblightning.window import Window
 
 
-class RewardRLModule(Scoring, ManualUpdates):
+class RewardRLModule(RewardGradients):
     """DPOK on a LoRA adapter of a frozen diffusion model: rollout → score → replay → value updates → policy updates.
 
     Each training batch holds the prompts of one rollout (per rank). Maximises eq. (4) of the paper,
@@ -62,8 +63,9 @@ class RewardRLModule(Scoring, ManualUpdates):
         backbone: the frozen denoiser.
         reward: what to maximise.
         eval_rewards: name → further rewards measured in validation, to see reward hacking.
-        objective: of the policy's updates, by class path; "dpok" (hard clamp of the ratio) and "ppo" (minimum of
-            clipped and unclipped) are short for ``dblightning.objectives.DPOK`` and ``PPO``.
+        objective: of the policy's updates, by class path; "dpok" (hard clamp of the ratio), "ppo" (minimum of clipped
+            and unclipped) and "reward_gradient" are short for ``dblightning.objectives.DPOK``, ``PPO`` and
+            ``RewardGradient``.
         adapter: the LoRA in training.
         sampling: of rollouts and validation.
         optimisation: updates of the policy.
@@ -84,7 +86,7 @@ class RewardRLModule(Scoring, ManualUpdates):
         backbone: Backbone,
         reward: RewardMetric,
         eval_rewards: dict[str, RewardMetric] | None = None,
-        objective: Objective | Literal["dpok", "ppo"] = "dpok",
+        objective: Objective | Literal["dpok", "ppo", "reward_gradient"] = "dpok",
         adapter: AdapterSettings = AdapterSettings(),
         sampling: SamplingSettings = SamplingSettings(),
         optimisation: OptimisationSettings = OptimisationSettings(),
@@ -103,6 +105,7 @@ class RewardRLModule(Scoring, ManualUpdates):
         self.seed, self.validate_first = seed, validate_first
         self.objective = objective_of(objective)
         self.objective.check(self.settings)
+        self.objective.check_reward(reward)
         self.backbone = backbone
         self.reward = reward
         self.eval_rewards = nn.ModuleDict(eval_rewards or {})
@@ -158,13 +161,8 @@ class RewardRLModule(Scoring, ManualUpdates):
         start = time.perf_counter()
         self._check_groups(batch["prompt_id"])
         with self.last_good_state():
-            trajectory, images, reward, sampled = self._scored_rollout(batch)
-            scored = time.perf_counter()
-            self.latest_images = (images, list(batch["prompt"]), reward)
-            self._store(trajectory, batch, reward)
-            with self._no_ddp_sync(), self._profile("update"):
-                updates = [self.update_value()] if self.uses_value else []
-                updates.append(self.update_policy())
+            by_gradient = self.objective.needs == "gradients"
+            updates, reward, sampled, scored = (self.gradient_round if by_gradient else self._policy_round)(batch)
         metrics = self._over_ranks({name: value for update in updates for name, value in update.items()})
         done = time.perf_counter()
         metrics["train/kl_weight"] = self.kl_weight
@@ -174,6 +172,16 @@ class RewardRLModule(Scoring, ManualUpdates):
         self.set_learning_rate()
         self.stop_at_the_last_rollout()
         self._log_update(metrics, len(reward), (start, sampled, scored, done))
+
+    def _policy_round(self, batch: dict[str, Any]) -> Round:
+        """One rollout and the updates that follow it, by score function."""
+        trajectory, images, reward, sampled = self._scored_rollout(batch)
+        scored = time.perf_counter()
+        self.latest_images = (images, list(batch["prompt"]), reward)
+        self._store(trajectory, batch, reward)
+        with self._no_ddp_sync(), self._profile("update"):
+            updates = [*([self.update_value()] if self.uses_value else []), self.update_policy()]
+        return Round(updates, reward, sampled, scored)
 
     def _scored_rollout(self, batch: dict[str, Any]) -> tuple[Trajectory, Tensor, Tensor, float]:
         """Trajectory, images, rewards (B,), and when sampling ended (``time.perf_counter``)."""
@@ -374,9 +382,6 @@ class RewardRLModule(Scoring, ManualUpdates):
         self.set_learning_rate()
         if self.validate_first and self.rollouts_done == 0:
             validate_now(self.trainer)
-
-    def on_fit_end(self) -> None:
-        self._close_worker()
 
     def setup(self, stage: str) -> None:
         self.ranks.timeout = collective_timeout(self.trainer.strategy)

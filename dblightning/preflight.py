@@ -254,9 +254,21 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     if isinstance(tree.get(last), dict) and isinstance(value, dict):
         _merge(tree[last], value)
     elif isinstance(tree.get(last), dict) and isinstance(value, str) and "class_path" in tree[last]:
+        tree[last]["init_args"] = _arguments_of(value, tree[last].get("init_args") or {})
         _merge(tree[last], {"class_path": value})
     else:
         tree[last] = value
+
+
+def _arguments_of(path: str, settings: Any) -> Any:
+    """Of another class's settings those that this one has too, which the parser keeps."""
+    try:
+        known = signature(path)
+    except LookupError:
+        return settings
+    if known.open or not isinstance(settings, dict):
+        return settings
+    return {name: value for name, value in settings.items() if name in known.parameters}
 
 
 # ── checking ─────────────────────────────────────────────────────────────────────────────────────────────────────────

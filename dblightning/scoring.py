@@ -80,6 +80,9 @@ class Scoring(RunState):
             self._worker.close(cancel)
             self._worker = None
 
+    def on_fit_end(self) -> None:
+        self._close_worker()
+
     def _profile(self, name: str) -> AbstractContextManager[None]:
         profiler: Any = self.trainer.profiler  # type: ignore[attr-defined]  # set by Lightning's connector
         context: AbstractContextManager[None] = profiler.profile(name)

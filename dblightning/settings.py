@@ -74,6 +74,11 @@ RULES: dict[str, Number] = {
     # training
     "sampling.eta": Number(above=0, most=1, remedy="a step without noise has no density to train on; the paper's is 1"),
     "clip_range": Number(above=0, remedy="the paper's is 1e-4"),
+    "objective.steps": count(words=(None,), remedy="null takes the whole chain"),
+    "objective.draws": count(),
+    "clip_reward_gradient": Number(above=0, words=(None,), remedy="null clips none"),
+    "clip_adjoint": Number(above=0, words=(None,), remedy="null clips none"),
+    "clip_to_median": Number(least=1, words=(None,), remedy="null clips none"),
     "kl.weight": Number(least=0, most=1e6, remedy="the paper's is 0.1"),
     "reward_weight": Number(above=0, most=1e6),
     "kl.target": Number(above=0, words=(None,), remedy="it counts nats; null keeps the weight"),

@@ -44,7 +44,7 @@ class GaussianSolver(Solver, Protocol):
         """The step's distribution; ``step_index`` may differ per row."""
         ...
 
-    def original(self, output: Tensor, latents: Tensor, step_index: int, detach: bool = False) -> Tensor:
+    def original(self, output: Tensor, latents: Tensor, step_index: int | Tensor, detach: bool = False) -> Tensor:
         """x̂₀ of the latents at a step; ``detach`` treats the noise prediction as a constant."""
         ...
 
@@ -140,7 +140,7 @@ class DDIMSolver:
         """The step as a Gaussian; ``step_index`` is one for all rows, or int64 (B,)."""
         return self.schedule.step(output, latents, step_index, self.eta)
 
-    def original(self, output: Tensor, latents: Tensor, step_index: int, detach: bool = False) -> Tensor:
+    def original(self, output: Tensor, latents: Tensor, step_index: int | Tensor, detach: bool = False) -> Tensor:
         """Tweedie's x̂₀ of the latents at a step; ``detach`` treats ε as a constant: ∂x̂₀/∂x_t = 1/√ᾱ_t.
 
         At ᾱ = 0 the latents are pure noise and that derivative is taken as 0: x̂₀ does not depend on them.

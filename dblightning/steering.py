@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dblightning.backbone import Backbone
 from dblightning.blending import METHODS, Blend
 from dblightning.methods import check_options, load_method, weights_tensor
 from dblightning.sampling import Run, State, Steering
@@ -39,6 +40,25 @@ class Reward(Protocol):
 
     def score(self, images: Tensor, prompts: Any) -> Tensor:
         """One score per image, (B,), of images (B, 3, H, W) in [0, 1]; higher is better."""
+
+
+def reward_gradients(
+    backbone: Backbone, rewards: Sequence[Reward], latents: Tensor, x: Tensor, prompts: Sequence[str]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores (B,) of decoded latents and their gradient at ``x``, for each reward.
+
+    Args:
+        backbone: it decodes.
+        rewards: differentiable ones.
+        latents: (B, C, h, w), a function of ``x``.
+        x: (B, …), requires gradients.
+        prompts: B texts.
+    """
+    images = backbone.decode(latents)
+    for index, reward in enumerate(rewards, start=1):
+        score = reward.score(images, prompts)
+        (gradient,) = torch.autograd.grad(score.sum(), x, retain_graph=index < len(rewards))
+        yield score.detach(), gradient
 
 
 class _RewardSteering(Steering):
@@ -255,11 +275,10 @@ class RGG(_RewardSteering):
                 else:
                     output = whole[part].detach().clone()
                     original = run.solver.original(output, x, step_index, detach=True)  # type: ignore[attr-defined]
-                images = run.backbone.decode(original)
                 total = torch.zeros_like(x)
-                for count, (index, name) in enumerate(self._used, start=1):
-                    score = self.rewards[name].score(images, run.prompts[part])
-                    (gradient,) = torch.autograd.grad(score.sum(), x, retain_graph=count < len(self._used))
+                used = [self.rewards[name] for _, name in self._used]
+                found = reward_gradients(run.backbone, used, original, x, run.prompts[part])
+                for (index, _), (_, gradient) in zip(self._used, found, strict=True):
                     weight = self._table[part, index].to(x.device).view(-1, 1, 1, 1)
                     total = total + weight * self._normalized(gradient)
             outputs.append(output.detach())

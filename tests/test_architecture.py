@@ -22,7 +22,7 @@ LAYERS: dict[str, str] = {
     "command line": "__main__ cli help_pages preflight",
     "callbacks": "callbacks",
     "lightning": "module run_state run_folder progress checkpointing checkpoint_files distributed loggers "
-    "lightning_internals scoring manual_updates data evaluation.module",
+    "lightning_internals scoring manual_updates reward_gradients data evaluation.module",
     "evaluation": "evaluation",
     "pipeline": "pipeline pipeline_call pipeline_inputs pipeline_lora",
     "algorithm": "rollout sampling execution blending methods draws steering policy_gradient replay value batch_size "

@@ -21,6 +21,7 @@ MODULES = [
     "gaussian_step",
     "methods",
     "objectives.policy_gradient",
+    "objectives.reward_gradient",
     "settings",
     "signatures",
     "weights",

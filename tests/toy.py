@@ -111,6 +111,8 @@ class GaussianBackbone(Backbone):
 class LinearReward(RewardMetric):
     """r(x) = slope · Σ x over the dimensions, of a "picture" that is any tensor."""
 
+    is_differentiable = True
+
     def __init__(self, slope: float = 1.0) -> None:
         super().__init__()
         self.slope = slope

@@ -2,5 +2,6 @@
 
 from dblightning.objectives.base import Metrics, Objective, Policy
 from dblightning.objectives.policy_gradient import DPOK, GRPO, PPO, PolicyGradient
+from dblightning.objectives.reward_gradient import RewardGradient
 
-__all__ = ["DPOK", "GRPO", "PPO", "Metrics", "Objective", "Policy", "PolicyGradient"]
+__all__ = ["DPOK", "GRPO", "PPO", "Metrics", "Objective", "Policy", "PolicyGradient", "RewardGradient"]

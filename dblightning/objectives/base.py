@@ -14,8 +14,8 @@ from dblightning.training_settings import TrainingSettings
 
 #: what is logged about a loss: name → scalar
 Metrics = dict[str, Tensor]
-#: what an objective trains on: every step of the trajectories, or their final samples
-Needs = Literal["trajectories", "samples"]
+#: what an objective trains on: every step of the trajectories, their final samples, or the reward's gradient
+Needs = Literal["trajectories", "samples", "gradients"]
 
 
 class Policy(Protocol):
@@ -44,7 +44,8 @@ class Objective(ABC):
 
     Attributes:
         needs: "trajectories": transitions are steps of the stored trajectories; "samples": the last step of each, whose
-            ``next_latents`` are the final latents.
+            ``next_latents`` are the final latents; "gradients": whole trajectories, to differentiate the reward along
+            them (:class:`~dblightning.objectives.reward_gradient.RewardGradient` and its subclasses).
     """
 
     needs: ClassVar[Needs] = "trajectories"
@@ -54,6 +55,13 @@ class Objective(ABC):
 
         Raises:
             ValueError: naming the setting, its value and what to do.
+        """
+
+    def check_reward(self, reward: Any) -> None:  # noqa: B027  # most take any
+        """Refuse a reward, a ``RewardMetric``, that the objective cannot train on.
+
+        Raises:
+            ValueError: naming the reward and what to do.
         """
 
     @abstractmethod
