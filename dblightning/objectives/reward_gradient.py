@@ -142,7 +142,7 @@ class RewardGradient(Objective):
         )
         check(
             settings.window.size is None,
-            f"RewardGradient goes back along every step of a rollout; leave window.size out, got {settings.window.size}",
+            f"RewardGradient goes back along every step; leave window.size out, got {settings.window.size}",
         )
         check(
             not settings.sampling.overlap_reward,
