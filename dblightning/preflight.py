@@ -18,7 +18,14 @@ from typing import Any, NamedTuple
 from dblightning.flat_settings import OBJECTIVES, renamed_config, renamed_option
 from dblightning.settings import Number, count, problems, rules_of
 from dblightning.signatures import NotFound, Parameter, alias, class_path, exports, signature
-from dblightning.training_rules import DEFAULTS, GROUP_OBJECTIVES, conflicts, group_problem, group_size_problem
+from dblightning.training_rules import (
+    DEFAULTS,
+    GROUP_OBJECTIVES,
+    conflicts,
+    gradient_problems,
+    group_problem,
+    group_size_problem,
+)
 from dblightning.weights import check_kl_scale, check_weights
 
 #: the classes behind ``model``, by command
@@ -95,7 +102,10 @@ def _check_together(model: Mapping[str, Any], data: Any) -> None:
     """Refuse training settings that do not go together, and groups of one image."""
     groups = {name: each for name, each in model.items() if isinstance(each, dict)}
     found = list(conflicts(groups))
-    path = str((groups.get("objective") or {}).get("class_path", ""))
+    objective = groups.get("objective") or {}
+    path = str(objective.get("class_path", ""))
+    if path.removeprefix("dblightning.objectives.") == "RewardGradient":
+        found += gradient_problems(groups, {**(objective.get("init_args") or {}), **objective})
     if path.removeprefix("dblightning.objectives.") in GROUP_OBJECTIVES:
         baseline = (groups.get("advantage") or {}).get("baseline", DEFAULTS["advantage"]["baseline"])
         found += group_problem(path.rpartition(".")[2], baseline)

@@ -7,8 +7,11 @@ from typing import Any
 
 #: settings that a rule looks at, by group, and their defaults; a test holds them against the classes'
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "optimisation": {"epochs": None},
+    "sampling": {"num_inference_steps": 50, "overlap_reward": False},
+    "optimisation": {"policy_steps": 5, "epochs": None, "skip_last_steps": 0},
+    "kl": {"form": "exact", "share": 1.0},
     "replay": {"buffer_size": 1000},
+    "window": {"size": None},
     "advantage": {"baseline": "value", "drop_flat_groups": False},
 }
 #: objectives that compare the images of a prompt with each other
@@ -21,7 +24,7 @@ def conflicts(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     Args:
         groups: settings by group and name; those left out have their defaults.
     """
-    given = {group: {**known, **(groups.get(group) or {})} for group, known in DEFAULTS.items()}
+    given = _with_defaults(groups)
     epochs, size = given["optimisation"]["epochs"], given["replay"]["buffer_size"]
     if epochs is not None and size is not None:
         yield (
@@ -31,6 +34,45 @@ def conflicts(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     baseline = given["advantage"]["baseline"]
     if given["advantage"]["drop_flat_groups"] and baseline != "group":
         yield f"advantage.drop_flat_groups leaves out groups, and advantage.baseline is {baseline!r}; set it to group"
+
+
+def _with_defaults(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {group: {**known, **(groups.get(group) or {})} for group, known in DEFAULTS.items()}
+
+
+def gradient_problems(groups: Mapping[str, Mapping[str, Any]], objective: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each setting that does not go with ``RewardGradient``.
+
+    Args:
+        groups: settings by group and name.
+        objective: its own settings by name.
+    """
+    given, name = _with_defaults(groups), "RewardGradient"
+    optimisation, kl, sampling = given["optimisation"], given["kl"], given["sampling"]
+    updates, epochs, skipped = (optimisation[each] for each in ("policy_steps", "epochs", "skip_last_steps"))
+    if updates != 1:
+        yield (
+            f"{name} makes one update per rollout, got optimisation.policy_steps {updates}; set it to 1 and make more "
+            "and smaller rollouts"
+        )
+    if epochs is not None:
+        yield f"{name} makes one update per rollout, got optimisation.epochs {epochs}; set it to null"
+    if kl["form"] != "exact":
+        yield f"{name} takes the exact KL, got kl.form {kl['form']!r}; set it to exact"
+    if kl["share"] != 1:
+        yield f"{name} takes the KL of every step that it trains, got kl.share {kl['share']}; set it to 1"
+    if sampling["overlap_reward"]:
+        yield f"{name} scores with gradients after the rollout; set sampling.overlap_reward to false"
+    if given["window"]["size"] is not None:
+        yield f"{name} goes back along every step; leave window.size out, got {given['window']['size']}"
+    trained, steps = sampling["num_inference_steps"] - skipped, objective.get("steps")
+    if steps is not None and steps > trained:
+        yield f"objective.steps must be at most the {trained} steps that are trained, got {steps}"
+    if objective.get("variant") == "draft_lv" and (steps not in (None, 1) or skipped > 0):
+        yield (
+            f"draft_lv trains the last step alone, got objective.steps {steps} and skip_last_steps {skipped}; set them "
+            "to null and 0"
+        )
 
 
 def group_problem(objective: str, baseline: str) -> Iterator[str]:

@@ -24,6 +24,7 @@ from dblightning.objectives.policy import AdapterPolicy
 from dblightning.replay import Transitions
 from dblightning.settings import check, check_settings, rules_of
 from dblightning.steering import Reward
+from dblightning.training_rules import gradient_problems
 from dblightning.training_settings import TrainingSettings
 
 Variant = Literal["draft", "draft_lv", "alignprop", "refl"]
@@ -125,39 +126,8 @@ class RewardGradient(Objective):
         )
 
     def check(self, settings: TrainingSettings) -> None:
-        optimisation, kl = settings.optimisation, settings.kl
-        trained = settings.sampling.num_inference_steps - optimisation.skip_last_steps
-        check(
-            optimisation.policy_steps == 1,
-            f"RewardGradient makes one update per rollout, got optimisation.policy_steps {optimisation.policy_steps}; "
-            "set it to 1 and make more and smaller rollouts instead",
-        )
-        check(
-            optimisation.epochs is None,
-            f"RewardGradient makes one update per rollout, got optimisation.epochs {optimisation.epochs}; set it to null",
-        )
-        check(kl.form == "exact", f"RewardGradient needs kl.form exact, got {kl.form!r}")
-        check(
-            kl.share == 1, f"RewardGradient takes the KL of every step it trains, got kl.share {kl.share}; set it to 1"
-        )
-        check(
-            settings.window.size is None,
-            f"RewardGradient goes back along every step; leave window.size out, got {settings.window.size}",
-        )
-        check(
-            not settings.sampling.overlap_reward,
-            "RewardGradient scores with gradients, after the rollout; set sampling.overlap_reward to false",
-        )
-        check(
-            self.steps is None or self.steps <= trained,
-            f"RewardGradient.steps must be at most the {trained} steps that are trained, got {self.steps}",
-        )
-        lv = self.variant == "draft_lv"
-        check(not lv or self.steps in (None, 1), f"draft_lv trains the last step alone, got steps {self.steps}")
-        check(
-            not lv or optimisation.skip_last_steps == 0,
-            f"draft_lv trains the last step, which skip_last_steps {optimisation.skip_last_steps} leaves out",
-        )
+        for problem in gradient_problems(dict(settings.groups()), vars(self)):
+            raise ValueError(problem)
 
     def loss(self, policy: Policy, transitions: Transitions) -> tuple[Tensor, Metrics]:
         """Not used: the training module calls :meth:`ends` and :meth:`backward`."""
