@@ -133,7 +133,10 @@ class RewardRLModule(RewardGradients):
         sampling, backbone = self.settings.sampling, self.backbone
         steps = sampling.num_inference_steps
         self.solver = make_solver(backbone.scheduler_config, steps, sampling.eta)
-        self.sampler = RolloutSampler(backbone, self.solver, self.adapter_name, sampling, self.seed, rank_zero_info)
+        means = "mean" in self.objective.stores
+        self.sampler = RolloutSampler(
+            backbone, self.solver, self.adapter_name, sampling, self.seed, rank_zero_info, means
+        )
         self.policy = AdapterPolicy(backbone, self.solver, self.adapter_name, sampling, self._texts)
         skipped = self.settings.optimisation.skip_last_steps
         self.window = Window(self.settings.window, steps, skipped, self.seed, self.objective.needs)
@@ -365,7 +368,8 @@ class RewardRLModule(RewardGradients):
                 f"set buffer_size to at least {batch_size * steps}, or null to keep the latest rollout only"
             )
         if self.replay is None or (size is None and self.replay.capacity != capacity):
-            self.replay = ReplayBuffer(capacity, steps, self.backbone.latent_shape, self.device)
+            means = "mean" in self.objective.stores
+            self.replay = ReplayBuffer(capacity, steps, self.backbone.latent_shape, self.device, means)
         return self.replay
 
     # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dblightning.rollout import Trajectory
 
+#: in place of what transitions do not have
 NO_ADVANTAGE = torch.empty(0)
 TENSORS = ("latents", "log_probs", "facts", "prompt_ids", "born", "rows", "starts")
 
@@ -30,6 +31,7 @@ class Transitions(NamedTuple):
     prompt_id: Tensor  # (N,) int64, on the CPU
     age: Tensor  # (N,) int64, rollouts since it was sampled (0: the latest)
     advantage: Tensor = NO_ADVANTAGE  # (N,), filled in for an objective's loss
+    mean: Tensor = NO_ADVANTAGE  # (N, C, h, w) of the step under the policy that sampled it, where it is stored
 
     def at(self, rows: Tensor) -> Transitions:
         """Some of them: ``rows`` is int64 (n,)."""
@@ -48,10 +50,18 @@ class ReplayBuffer:
         num_steps: stored steps T of each: all denoising steps, or a window of them.
         latent_shape: (C, h, w).
         device: where the latents are kept.
+        keep_means: store each step's mean too, about as much memory again.
     """
 
+    means: Tensor
+
     def __init__(
-        self, capacity: int, num_steps: int, latent_shape: Sequence[int], device: torch.device | str = "cpu"
+        self,
+        capacity: int,
+        num_steps: int,
+        latent_shape: Sequence[int],
+        device: torch.device | str = "cpu",
+        keep_means: bool = False,
     ) -> None:
         if capacity < 1:
             raise ValueError(
@@ -67,6 +77,9 @@ class ReplayBuffer:
         self.born = torch.zeros(capacity, dtype=torch.long)
         self.rows = torch.zeros(capacity, dtype=torch.long)
         self.starts = torch.zeros(capacity, dtype=torch.long)  # index of its first stored step in the solver's schedule
+        self.tensors = (*TENSORS, "means") if keep_means else TENSORS
+        if keep_means:
+            self.means = torch.zeros(capacity, num_steps, *latent_shape, device=device)
         self.size = 0  # trajectories held
         self.cursor = 0  # where the next one goes
         self.rollouts = 0  # calls of add
@@ -96,10 +109,12 @@ class ReplayBuffer:
         keep = slice(max(0, len(reward) - self.capacity), None)
         slots = (self.cursor + torch.arange(len(reward))[: self.capacity]) % self.capacity
         at = slots.to(self.latents.device)
-        kept = {name: getattr(self, name)[at.to(getattr(self, name).device)] for name in TENSORS if before["size"]}
+        kept = {name: getattr(self, name)[at.to(getattr(self, name).device)] for name in self.tensors if before["size"]}
         self._overwritten = {**before, "slots": at, "tensors": kept}
         self.latents[at] = latents[keep].to(self.latents)
         self.log_probs[at] = trajectory.log_probs.T[keep].to(self.log_probs)
+        if trajectory.means is not None and "means" in self.tensors:
+            self.means[at] = trajectory.means.transpose(0, 1)[keep].to(self.means)
         self.facts[at] = facts[keep].to(self.facts)
         self.prompt_ids[slots] = prompt_ids[keep].cpu()
         self.born[slots] = self.rollouts
@@ -124,6 +139,8 @@ class ReplayBuffer:
             "scale": scale,
             "age": self.rollouts - self.born[trajectory],
         }
+        if "means" in self.tensors:
+            gathered["mean"] = self.means[rows, steps]
         moved = {name: part.to(device, non_blocking=True) for name, part in gathered.items()}
         step_index = step_index + self.starts[trajectory]
         return Transitions(step_index=step_index, prompt_id=self.prompt_ids[trajectory], **moved)
@@ -230,15 +247,20 @@ class ReplayBuffer:
             contents: False stores none, for a buffer that is cleared before it is used again.
         """
         size, cursor = (self.size, self.cursor) if contents else (0, 0)
-        held = {name: getattr(self, name)[:size].cpu().clone() for name in TENSORS}
+        held = {name: getattr(self, name)[:size].cpu().clone() for name in self.tensors}
         return {**held, "size": size, "cursor": cursor, "rollouts": self.rollouts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a :meth:`state_dict`; of a buffer of another capacity the latest trajectories that have room here.
 
         Raises:
-            ValueError: trajectories of another shape.
+            ValueError: trajectories of another shape, or without the means that are stored here.
         """
+        if "means" in self.tensors and "means" not in state and state["size"] > 0:
+            raise ValueError(
+                "the checkpoint's replay buffer holds no means of its steps, and this run's objective needs them; "
+                "resume with the objective that it was trained with, or start a new run from its exported adapter"
+            )
         if state["latents"].shape[1:] != self.latents.shape[1:]:
             raise ValueError(
                 f"the checkpoint's replay buffer holds trajectories of shape {tuple(state['latents'].shape[1:])}, this "
@@ -251,8 +273,8 @@ class ReplayBuffer:
             # from the oldest on: a full ring's cursor stands on it, another's behind the newest
             slots = (state["cursor"] + torch.arange(size))[-self.capacity :] % max(size, 1)
             cursor = len(slots) % self.capacity
-        for name in TENSORS:
+        for name in self.tensors:
             own = getattr(self, name)
-            if name in state:  # "starts" is not in checkpoints of before windows
+            if name in state and size > 0:  # "starts" is not in checkpoints of before windows
                 own[: len(slots)] = state[name][slots].to(own.device)
         self.size, self.cursor, self.rollouts = len(slots), cursor, state["rollouts"]

@@ -25,6 +25,7 @@ class Trajectory(NamedTuple):
     log_probs: Tensor  # (T, B), of latents[t + 1] given latents[t]; mean over C, h, w
     start: int = 0  # index of the first of them in the solver's schedule
     final: Tensor | None = None  # (B, C, h, w), where the image is not latents[T]
+    means: Tensor | None = None  # (T, B, C, h, w) of each step's Gaussian, where an objective asks for them
 
     @property
     def image(self) -> Tensor:
@@ -34,14 +35,18 @@ class Trajectory(NamedTuple):
     def of(self, rows: Tensor) -> Trajectory:
         """Some of its images: ``rows`` is bool (B,) or int64 (n,)."""
         final = None if self.final is None else self.final[rows]
-        return Trajectory(self.latents[:, rows], self.log_probs[:, rows], self.start, final)
+        means = None if self.means is None else self.means[:, rows]
+        return Trajectory(self.latents[:, rows], self.log_probs[:, rows], self.start, final, means)
 
     @staticmethod
     def joined(parts: Sequence[Trajectory]) -> Trajectory:
         """The images of several parts of one rollout."""
         final = None if parts[0].final is None else torch.cat([part.image for part in parts])
         latents, log_probs = (torch.cat(each, dim=1) for each in list(zip(*parts, strict=True))[:2])
-        return Trajectory(latents, log_probs, parts[0].start, final)
+        means = (
+            None if parts[0].means is None else torch.cat([part.means for part in parts if part.means is not None], 1)
+        )
+        return Trajectory(latents, log_probs, parts[0].start, final, means)
 
 
 @torch.no_grad()
@@ -54,6 +59,7 @@ def rollout(
     guidance_scale: float,
     execution: Execution = "auto",
     window: WindowedSolver | None = None,
+    keep_means: bool = False,
 ) -> Trajectory:
     """Sample trajectories for the policy gradient, with the log-prob of every step.
 
@@ -68,6 +74,7 @@ def rollout(
     check_density(solver, steps)
     states: list[Tensor] = []
     log_probs: list[Tensor] = []
+    means: list[Tensor] = []
 
     def record(step: StepRecord) -> None:
         if step.step_index not in steps:
@@ -75,13 +82,16 @@ def rollout(
         states[-1:] = [step.latents, step.next_latents]
         taken = solver.gaussian(step.output, step.latents, step.step_index)
         log_probs.append(gaussian_log_prob(taken, step.next_latents))
+        if keep_means:
+            means.append(taken.mean)
 
     last = denoise_loop(
         backbone, conditioning, window or solver, blend, noise, guidance_scale=guidance_scale, execution=execution,
         on_step=record,
     )  # fmt: skip
     final = None if window is None else last
-    return Trajectory(torch.stack(states), torch.stack(log_probs), steps.start, final)
+    kept = torch.stack(means) if keep_means else None
+    return Trajectory(torch.stack(states), torch.stack(log_probs), steps.start, final, kept)
 
 
 def check_density(solver: GaussianSolver, steps: Iterable[int]) -> None:

@@ -40,6 +40,7 @@ class RolloutSampler:
         settings: of sampling.
         seed: of the run; an image's noise is of it, the prompt and the image's own seed.
         inform: is given what is worth saying about a run, once.
+        keep_means: store the mean of every step's Gaussian too.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class RolloutSampler:
         settings: SamplingSettings,
         seed: int,
         inform: Callable[[str], None] = print,
+        keep_means: bool = False,
     ) -> None:
         self.backbone = backbone
         self.solver = solver
@@ -57,6 +59,7 @@ class RolloutSampler:
         self.settings = settings
         self.seed = seed
         self.inform = inform
+        self.keep_means = keep_means
         self._fitting: int | None = None  # images that fit into memory at once, where that is asked
 
     def rollout(
@@ -101,6 +104,7 @@ class RolloutSampler:
             self.settings.guidance_scale,
             self.execution(device),
             window,
+            self.keep_means,
         )
         images, finite = without_nan(self.backbone.decode(trajectory.image))
         finite &= torch.isfinite(trajectory.latents).transpose(0, 1).flatten(1).all(1)

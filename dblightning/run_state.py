@@ -191,7 +191,8 @@ class RunState(L.LightningModule):
             if own["replay"] is not None:
                 steps, size = self.window.stored, self.settings.replay.buffer_size
                 capacity = own["capacity"] if size is None else size // steps
-                self.replay = ReplayBuffer(capacity, steps, self.backbone.latent_shape, self.device)
+                means = "mean" in self.objective.stores
+                self.replay = ReplayBuffer(capacity, steps, self.backbone.latent_shape, self.device, means)
                 self.replay.load_state_dict(own["replay"])
         del self._resumed
 

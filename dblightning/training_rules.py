@@ -15,7 +15,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "advantage": {"baseline": "value", "drop_flat_groups": False},
 }
 #: objectives that compare the images of a prompt with each other
-GROUP_OBJECTIVES = ("GRPO",)
+GROUP_OBJECTIVES = ("GRPO", "GRPOGuard")
 
 
 def conflicts(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -22,6 +22,7 @@ MODULES = [
     "methods",
     "objectives.policy_gradient",
     "objectives.reward_gradient",
+    "objectives.stored_mean",
     "settings",
     "signatures",
     "weights",

@@ -3,5 +3,17 @@
 from dblightning.objectives.base import Metrics, Objective, Policy
 from dblightning.objectives.policy_gradient import DPOK, GRPO, PPO, PolicyGradient
 from dblightning.objectives.reward_gradient import RewardGradient
+from dblightning.objectives.stored_mean import FlowDPPO, GRPOGuard
 
-__all__ = ["DPOK", "GRPO", "PPO", "Metrics", "Objective", "Policy", "PolicyGradient", "RewardGradient"]
+__all__ = [
+    "DPOK",
+    "GRPO",
+    "PPO",
+    "FlowDPPO",
+    "GRPOGuard",
+    "Metrics",
+    "Objective",
+    "Policy",
+    "PolicyGradient",
+    "RewardGradient",
+]

@@ -46,9 +46,12 @@ class Objective(ABC):
         needs: "trajectories": transitions are steps of the stored trajectories; "samples": the last step of each, whose
             ``next_latents`` are the final latents; "gradients": whole trajectories, to differentiate the reward along
             them (:class:`~dblightning.objectives.reward_gradient.RewardGradient` and its subclasses).
+        stores: what a rollout stores of each step beside latents and log-probs: "mean", the mean of its Gaussian under
+            the policy that sampled it, which doubles the buffer's memory.
     """
 
     needs: ClassVar[Needs] = "trajectories"
+    stores: ClassVar[tuple[Literal["mean"], ...]] = ()
 
     def check(self, settings: TrainingSettings) -> None:  # noqa: B027  # most go with any
         """Refuse training settings that do not go with the objective, before any work.
