@@ -1,4 +1,4 @@
-"""Cost of each inference-time method: seconds per image, UNet rows, memory, and the ratio to the base model.
+"""Cost of each inference-time method: seconds per image, denoiser rows, memory, and the ratio to the base model.
 
     python benchmarks/inference.py --model miniature --batch 1
     python benchmarks/inference.py --model sd15 --resolution 128 --steps 3 --repeats 3
@@ -240,7 +240,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "ratio": statistics.median(ratios),
                 "ratio_min": min(ratios),
                 "ratio_max": max(ratios),
-                "unet_rows_per_image": runs[0][1] / options.batch,
+                "denoiser_rows_per_image": runs[0][1] / options.batch,
                 "peak_mb": max(each[2] for each in runs),
             }
         )
@@ -270,13 +270,13 @@ def markdown(record: dict[str, Any]) -> str:
         f"{settings['guidance_scale']:g}, {settings['dtype']}, {record['device']}, torch {record['torch']}, "
         f"{settings['repeats']} interleaved repeats. {machine.sentence(record['machine'])}.",
         "",
-        "| method | s per image | × base | UNet rows per image | peak MB |",
+        "| method | s per image | × base | denoiser rows per image | peak MB |",
         "|---|---|---|---|---|",
     ]
     for row in record["results"]:
         spread = f"{row['ratio']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
         lines.append(
-            f"| {row['method']} | {row['seconds_per_image']:.3f} | {spread} | {row['unet_rows_per_image']:g} | "
+            f"| {row['method']} | {row['seconds_per_image']:.3f} | {spread} | {row['denoiser_rows_per_image']:g} | "
             f"{row['peak_mb']:.0f} |"
         )
     lines += [

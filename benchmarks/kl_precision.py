@@ -1,4 +1,4 @@
-"""What rounding makes of the exact KL and its gradient: dimension × guidance × precision, against float32.
+"""Errors of rounding in the exact KL and its gradient: dimension × guidance × precision, against float32.
 
     python benchmarks/kl_precision.py --json benchmarks/results/kl_precision.json
 
@@ -67,14 +67,14 @@ def widened(module: RewardRLModule, dimensions: int, steps: int) -> RewardRLModu
 def trajectory_of(module: RewardRLModule, guidance: float) -> Transitions:
     """Every step of one trajectory of the adapter."""
     conditioning = module.backbone.encode([PROMPT], None)
-    walk = rollout(
+    trajectory = rollout(
         module.backbone, conditioning, module.solver, Single(module.adapter_name), ImageNoise([0]), guidance, "gated"
     )
-    count = len(walk.latents) - 1
+    count = len(trajectory.latents) - 1
     ones, zeros = torch.ones(count), torch.zeros(count, dtype=torch.long)
     return Transitions(
-        latents=walk.latents[:-1, 0], next_latents=walk.latents[1:, 0], step_index=torch.arange(count),
-        log_prob=walk.log_probs[:, 0], reward=ones, baseline=ones, scale=ones, prompt_id=zeros, age=zeros,
+        latents=trajectory.latents[:-1, 0], next_latents=trajectory.latents[1:, 0], step_index=torch.arange(count),
+        log_prob=trajectory.log_probs[:, 0], reward=ones, baseline=ones, scale=ones, prompt_id=zeros, age=zeros,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""How far DB-MPA-LS strays from DB-MPA, by the order of its draws: final latents and rewards on the miniature.
+"""Distance of DB-MPA-LS from DB-MPA by the order of its draws: final latents and rewards on the miniature.
 
     python benchmarks/ls_draws.py --json benchmarks/results/ls_draws.json
 

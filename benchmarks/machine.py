@@ -10,7 +10,7 @@ from typing import Any
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores this process may use, memory in GB, load when asked, system, date (UTC)."""
+    """Processor, cores this process may use, memory in GB, load when requested, system, date (UTC)."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

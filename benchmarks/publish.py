@@ -1,4 +1,4 @@
-"""Where a benchmark's record goes: the screen, and files if requested."""
+"""Output of a benchmark's record: the screen, and files if requested."""
 
 from __future__ import annotations
 

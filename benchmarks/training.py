@@ -5,9 +5,9 @@
     python benchmarks/training.py --tiny --only ours naive             (a check that it runs)
 
 FOLDER gets TRL's environment when there is none yet (a few gigabytes). All contestants train the miniature's aesthetic
-adapter on one CPU thread each: the same images, UNet rows, trained transitions and optimiser steps, which are counted
-and compared. Their rounds are interleaved, and a ratio is the median over repeats of two contestants' CPU seconds in
-the same repeat; wall seconds are given too.
+adapter on one CPU thread each: the same images, denoiser rows, trained transitions and optimiser steps, which are
+counted and compared. Their rounds are interleaved, and a ratio is the median over repeats of two contestants' CPU
+seconds in the same repeat; wall seconds are given too.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ COMPARISONS = [
     ("naive", "ours"),
 ]
 #: what must be equal for two contestants to have done the same work; how often a text is encoded is part of the how
-WORK = ("images", "unet_rows_without_grad", "unet_rows_with_grad", "transitions", "optimizer_steps")
+WORK = ("images", "denoiser_rows_without_grad", "denoiser_rows_with_grad", "transitions", "optimizer_steps")
 TINY = dict(images=4, sample_batch=2, samples_per_prompt=2, steps=2, micro_batch=2, optimizer_steps=1)
 
 
@@ -78,7 +78,7 @@ def interleaved(contestants: dict[str, Contestant], repeats: int) -> dict[str, l
 
 
 def summary(rounds: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
-    """What is reported of one contestant."""
+    """The reported figures of one contestant."""
     images = settings.images * settings.processes
     return {
         "settings": dataclasses.asdict(settings),
@@ -94,7 +94,7 @@ def summary(rounds: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
 
 
 def comparison(peer: str, ours: str, rounds: dict[str, list[dict[str, Any]]], processes: float = 1.0) -> dict[str, Any]:
-    """How many times faster ``ours`` is than ``peer``, and whether both did the same work, per process.
+    """Speed of ``ours`` as a multiple of ``peer``'s, and whether both did the same work, per process.
 
     Args:
         peer, ours: names.
@@ -167,16 +167,17 @@ def markdown(record: dict[str, Any]) -> str:
         f"where not stated; one thread per process. {machine.sentence(record['machine'])}.",
         "",
         "| contestant | images per CPU s | images per wall s | s per optimiser step | sampling | decoding | rewards "
-        "| update | other | UNet rows without / with gradients | texts encoded |",
+        "| update | other | denoiser rows without / with gradients | texts encoded |",
         "|" + "---|" * 11,
     ]
     for name, row in record["contestants"].items():
         phases = " | ".join(f"{row['phases'][phase]:.2f}" for phase in (*PHASES, "other"))
         counts = row["counts"]
+        rows = f"{counts['denoiser_rows_without_grad']} / {counts['denoiser_rows_with_grad']}"
         lines.append(
             f"| {name} | {_spread(row['images_per_cpu_second'])} | {_spread(row['images_per_wall_second'])} | "
             f"{row['seconds_per_optimizer_step']['median']:.2f} | {phases} | "
-            f"{counts['unet_rows_without_grad']} / {counts['unet_rows_with_grad']} | {counts['texts_encoded']} |"
+            f"{rows} | {counts['texts_encoded']} |"
         )
     if record["comparisons"]:
         lines += ["", "| peer | against | × by CPU seconds | × by wall seconds | same work |", "|---|---|---|---|---|"]

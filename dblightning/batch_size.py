@@ -1,4 +1,4 @@
-"""How many images fit into a device's memory at once."""
+"""Number of images that fit into a device's memory at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Meter(Protocol):
     """A device's memory, in bytes."""
 
     def available(self) -> int:
-        """What could be allocated now."""
+        """Bytes that could be allocated now."""
 
     def peak(self, work: Callable[[], None]) -> int:
         """The most that ``work`` has allocated at once."""

@@ -24,7 +24,7 @@ from dblightning.weights import check_weights as check_weights  # where it was a
 
 
 class BlendStep(NamedTuple):
-    """Who predicts at one denoising step, on the CPU."""
+    """Rows and mix of one denoising step, on the CPU."""
 
     gates: Tensor  # (K, B, m) float32
     mix: Tensor  # (K, B) float64, sums to 1 over K
@@ -55,18 +55,20 @@ class Blend(ABC):
     ) -> Self:
         """The blend of a preference, as the pipeline, an evaluation and a sweep state it.
 
-        By default the constructor gets what it names of ``weights``, ``kl_scale`` and ``normalize``, and the options;
-        override this where it names something else.
+        By default the constructor gets what it names of ``weights``, ``kl_scale`` and ``normalize``, and the options.
+        Where it names ``adapter`` in place of ``weights``, that is the one adapter of weight 1. Override this where it
+        names something else.
 
         Raises:
             ValueError: weights, a λ other than 1 or an option that the class lacks, or one that it needs.
         """
         named = inspect.signature(cls).parameters
-        given: dict[str, Any] = {
-            "weights": weights or None,
-            "kl_scale": kl_scale if "kl_scale" in named or not is_one(kl_scale) else None,
-            "normalize": normalize if "normalize" in named else normalize or None,
-        }
+        given: dict[str, Any] = {"kl_scale": kl_scale if "kl_scale" in named or not is_one(kl_scale) else None}
+        if "adapter" in named and "weights" not in named and "adapter" not in options:
+            given["adapter"] = _only_adapter(cls, weights)
+        else:
+            given["weights"] = weights or None
+            given["normalize"] = normalize if "normalize" in named else normalize or None
         return construct(cls, given, options, _subject(cls))
 
     @abstractmethod
@@ -112,18 +114,6 @@ class _Weighted(Blend):
     def __init__(self, weights: BatchWeights | WeightSchedule, normalize: bool = False) -> None:
         self.weights = weights
         self.normalize = normalize
-
-    @classmethod
-    def from_preference(
-        cls,
-        weights: BatchWeights | WeightSchedule | None = None,
-        kl_scale: float | Sequence[float] = 1.0,
-        normalize: bool = False,
-        **options: Any,
-    ) -> Self:
-        if weights is None:
-            raise ValueError(f"{_subject(cls)} needs weights, for example weights={{'aesthetic': 1.0}}")
-        return super().from_preference(weights, kl_scale, normalize, **options)
 
     def table(self, adapters: Sequence[str], batch: int, num_steps: int) -> Tensor:
         """Weights of every step, (T, B, m); all checked before the first step runs."""
@@ -173,23 +163,7 @@ class DBMPA(_Weighted):
         return plan
 
 
-class _OneAdapter(DBMPA):
-    """Blends that run one adapter, which their constructor takes in place of weights."""
-
-    @classmethod
-    def from_preference(
-        cls,
-        weights: BatchWeights | WeightSchedule | None = None,
-        kl_scale: float | Sequence[float] = 1.0,
-        normalize: bool = False,
-        **options: Any,
-    ) -> Self:
-        """The blend of the one adapter that has weight 1."""
-        given = {"adapter": _only_adapter(cls, weights), "kl_scale": None if is_one(kl_scale) else kl_scale}
-        return construct(cls, given, options, _subject(cls))
-
-
-class DBKLA(_OneAdapter):
+class DBKLA(DBMPA):
     """DB-KLA, ε = (1−λ) ε_pre + λ ε_rl (Algorithm 2, eq. 10): regularisation α/λ without retraining.
 
     Args:
@@ -201,7 +175,7 @@ class DBKLA(_OneAdapter):
         super().__init__(_one_hot(adapter), kl_scale)
 
 
-class Single(_OneAdapter):
+class Single(DBMPA):
     """One adapter alone: an endpoint of a blend, or a MORL oracle trained on the weighted reward itself (B.1).
 
     Args:
@@ -352,7 +326,7 @@ def make_blend(
 
 
 def _subject(kind: type[Blend]) -> str:
-    """What messages call a class: by its method's name, where it has one."""
+    """A class's name in messages: its method's, where it has one."""
     return next((f"method {name!r}" for name, each in METHODS.items() if each is kind), kind.__name__)
 
 

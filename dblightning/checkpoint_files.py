@@ -68,7 +68,7 @@ def write_atomically(data: bytes, path: str | Path) -> None:
 
 
 def read_intact(path: str | Path) -> Any:
-    """What :func:`write_atomically` and :func:`serialized` wrote, on the CPU; a plain ``torch.save`` file too.
+    """Content of a file of :func:`write_atomically` or :func:`serialized`, on the CPU; a plain ``torch.save`` file too.
 
     Raises:
         FileNotFoundError: no such file.

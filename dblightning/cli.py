@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dblightning.arguments import convert_parser, convert_vila_parser, pretrain_parser
-from dblightning.flat_settings import OBJECTIVES, renamed_arguments, tell
-from dblightning.preflight import Refused, check_command, parse_value, read_config
+from dblightning.command_tree import Refused, parse_value, read_config
+from dblightning.flat_settings import OBJECTIVES, log_new_names, renamed_arguments
+from dblightning.preflight import check_command
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -160,7 +161,7 @@ def _lightning(command: str, arguments: list[str], debug: bool = False) -> None:
     training = command in TRAINING
     if training:
         arguments, moved = renamed_arguments(arguments, read_config, parse_value)
-        tell(moved, rank_zero_info)
+        log_new_names(moved, rank_zero_info)
 
     class Parser(LightningArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -23,7 +23,7 @@ class Call(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """How a blend step is executed, on the latents' device."""
+    """Execution of a blend step, on the latents' device."""
 
     calls: list[Call]
     mix: Tensor | None  # (K, B); None: one row per image, unscaled

@@ -193,14 +193,14 @@ def _yaml(content: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(content), sort_keys=False)
 
 
-_told = False
+_named = False  # whether the new names were logged in this process
 
 
-def tell(moved: Mapping[str, str], say: Callable[[str], None]) -> None:
-    """Say the new names of flat settings, once in a process."""
-    global _told
-    if moved and not _told:
-        _told = True
+def log_new_names(moved: Mapping[str, str], say: Callable[[str], None]) -> None:
+    """Log the new names of flat settings, once in a process."""
+    global _named
+    if moved and not _named:
+        _named = True
         say("settings have groups now: " + ", ".join(f"{old} is {new}" for old, new in moved.items()))
 
 
@@ -211,7 +211,7 @@ def reads_flat_settings(say: Callable[[str], None]) -> Callable[[Callable[..., N
         @functools.wraps(init)
         def read(self: Any, *args: Any, **settings: Any) -> None:
             found, moved = grouped(settings)
-            tell(moved, say)
+            log_new_names(moved, say)
             init(self, *args, **found)
 
         return read

@@ -18,7 +18,7 @@ def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
 
 
 def collective_timeout(strategy: Strategy) -> timedelta | None:
-    """How long the strategy's ranks wait for one another in a collective; None where it has a single process."""
+    """Time the strategy's ranks wait for one another in a collective; None where it has a single process."""
     return getattr(strategy, "_timeout", None)
 
 

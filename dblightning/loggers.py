@@ -1,4 +1,4 @@
-"""What goes to a run's loggers beside scalars: pictures to each that takes them, and one reward per prompt."""
+"""Entries of a run's loggers beside scalars: pictures to each that takes them, and one reward per prompt."""
 
 from __future__ import annotations
 

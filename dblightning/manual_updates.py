@@ -35,7 +35,7 @@ class ManualUpdates(RunState):
 
     @property
     def policy_parameters(self) -> list[nn.Parameter]:
-        """What the policy's optimiser trains: the adapter's."""
+        """Parameters of the policy's optimiser: the adapter's."""
         return self.backbone.adapters.parameters(self.adapter_name)
 
     @property

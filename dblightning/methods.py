@@ -1,8 +1,7 @@
-"""What blends and steering share: preferences as tensors, and classes found by a method's name or dotted path."""
+"""Common ground of blends and steering: preferences as tensors, and classes found by a method's name or dotted path."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import numbers
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dblightning.class_paths import import_class, is_path, names
 from dblightning.weights import BatchWeights, check_kl_scale, check_weights
 
 
@@ -109,17 +109,11 @@ def load_method(method: str, known: Mapping[str, type[Method]], *kinds: type) ->
     """
     if method in known:
         return known[method]
-    bases = " or ".join(kind.__name__ for kind in kinds)
-    module, _, name = str(method).rpartition(".")
-    if not module or not all(part.isidentifier() for part in (*module.split("."), name)):
-        raise ValueError(f"method must be one of {sorted(known)} or the dotted path of a {bases} class, got {method!r}")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"method {method!r} cannot be imported: {error}; name its module and class") from error
-    if not (isinstance(found, type) and issubclass(found, kinds)):
-        raise ValueError(f"method {method!r} must be a {bases} class, got {found!r}")
-    return found
+    if not is_path(method):
+        raise ValueError(
+            f"method must be one of {sorted(known)} or the dotted path of a {names(*kinds)} class, got {method!r}"
+        )
+    return import_class(method, "method", *kinds)
 
 
 def check_options(options: Mapping[str, Any] | None, apart: Sequence[str]) -> dict[str, Any]:

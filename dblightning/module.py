@@ -117,11 +117,14 @@ class RewardRLModule(RewardGradients):
     def _add_adapter(self) -> None:
         bank, adapter = self.backbone.adapters, self.settings.adapter
         if adapter.init is None:
-            bank.add(self.adapter_name, adapter.rank, adapter.lora_alpha, adapter.target_modules, self.seed)
+            targets = bank.target_modules if adapter.target_modules is None else adapter.target_modules
+            adapter = replace(adapter, target_modules=targets)
+            bank.add(self.adapter_name, adapter.rank, adapter.lora_alpha, targets, self.seed)
         else:
             bank.load(self.adapter_name, adapter.init, getattr(self.backbone, "pipeline", None))
             # the file's rank, lora_alpha and target_modules
-            self.settings = replace(self.settings, adapter=replace(adapter, **bank.settings(self.adapter_name)))
+            adapter = replace(adapter, **bank.settings(self.adapter_name))
+        self.settings = replace(self.settings, adapter=adapter)  # as checkpoints compare them
         bank.train_only(self.adapter_name)
 
     def _save_settings(self) -> None:

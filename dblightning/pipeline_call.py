@@ -141,7 +141,7 @@ class CallbackTensors:
 
 
 def _mark(tensor: Tensor) -> int | Tensor:
-    """What tells later whether a tensor was changed in place; in inference mode torch does not count, so a copy."""
+    """A mark that a change in place shows by; in inference mode torch does not count changes, so a copy."""
     return tensor.clone() if tensor.is_inference() else version(tensor)
 
 

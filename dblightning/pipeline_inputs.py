@@ -75,7 +75,7 @@ def check_taken(backbone: DiffusersBackbone, names: Sequence[str]) -> None:
     stray = [name for name in names if not backbone.family.takes(name)]
     if stray:
         kind = type(backbone.pipeline).__name__
-        raise ValueError(f"{stray[0]} is no argument of a {kind}; leave it out for this model")
+        raise ValueError(f"{stray[0]} is not an argument of a {kind}; leave it out for this model")
 
 
 def condition(

@@ -4,18 +4,16 @@ Knows the settings from their classes' source (``signatures``) and their ranges 
 is certainly wrong; everything else is left to the parser, which has the last word.
 """
 
-# Longer than 400 lines: reading a command line and checking it go by the same tree of settings.
-
 from __future__ import annotations
 
 import ast
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from dblightning.flat_settings import OBJECTIVES, renamed_config, renamed_option
+from dblightning.annotations import LISTS, MAPPINGS, WORDS, described, fits, kinds_of, name_of, words_of
+from dblightning.command_tree import TRAINING, Refused, Unclear, hint, parse, shown
 from dblightning.settings import Number, count, problems, rules_of
 from dblightning.signatures import NotFound, Parameter, alias, class_path, exports, signature
 from dblightning.training_rules import (
@@ -35,8 +33,6 @@ MODELS = {
     "test": "dblightning.evaluation.module.BlendEvaluationModule",
     "predict": "dblightning.evaluation.module.BlendEvaluationModule",
 }
-#: the commands whose model is trained, and whose settings had flat names once
-TRAINING = ("fit", "validate")
 BLEND = "dblightning.evaluation.specs.BlendSpec"
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 TRAINER_RULES = {
@@ -47,8 +43,6 @@ TRAINER_RULES = {
     "log_every_n_steps": count(0, words=(None,)),
     "num_sanity_val_steps": Number(least=-1, whole=True, words=(None,)),
 }
-#: settings beside ``model``, ``data`` and ``trainer``
-TOP = ("config", "seed_everything", "trainer", "model", "data", "ckpt_path", "overwrite")
 #: modules whose classes may be named without their module, as the parser allows
 SHORT_NAMES = (
     "dblightning.rewards",
@@ -59,14 +53,6 @@ SHORT_NAMES = (
 )
 #: settings that name something on disk, if it looks like a path
 PATHS = ("train_file", "test_file", "val_file", "init", "pretrained")
-
-
-class Refused(ValueError):
-    """A command line that cannot run; the message is one sentence."""
-
-
-class Unclear(Exception):
-    """The command line has something only the real parser understands."""
 
 
 def check_command(command: str, arguments: Sequence[str]) -> None:
@@ -116,174 +102,6 @@ def _check_together(model: Mapping[str, Any], data: Any) -> None:
         raise Refused(problem)
 
 
-# ── parsing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """The settings of a command line as one tree: config files in order, then the options.
-
-    Raises:
-        Refused: a file that is not there or not YAML, or an option that no setting has.
-        Unclear: a form that is left to the parser.
-    """
-    tree: dict[str, Any] = {}
-    training = command in TRAINING
-    for name, value in _options(arguments):
-        if name in ("config", "c"):
-            content = read_config(value)
-            _merge(tree, _renamed(value, content) if training else content)
-        elif name == "print_config" or name.startswith("print_config"):
-            continue
-        elif name == "help" or name.endswith((".help", "+")):
-            raise Unclear(name)
-        else:
-            top = name.split(".")[0]
-            if top not in TOP:
-                raise Refused(f"unknown option --{name}{_hint(top, TOP)}; {command} --help lists the settings")
-            name, given = renamed_option(name, parse_value(value)) if training else (name, parse_value(value))
-            _set(tree, name.split("."), given)
-    unknown = [str(key) for key in tree if key not in TOP]
-    if unknown:
-        raise Refused(f"unknown setting {unknown[0]!r} at the top of the config{_hint(unknown[0], TOP)}")
-    model = tree.get("model")
-    if training and isinstance(model, dict) and isinstance(model.get("objective"), dict):
-        model["objective"].setdefault("class_path", OBJECTIVES["dpok"])
-    return tree
-
-
-def _renamed(file: str, content: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return renamed_config(content)[0]
-    except ValueError as error:
-        raise Refused(f"config file {file}: {error}") from error
-
-
-def _options(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
-    pending = list(arguments)
-    while pending:
-        word = pending.pop(0)
-        if word in ("-h", "-c"):
-            word = {"-h": "--help", "-c": "--config"}[word]
-        if not word.startswith("--") or word == "--":
-            raise Refused(f"unexpected argument {word!r}: settings are given as --name value or in --config FILE")
-        name, equals, value = word[2:].partition("=")
-        if name.startswith("print_config") or name in ("help", "overwrite"):
-            yield name, value or "true"
-        elif equals:
-            yield name, value
-        elif not pending or (pending[0].startswith("--") and not re.match(r"--?\d", pending[0])):
-            raise Refused(f"option --{name} needs a value")
-        else:
-            yield name, pending.pop(0)
-
-
-def read_config(file: str) -> dict[str, Any]:
-    """The settings of one YAML file.
-
-    Raises:
-        Refused: naming the file and what is wrong with it.
-    """
-    path = Path(file).expanduser()
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise Refused(f"config file {file} {what}; the configs that come with the project are in configs/")
-    try:
-        content = _yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"config file {file} cannot be read: {error}") from error
-    except ValueError as error:
-        raise Refused(f"config file {file} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise Refused(f"config file {file} must hold settings such as 'model: …', got {_shown(content)}")
-    unknown = [str(key) for key in content if key not in TOP]
-    if unknown:
-        raise Refused(f"config file {file} has an unknown setting {unknown[0]!r}{_hint(unknown[0], TOP)}")
-    return content
-
-
-def _yaml(text: str) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    # YAML 1.1 takes 1e-3 for a text
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-        list("-+0123456789."),
-    )
-    Loader.yaml_implicit_resolvers = {
-        # integers first: the pattern above takes them too
-        key: sorted(each, key=lambda pair: pair[0].endswith("float"))
-        for key, each in Loader.yaml_implicit_resolvers.items()
-    }
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" in line {mark.line + 1}" if mark is not None else ""
-        raise ValueError(f"{getattr(error, 'problem', None) or 'unreadable'}{place}") from error
-
-
-def parse_value(text: str) -> Any:
-    """What a text on the command line is in YAML; itself where it is none."""
-    try:
-        return _yaml(text)
-    except ValueError:
-        return text
-
-
-def _merge(tree: dict[str, Any], new: dict[str, Any]) -> None:
-    for key, value in new.items():
-        old = tree.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            other = "class_path" in value and old.get("class_path") not in (None, value["class_path"])
-            if other:
-                old.pop("init_args", None)
-            _merge(old, value)
-        else:
-            tree[key.removesuffix("+") if isinstance(key, str) else key] = value
-
-
-def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        below = tree.get(key)
-        if isinstance(below, list) and below:  # the parser's rule: what follows belongs to the last one
-            if not isinstance(below[-1], dict):
-                below[-1] = {"class_path": below[-1]}
-            tree = below[-1]
-            continue
-        if isinstance(below, str) and key != "init_args":
-            below = {"class_path": below}
-        if not isinstance(below, dict):
-            below = {}
-        tree[key] = below
-        tree = below
-    last = keys[-1]
-    if isinstance(tree.get(last), dict) and isinstance(value, dict):
-        _merge(tree[last], value)
-    elif isinstance(tree.get(last), dict) and isinstance(value, str) and "class_path" in tree[last]:
-        tree[last]["init_args"] = _arguments_of(value, tree[last].get("init_args") or {})
-        _merge(tree[last], {"class_path": value})
-    else:
-        tree[last] = value
-
-
-def _arguments_of(path: str, settings: Any) -> Any:
-    """Of another class's settings those that this one has too, which the parser keeps."""
-    try:
-        known = signature(path)
-    except LookupError:
-        return settings
-    if known.open or not isinstance(settings, dict):
-        return settings
-    return {name: value for name, value in settings.items() if name in known.parameters}
-
-
-# ── checking ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def check_object(place: str, value: Any, complete: bool, modules: Sequence[str] = SHORT_NAMES) -> None:
     """Refuse a class path that names nothing, or arguments that its class does not take.
 
@@ -296,31 +114,31 @@ def check_object(place: str, value: Any, complete: bool, modules: Sequence[str] 
     if isinstance(value, str):
         value = {"class_path": value}
     if not isinstance(value, dict):
-        raise Refused(f"{place} must name a class (class_path and init_args), got {_shown(value)}")
+        raise Refused(f"{place} must name a class (class_path and init_args), got {shown(value)}")
     path = value.get("class_path")
     if path is None:
         return  # settings of the default class
     if not isinstance(path, str):
-        raise Refused(f"{place}.class_path must be a dotted path, got {_shown(path)}")
+        raise Refused(f"{place}.class_path must be a dotted path, got {shown(path)}")
     if "." not in path:
         known = {name: each for module in modules for name, each in exports(module).items()}
         if path not in known:
-            hint = _hint(path, known)
-            if hint or path[:1].islower():  # no class of Python's has such a name, and the parser finds classes alone
-                raise Refused(f"{place} names the class {path!r}, which is not known{hint}")
+            near = hint(path, known)
+            if near or path[:1].islower():  # no class of Python's has such a name, and the parser finds classes alone
+                raise Refused(f"{place} names the class {path!r}, which is not known{near}")
             return
         path = known[path]
     rest = {key: each for key, each in value.items() if key not in ("class_path", "init_args", "dict_kwargs")}
     arguments = value.get("init_args") or {}
     if not isinstance(arguments, dict):
-        raise Refused(f"{place}.init_args must be settings by name, got {_shown(arguments)}")
+        raise Refused(f"{place}.init_args must be settings by name, got {shown(arguments)}")
     check_class(place, path, arguments | rest, complete)
 
 
 def check_class(place: str, path: str, settings: Any, complete: bool) -> None:
     """Refuse settings that a class does not take, of a wrong type or out of their range; one sentence each."""
     if not isinstance(settings, dict):
-        raise Refused(f"{place} must hold settings by name, got {_shown(settings)}")
+        raise Refused(f"{place} must hold settings by name, got {shown(settings)}")
     try:
         known = signature(path)
     except NotFound as error:
@@ -335,7 +153,7 @@ def check_class(place: str, path: str, settings: Any, complete: bool) -> None:
                 continue
             raise Refused(
                 f"{path.rpartition('.')[2]} has no setting {str(name)!r} ({place}.{name})"
-                f"{_hint(str(name), known.parameters)}"
+                f"{hint(str(name), known.parameters)}"
             )
         check_value(f"{place}.{name}", parameter, value, complete)
     missing = [name for name, each in known.parameters.items() if each.default is None and name not in settings]
@@ -357,14 +175,14 @@ def check_value(place: str, parameter: Parameter, value: Any, complete: bool) ->
     """Refuse a value that its setting's annotation certainly does not allow."""
     if parameter.annotation is None:
         return
-    wanted = _kinds(parameter.annotation, parameter.module)
-    if not any(_fits(each.node, value) for each in wanted):
-        raise Refused(f"{place} must be {_described(parameter.annotation, parameter.module)}, got {_shown(value)}")
-    words = [word for each in wanted for word in _words_of(each.node)]
+    wanted = kinds_of(parameter.annotation, parameter.module)
+    if not any(fits(each.node, value) for each in wanted):
+        raise Refused(f"{place} must be {described(parameter.annotation, parameter.module)}, got {shown(value)}")
+    words = [word for each in wanted for word in words_of(each.node)]
     if isinstance(value, str) and words and value not in words and not re.match(r"[A-Z]|.*\.", value):
-        raise Refused(f"{place} must be {_described(parameter.annotation, parameter.module)}, got {_shown(value)}")
+        raise Refused(f"{place} must be {described(parameter.annotation, parameter.module)}, got {shown(value)}")
     texts = {"str", "Path", "PathLike", "_PATH", "Any"}
-    if not (isinstance(value, str) and any(_name(each.node) in texts for each in wanted)):
+    if not (isinstance(value, str) and any(name_of(each.node) in texts for each in wanted)):
         for each in wanted:
             _descend(place, each.node, value, each.module, complete)
     if parameter.name in PATHS and _missing(value, (".", "/", "~")):
@@ -406,90 +224,19 @@ def _check_checkpoint(path: Any) -> None:
         raise Refused(f"--ckpt_path {path} does not exist; name a checkpoint, or auto for the run's latest")
 
 
-#: annotation text of one kind → what to call it
-_WORDS = {"int": "an integer", "float": "a number", "str": "a text", "bool": "true or false", "None": "null"}
-_MAPPINGS, _LISTS = ("dict", "Mapping"), ("list", "List", "Sequence", "tuple", "Tuple", "Iterable", "Set", "set")
-
-
-class Kind(NamedTuple):
-    """One member of an annotation's union, and the module whose names it uses."""
-
-    node: ast.expr
-    module: str
-
-
-def _kinds(annotation: ast.expr, module: str) -> list[Kind]:
-    """The members of a union, aliases resolved."""
-    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
-        try:
-            return _kinds(ast.parse(annotation.value, mode="eval").body, module)
-        except SyntaxError:
-            return [Kind(annotation, module)]
-    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
-        return _kinds(annotation.left, module) + _kinds(annotation.right, module)
-    if isinstance(annotation, ast.Subscript):
-        name = _name(annotation.value)
-        if name == "Optional":
-            return [*_kinds(annotation.slice, module), Kind(ast.Constant(None), module)]
-        if name == "Union":
-            members = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
-            return [each for member in members for each in _kinds(member, module)]
-    if isinstance(annotation, ast.Name) and annotation.id not in _WORDS:
-        target = alias(module, annotation.id)
-        if target is not None:
-            return _kinds(*target)
-    return [Kind(annotation, module)]
-
-
-def _name(node: ast.expr) -> str:
-    return ast.unparse(node).rpartition(".")[2]
-
-
-def _fits(kind: ast.expr, value: Any) -> bool:
-    """Whether a value may be of a kind; True in doubt."""
-    if isinstance(kind, ast.Constant):
-        return value is kind.value or kind.value is not None
-    if isinstance(kind, ast.Subscript):
-        name = _name(kind.value)
-        if name == "Literal":
-            return value in _literals(kind)
-        if name in _LISTS:
-            return isinstance(value, list | tuple) or (isinstance(value, dict) and name not in ("list", "List"))
-        if name in _MAPPINGS:
-            return isinstance(value, dict)
-        return True
-    word = _name(kind)
-    if word == "int":
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
-    if word == "float":
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if word == "bool":
-        return isinstance(value, bool)
-    if word == "str":
-        return not isinstance(value, dict | list) and value is not None
-    if word in _LISTS:
-        return isinstance(value, list)
-    if word in _MAPPINGS:
-        return isinstance(value, dict)
-    if word in ("Any", "object"):
-        return True
-    # a class: by path or as a mapping
-    return value is not None and not isinstance(value, bool | int | float)
-
-
 def _descend(place: str, kind: ast.expr, value: Any, module: str, complete: bool) -> None:
     """Check what is inside: classes by path, lists and mappings of them, dataclasses."""
     if isinstance(kind, ast.Subscript):
-        name = _name(kind.value)
+        name = name_of(kind.value)
         parts = kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
-        if name in _LISTS and isinstance(value, list):
+        if name in LISTS and isinstance(value, list):
             for index, each in enumerate(value):
                 _element(f"{place}[{index}]", parts[0], each, module, complete)
-        elif name in _MAPPINGS and isinstance(value, dict) and len(parts) == 2:
+        elif name in MAPPINGS and isinstance(value, dict) and len(parts) == 2:
             for key, each in value.items():
                 _element(f"{place}.{key}", parts[1], each, module, complete)
         return
-    if isinstance(kind, ast.Name) and kind.id not in _WORDS and isinstance(value, dict | str):
+    if isinstance(kind, ast.Name) and kind.id not in WORDS and isinstance(value, dict | str):
         path = class_path(module, kind.id)
         if isinstance(value, dict) and "class_path" not in value:
             if path is not None and path.startswith("dblightning."):
@@ -502,42 +249,9 @@ def _element(place: str, annotation: ast.expr, value: Any, module: str, complete
     check_value(place, Parameter(place, annotation, None, "", module), value, complete)
 
 
-def _literals(kind: ast.Subscript) -> list[Any]:
-    parts = kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
-    return [each.value for each in parts if isinstance(each, ast.Constant)]
-
-
-def _words_of(kind: ast.expr) -> list[Any]:
-    """The literals of a kind that is a choice."""
-    return _literals(kind) if isinstance(kind, ast.Subscript) and _name(kind.value) == "Literal" else []
-
-
-def _described(annotation: ast.expr, module: str) -> str:
-    words: list[str] = []
-    for kind, _ in _kinds(annotation, module):
-        if isinstance(kind, ast.Subscript) and _name(kind.value) == "Literal":
-            words += [repr(each) for each in _literals(kind)]
-        elif isinstance(kind, ast.Subscript) or _name(kind) in (*_LISTS, *_MAPPINGS):
-            name = _name(kind.value if isinstance(kind, ast.Subscript) else kind)
-            words.append("settings by name" if name in _MAPPINGS else "a list")
-        else:
-            words.append(_WORDS.get(ast.unparse(kind), f"a {_name(kind)} by its class_path"))
-    return " or ".join(dict.fromkeys(words))
-
-
 def _near(path: str) -> str:
     module, _, name = path.rpartition(".")
     try:
-        return _hint(name, exports(module))
+        return hint(name, exports(module))
     except LookupError:
         return ""
-
-
-def _hint(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -132,7 +132,7 @@ class RolloutProgress(L.Callback):
 
 
 class Progress(Protocol):
-    """What counts images: tqdm's bar, or lines."""
+    """A counter of images: tqdm's bar, or lines."""
 
     def update(self, n: int, made: bool = True) -> Any:
         """Count ``n`` more images; ``made`` is false for those found on disk."""

@@ -90,7 +90,7 @@ def text_state(pipeline: Any, thorough: bool = False) -> tuple[Any, ...]:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; -1 where torch does not count (made in inference mode)."""
+    """Number of times a tensor was changed in place; -1 where torch does not count (made in inference mode)."""
     return -1 if tensor.is_inference() else tensor._version
 
 

@@ -60,7 +60,7 @@ class RolloutSampler:
         self.seed = seed
         self.inform = inform
         self.keep_means = keep_means
-        self._fitting: int | None = None  # images that fit into memory at once, where that is asked
+        self._fitting: int | None = None  # images that fit into memory at once, where requested
 
     def rollout(
         self,
@@ -127,7 +127,7 @@ class RolloutSampler:
         return self.backbone.decode(latents)
 
     def execution(self, device: torch.device) -> Execution:
-        """How a rollout runs the adapter."""
+        """The execution of a rollout."""
         if self.settings.execution != "auto":
             return self.settings.execution
         # rounded to TF32, W + ΔW is another matrix than W and ΔW apart, which the update multiplies by
@@ -148,7 +148,7 @@ class RolloutSampler:
         return self._fitting
 
     def _try(self, prompts: list[str], device: torch.device) -> None:
-        """What a rollout of so many images needs most memory for: one denoiser call, and decoding."""
+        """The two calls of a rollout that need most memory, for so many images: one of the denoiser, and decoding."""
         latents = torch.zeros(len(prompts), *self.backbone.latent_shape, device=device)
         timesteps = self.solver.timesteps[:1].to(device).expand(len(prompts))
         gates = torch.ones(len(prompts), len(self.backbone.adapters.names), device=device)

@@ -116,7 +116,7 @@ class RunState(L.LightningModule):
         return self.value_function.load_state_dict(parts["value_function"], strict=strict)
 
     def facts(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint's adapter and replay buffer to keep their meaning."""
+        """The facts that must be the same for a checkpoint's adapter and replay buffer to keep their meaning."""
         denoiser = getattr(self.backbone.adapters, "denoiser", None)
         scheduler = {key: value for key, value in dict(self.backbone.scheduler_config).items() if key[0] != "_"}
         settings = flat(self.hparams)

@@ -166,7 +166,7 @@ class State(NamedTuple):
 
 
 class Steering(ABC):
-    """What modifies the steps of a trajectory. It wraps the step; who predicts stays the blend's business.
+    """Base class for what modifies the steps of a trajectory. It wraps the step; the blend still predicts.
 
     A steering of your own is a subclass in any module, named by its dotted path like a blend.
     """

@@ -18,7 +18,7 @@ class Number:
     [True, True, False, False, False]
 
     Args:
-        above: it must be greater; None is no such bound.
+        above: it must be greater; None is no bound.
         least, most: smallest and largest value allowed.
         whole: integers only.
         words: values allowed beside numbers, such as None or "auto".

@@ -119,7 +119,7 @@ def exports(module: str) -> dict[str, str]:
 
 
 def class_path(module: str, name: str) -> str | None:
-    """Where the class that a module calls ``name`` is defined; None if it cannot be determined."""
+    """Definition of the class that a module calls ``name``; None if it cannot be determined."""
     try:
         return _signature(module, name, MAX_DEPTH).path
     except LookupError:

@@ -17,7 +17,7 @@ from dblightning.settings import Number
 
 
 class Solver(Protocol):
-    """What turns predictions into the next latents."""
+    """Interface of a solver: predictions to the next latents."""
 
     timesteps: Tensor
 

@@ -32,7 +32,7 @@ RULES = {
 
 
 class Reward(Protocol):
-    """What steering asks of a reward; every ``RewardMetric`` is one."""
+    """The interface of a reward that steers; every ``RewardMetric`` has it."""
 
     @property
     def differentiable(self) -> bool:
@@ -62,7 +62,7 @@ def reward_gradients(
 
 
 class _RewardSteering(Steering):
-    """What CoDe and RGG share: rewards and preference weights.
+    """Base class for CoDe and RGG: rewards and preference weights.
 
     Args:
         rewards: name → reward.

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_type_hints
 
-from dblightning.adapters import ATTENTION
 from dblightning.execution import Execution
 from dblightning.settings import check, check_settings, rules_of
 from dblightning.training_rules import conflicts
@@ -22,20 +21,22 @@ class AdapterSettings:
 
     Args:
         name: its name; null takes the reward's.
-        rank, lora_alpha, target_modules: LoRA settings; paper: rank 4 on attention q, k, v, out.
+        rank, lora_alpha: LoRA settings; paper: rank 4.
+        target_modules: name endings of the layers to adapt; null takes the model family's, attention q, k, v, out for
+            Stable Diffusion, as in the paper.
         init: folder of a LoRA to start from.
     """
 
     name: str | None = None
     rank: int = 4
     lora_alpha: float | None = None
-    target_modules: Sequence[str] = ATTENTION
+    target_modules: Sequence[str] | None = None
     init: str | None = None
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How rollouts, and the validation's images, are sampled.
+    """Sampling of rollouts, and of the validation's images.
 
     Args:
         num_inference_steps: denoising steps T (paper's code: 50).

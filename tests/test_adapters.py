@@ -319,11 +319,15 @@ def test_our_config_is_pefts(backbone: Any) -> None:
     assert layer.scaling["style"] == reference.base_model.model[0].scaling["default"]
 
 
+def a_layer(bank: AdapterBank) -> tuple[Any, torch.Tensor, list[str]]:
+    """One gated layer, two rows of input for it, and the adapters' names."""
+    layer = next(iter(bank.layers()))
+    return layer, torch.randn(2, layer.in_features), bank.names
+
+
 def test_adapters_left_out_with_only_cost_nothing_and_come_back(pair: Any) -> None:
     bank = pair.adapters
-    layer = next(iter(bank.layers()))
-    x = torch.randn(2, layer.in_features)
-    first, second = bank.names
+    layer, x, (first, second) = a_layer(bank)
     with torch.no_grad(), bank.gated(torch.tensor([[0.0, 1.0]] * 2)):
         expected = layer(x)
     with bank.only([second]):
@@ -342,9 +346,7 @@ def test_adapters_left_out_with_only_cost_nothing_and_come_back(pair: Any) -> No
 
 def test_a_removed_adapter_leaves_the_others_as_they_were(pair: Any) -> None:
     bank = pair.adapters
-    layer = next(iter(bank.layers()))
-    x = torch.randn(2, layer.in_features)
-    first, second = bank.names
+    layer, x, (first, second) = a_layer(bank)
     with torch.no_grad(), bank.gated(torch.tensor([[1.0, 0.0]] * 2)):
         expected = layer(x)
     bank.remove(second)

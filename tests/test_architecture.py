@@ -19,18 +19,18 @@ PACKAGE = Path(dblightning.__file__).parent
 #: layers from the top down; a package's name stands for all its modules that are not listed apart.
 #: A module imports from its own layer and from those below it. A new module has to be listed here or in a package.
 LAYERS: dict[str, str] = {
-    "command line": "__main__ cli help_pages preflight",
+    "command line": "__main__ cli help_pages preflight command_tree",
     "callbacks": "callbacks",
     "lightning": "module run_state run_folder progress checkpointing checkpoint_files distributed loggers "
     "lightning_internals scoring manual_updates reward_gradients data evaluation.module",
     "evaluation": "evaluation",
-    "pipeline": "pipeline pipeline_call pipeline_inputs pipeline_lora",
+    "pipeline": "pipeline pipeline_call pipeline_files pipeline_inputs pipeline_lora",
     "algorithm": "rollout sampling execution blending methods draws steering policy_gradient replay value batch_size "
     "average objectives training_settings rollout_sampler same_run window",
     "model": "backbone adapters solvers schedule ddim gaussian_step ode noise prompt_cache gaussian_mixture",
     "rewards and miniature": "rewards miniature",
-    "ground": "settings training_rules flat_settings weights arguments signatures precision figures figure_text "
-    "geneval_prompts",
+    "ground": "settings training_rules class_paths flat_settings weights arguments signatures annotations precision "
+    "figures figure_text geneval_prompts",
 }
 #: the layers that may import lightning
 ABOVE_THE_LINE = ("command line", "callbacks", "lightning")

@@ -66,10 +66,10 @@ def test_only_optimiser_steps_with_gradients_count() -> None:
 
 def test_work_that_differs_is_named() -> None:
     round_ = {"seconds": 6.0, "cpu_seconds": 4.0, "counts": dict.fromkeys(training.WORK, 8)}
-    less = {"seconds": 2.0, "cpu_seconds": 2.0, "counts": {**round_["counts"], "unet_rows_without_grad": 4}}  # type: ignore[dict-item]
+    less = {"seconds": 2.0, "cpu_seconds": 2.0, "counts": {**round_["counts"], "denoiser_rows_without_grad": 4}}  # type: ignore[dict-item]
     found = training.comparison("a", "b", {"a": [round_], "b": [less]})
     assert not found["identical_work"]
-    assert found["differs_in"] == {"unet_rows_without_grad": 0.5}
+    assert found["differs_in"] == {"denoiser_rows_without_grad": 0.5}
     assert (found["speedup_cpu"]["median"], found["speedup_wall"]["median"]) == (2, 3)
     doubled = training.comparison("a", "b", {"a": [round_], "b": [less]}, processes=2)
     assert (doubled["speedup_cpu"]["median"], doubled["speedup_wall"]["median"]) == (2, 6)  # twice the images
@@ -110,8 +110,8 @@ def test_the_naive_round_does_the_work_its_settings_say() -> None:
     rows = 4 * 3 * 2  # images, steps, and both halves of guidance
     assert counts["images"] == 4
     assert counts["transitions"] == 4 * 3
-    assert counts["unet_rows_with_grad"] == rows
-    assert counts["unet_rows_without_grad"] == rows + rows  # sampling, and the reference
+    assert counts["denoiser_rows_with_grad"] == rows
+    assert counts["denoiser_rows_without_grad"] == rows + rows  # sampling, and the reference
     assert counts["optimizer_steps"] == 2
     # nothing was updated before the first micro-batch: the same weights must give the same density, up to rounding
     assert trainer.first_ratio_error < 1e-5
@@ -121,7 +121,7 @@ def test_the_naive_round_does_the_work_its_settings_say() -> None:
 # ── the benchmarks run ───────────────────────────────────────────────────────────────────────────────────────────────
 
 #: of training.TINY: 4 images, 2 steps, two rows each
-TINY_COUNTS = {"images": 4, "unet_rows_with_grad": 16, "transitions": 8, "optimizer_steps": 1}
+TINY_COUNTS = {"images": 4, "denoiser_rows_with_grad": 16, "transitions": 8, "optimizer_steps": 1}
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_tiny_training_benchmark_counts_equal_work(tmp_path: Path) -> None:
     for name in ("ours", "naive"):
         counts = record["contestants"][name]["counts"]
         assert {key: counts[key] for key in TINY_COUNTS} == TINY_COUNTS
-        assert counts["unet_rows_without_grad"] == 16 + 16  # sampling, and the reference
+        assert counts["denoiser_rows_without_grad"] == 16 + 16  # sampling, and the reference
     (found,) = record["comparisons"]
     assert found["identical_work"]
     assert record["machine"]["processor"]
@@ -154,7 +154,7 @@ def test_trl_does_the_same_work_as_ours_without_the_reference() -> None:
     )
     (found,) = record["comparisons"]
     assert found["identical_work"], found["differs_in"]
-    assert record["contestants"]["TRL"]["counts"]["unet_rows_without_grad"] == 16
+    assert record["contestants"]["TRL"]["counts"]["denoiser_rows_without_grad"] == 16
 
 
 def test_the_copy_for_trl_holds_the_same_pipeline_under_other_keys(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_a_checkpoint_is_resumed_from_the_command_line(run_config: list[str], tm
     assert state["dblightning"]["rollouts_done"] == 3
 
 
-def test_a_run_told_to_stop_exits_with_75_and_auto_resumes_it(
+def test_a_stopped_run_exits_with_75_and_auto_resumes_it(
     run_config: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing about checkpoints is in the config: saving is the default."""

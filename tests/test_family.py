@@ -17,9 +17,12 @@ from dblightning import DiffusionBlendPipeline, cli
 from dblightning.adapters import AdapterBank
 from dblightning.backbone import FAMILIES, Conditioning, DiffusersBackbone, Family, StableDiffusion, family_of
 from dblightning.blending import Base
+from dblightning.module import RewardRLModule
 from dblightning.noise import ImageNoise
+from dblightning.rewards import JPEGCompressibility
 from dblightning.sampling import denoise_loop
 from dblightning.solvers import make_solver
+from dblightning.training_settings import AdapterSettings
 from tests.conftest import randomize
 
 MODULE = '''
@@ -177,6 +180,15 @@ def test_an_adapter_goes_on_the_familys_layers_and_comes_back_from_its_file(
     assert (plain.prefix, plain.target_modules) == ("transformer", ("to_q", "to_v"))
 
 
+def test_training_adapts_the_familys_layers_unless_others_are_named(tiny: Any, folder: Path) -> None:
+    for named, trained in ((None, ["to_q", "to_v"]), (["to_k"], ["to_k"])):
+        settings = AdapterSettings(name="one", target_modules=named)
+        module = RewardRLModule(tiny.TinyBackbone(str(folder)), JPEGCompressibility(), adapter=settings)
+        assert module.backbone.adapters.settings("one")["target_modules"] == trained
+        # as a checkpoint of a run that named them has it
+        assert list(module.facts()["target_modules"]) == list(module.hparams["adapter"]["target_modules"]) == trained
+
+
 def test_a_blend_of_an_embedded_guidance_runs_one_row_an_image(tiny: Any, folder: Path) -> None:
     pipe = DiffusionBlendPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -195,7 +207,7 @@ def test_a_blend_of_an_embedded_guidance_runs_one_row_an_image(tiny: Any, folder
     assert not torch.allclose(blended, strong)
     assert torch.equal(blended, latents(weights={"a": 0.4, "b": 0.6}, guidance_scale=3.5))  # the family's default
     assert pipe.get_list_adapters() == {"transformer": ["a", "b"]}
-    with pytest.raises(ValueError, match="original_size is no argument of a TinyPipeline"):
+    with pytest.raises(ValueError, match="original_size is not an argument of a TinyPipeline"):
         pipe("a star", method="base", original_size=(16, 16))
     assert isinstance(DiffusionBlendPipeline(**pipe.components).backbone.family, tiny.TinyFamily)
 

@@ -8,11 +8,12 @@ import torch
 import yaml
 
 from dblightning import cli
+from dblightning.command_tree import Refused, parse, parse_value, read_config
 from dblightning.flat_settings import GROUPED, dotted, flat, grouped, renamed_arguments
 from dblightning.objectives import DPOK, PPO
 from dblightning.objectives.named import described, objective_of
 from dblightning.objectives.policy import AdapterPolicy
-from dblightning.preflight import Refused, check_command, parse, parse_value, read_config
+from dblightning.preflight import check_command
 from dblightning.replay import Transitions
 from dblightning.training_settings import KLSettings, TrainingSettings
 from tests.toy_fit import module

@@ -504,9 +504,9 @@ def test_custom_steps_are_the_plain_pipelines(ours: Any, plain: Any, custom: Any
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (dict(prompt_2="x"), "prompt_2 is no argument of a StableDiffusionPipeline"),
-        (dict(original_size=(16, 16)), "original_size is no argument"),
-        (dict(denoising_end=0.5), "denoising_end is no argument"),
+        (dict(prompt_2="x"), "prompt_2 is not an argument of a StableDiffusionPipeline"),
+        (dict(original_size=(16, 16)), "original_size is not an argument"),
+        (dict(denoising_end=0.5), "denoising_end is not an argument"),
         (dict(timesteps=[900, 100]), "DDIMScheduler takes no custom timesteps"),
         (dict(prompt_embeds=torch.zeros(1, 16, 16)), "prompt"),
         (dict(prompt=None), "got neither"),

@@ -15,10 +15,10 @@ STEPS, SHAPE = 5, (2, 3, 3)
 
 def fill(buffer: ReplayBuffer, batch: int, tag: float) -> Trajectory:
     """Add a rollout whose reward names it: ``tag`` + image index / 100."""
-    walk = Trajectory(torch.randn(STEPS + 1, batch, *SHAPE), torch.randn(STEPS, batch))
+    trajectory = Trajectory(torch.randn(STEPS + 1, batch, *SHAPE), torch.randn(STEPS, batch))
     reward = tag + torch.arange(batch) / 100
-    buffer.add(walk, torch.arange(batch), reward, reward - 1, reward + 1)
-    return walk
+    buffer.add(trajectory, torch.arange(batch), reward, reward - 1, reward + 1)
+    return trajectory
 
 
 def seed(lane: int, visit: int) -> int:
@@ -32,7 +32,7 @@ def everything(buffer: ReplayBuffer) -> torch.Tensor:
 
 
 def drawn(buffer: ReplayBuffer, count: int, batches: int, rank: int = 0) -> list[list[tuple[float, int]]]:
-    """The first batches, each step told by (reward, step)."""
+    """The first batches, each step known by (reward, step)."""
     indices = itertools.islice(buffer.batches(count, seed, rank=rank), batches)
     return [
         list(zip(buffer.transitions(slots, steps, "cpu").reward.tolist(), steps.tolist(), strict=True))
@@ -42,11 +42,11 @@ def drawn(buffer: ReplayBuffer, count: int, batches: int, rank: int = 0) -> list
 
 def test_a_transition_is_what_was_rolled_out() -> None:
     buffer = ReplayBuffer(4, STEPS, SHAPE)
-    walk = fill(buffer, 3, 1.0)
+    trajectory = fill(buffer, 3, 1.0)
     got = buffer.transitions(torch.tensor([2, 0]), torch.tensor([4, 1]), "cpu")
-    assert torch.equal(got.latents, torch.stack([walk.latents[4, 2], walk.latents[1, 0]]))
-    assert torch.equal(got.next_latents, torch.stack([walk.latents[5, 2], walk.latents[2, 0]]))
-    assert torch.equal(got.log_prob, torch.stack([walk.log_probs[4, 2], walk.log_probs[1, 0]]))
+    assert torch.equal(got.latents, torch.stack([trajectory.latents[4, 2], trajectory.latents[1, 0]]))
+    assert torch.equal(got.next_latents, torch.stack([trajectory.latents[5, 2], trajectory.latents[2, 0]]))
+    assert torch.equal(got.log_prob, torch.stack([trajectory.log_probs[4, 2], trajectory.log_probs[1, 0]]))
     assert got.reward.tolist() == pytest.approx([1.02, 1.0])
     assert got.baseline.tolist() == pytest.approx([0.02, 0.0])
     assert got.scale.tolist() == pytest.approx([2.02, 2.0])
@@ -112,11 +112,11 @@ def test_ranks_together_draw_what_one_process_would(count: int, capacity: int) -
     whole = ReplayBuffer(2 * capacity, STEPS, SHAPE)
     parts = [ReplayBuffer(capacity, STEPS, SHAPE) for _ in range(2)]
     for tag in range(3):
-        walk, rewards = Trajectory(torch.randn(STEPS + 1, 6, *SHAPE), torch.randn(STEPS, 6)), tag + torch.rand(6)
-        whole.add(walk, torch.arange(6), rewards, rewards, rewards)
+        trajectory, rewards = Trajectory(torch.randn(STEPS + 1, 6, *SHAPE), torch.randn(STEPS, 6)), tag + torch.rand(6)
+        whole.add(trajectory, torch.arange(6), rewards, rewards, rewards)
         for rank, part in enumerate(parts):
             mine = slice(3 * rank, 3 * rank + 3)
-            own = Trajectory(walk.latents[:, mine], walk.log_probs[:, mine])
+            own = Trajectory(trajectory.latents[:, mine], trajectory.log_probs[:, mine])
             part.add(own, torch.arange(3), rewards[mine], rewards[mine], rewards[mine])
     ranks = [drawn(part, count, 9, rank) for rank, part in enumerate(parts)]
     assert drawn(whole, 2 * count, 9) == [one + other for one, other in zip(*ranks, strict=True)]

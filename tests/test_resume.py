@@ -105,18 +105,18 @@ def test_ten_of_ten_killed_runs_resume_to_the_same_adapter(tmp_path: Path, proce
         assert launching.curves(out, "run") == launching.curves(tmp_path / "whole", "run")
 
 
-def test_two_ranks_stop_together_when_one_is_told_to_and_resume_identically(tmp_path: Path) -> None:
+def test_two_ranks_stop_together_when_one_is_signalled_and_resume_identically(tmp_path: Path) -> None:
     runs: list[dict[str, Any]] = [
         {"name": "whole", **RUN},
-        {"name": "told", **RUN, "signals": {"name": "SIGUSR1", "rank": 1, "after": 1}, "label": "first"},
-        {"name": "told", **RUN, "resume": True},
+        {"name": "stopped", **RUN, "signals": {"name": "SIGUSR1", "rank": 1, "after": 1}, "label": "first"},
+        {"name": "stopped", **RUN, "resume": True},
     ]
     assert launching.finish(tmp_path, runs, processes=2) == [0, 0]
     for rank in (0, 1):
-        assert "stopped by SIGUSR1 after rollout 2" in launching.ended(tmp_path, "told", rank, "first")["error"]
-        launching.assert_same_end(launching.ended(tmp_path, "told", rank), launching.ended(tmp_path, "whole", rank))
-    assert adapter(tmp_path, "told") == adapter(tmp_path, "whole")
-    assert launching.curves(tmp_path, "told") == launching.curves(tmp_path, "whole")
+        assert "stopped by SIGUSR1 after rollout 2" in launching.ended(tmp_path, "stopped", rank, "first")["error"]
+        launching.assert_same_end(launching.ended(tmp_path, "stopped", rank), launching.ended(tmp_path, "whole", rank))
+    assert adapter(tmp_path, "stopped") == adapter(tmp_path, "whole")
+    assert launching.curves(tmp_path, "stopped") == launching.curves(tmp_path, "whole")
 
 
 def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path: Path) -> None:

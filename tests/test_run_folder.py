@@ -134,8 +134,8 @@ def test_a_second_run_in_the_same_folder_is_refused_with_what_differs_and_writes
 
 def test_overwriting_removes_the_earlier_runs_checkpoints(tmp_path: Path) -> None:
     fit(tmp_path, module(), max_epochs=3, **saver(tmp_path))
-    told = [RunGuard(overwrite=True), *saver(tmp_path)["callbacks"]]
-    fit(tmp_path, module(), callbacks=told)
+    guarded = [RunGuard(overwrite=True), *saver(tmp_path)["callbacks"]]
+    fit(tmp_path, module(), callbacks=guarded)
     names = sorted(file.name for file in (tmp_path / "saved").iterdir())
     assert names == ["rollout-000002.ckpt", "rollout-000003.ckpt"]
 

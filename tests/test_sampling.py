@@ -123,8 +123,8 @@ def our_blend(
 def noises_of(count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The first latents and each step's noise of images 0 … count − 1."""
     noise = ImageNoise(list(range(count)))
-    walk = [noise((4, 8, 8)) for _ in range(STEPS + 1)]
-    return walk[0], walk[1:]
+    noises = [noise((4, 8, 8)) for _ in range(STEPS + 1)]
+    return noises[0], noises[1:]
 
 
 BLENDS = {
@@ -288,17 +288,17 @@ def test_a_run_that_is_out_of_memory_halves_its_calls(ours: Any) -> None:
 def test_schedules_are_run_as_given(ours: Any) -> None:
     """Adapter a on the first half of the steps, b on the second."""
     blend = DBMPA(lambda step, steps: {"a": 1.0} if step < steps // 2 else {"b": 1.0})
-    walk: dict[str, list[torch.Tensor]] = {}
+    seen: dict[str, list[torch.Tensor]] = {}
 
     def keep(name: str) -> Any:
-        walk[name] = []
-        return lambda record: walk[name].append(record.next_latents)
+        seen[name] = []
+        return lambda record: seen[name].append(record.next_latents)
 
     our_blend(ours, blend, 0.0, on_step=keep("both"))
     our_blend(ours, Single("a"), 0.0, on_step=keep("a"))
     half = FEW // 2
-    assert torch.equal(walk["both"][half - 1], walk["a"][half - 1])
-    assert not torch.equal(walk["both"][half], walk["a"][half])
+    assert torch.equal(seen["both"][half - 1], seen["a"][half - 1])
+    assert not torch.equal(seen["both"][half], seen["a"][half])
 
 
 class SoupThenFactors(RewardedSoup):
@@ -309,14 +309,14 @@ class SoupThenFactors(RewardedSoup):
         return lambda step_index: (exact if step_index == 0 else factors)(step_index)
 
 
-def test_steps_that_differ_in_averaging_factors_alone_are_told_apart(ours: Any) -> None:
+def test_steps_that_differ_in_averaging_factors_alone_are_not_confused(ours: Any) -> None:
     weights = {"a": 0.5, "c": 0.5}
-    walk: dict[str, list[torch.Tensor]] = {"both": [], "exact": []}
+    seen: dict[str, list[torch.Tensor]] = {"both": [], "exact": []}
     with ours.adapters.only(["a", "c"]):  # of one rank
-        our_blend(ours, SoupThenFactors(weights), 0.0, on_step=lambda record: walk["both"].append(record.next_latents))
-        our_blend(ours, RewardedSoup(weights), 0.0, on_step=lambda record: walk["exact"].append(record.next_latents))
-    assert torch.equal(walk["both"][0], walk["exact"][0])
-    assert not torch.allclose(walk["both"][1], walk["exact"][1], atol=1e-3)
+        our_blend(ours, SoupThenFactors(weights), 0.0, on_step=lambda record: seen["both"].append(record.next_latents))
+        our_blend(ours, RewardedSoup(weights), 0.0, on_step=lambda record: seen["exact"].append(record.next_latents))
+    assert torch.equal(seen["both"][0], seen["exact"][0])
+    assert not torch.allclose(seen["both"][1], seen["exact"][1], atol=1e-3)
 
 
 def test_the_exact_soup_is_db_mpa_to_first_order_in_the_adapters(ours: Any) -> None:

@@ -58,7 +58,7 @@ def solver_of(backbone: Any, eta: float = 1.0) -> DDIMSolver:
     return make_solver(backbone.scheduler_config, STEPS, eta)
 
 
-def walk(backbone: Any, steering: Any, blend: Any = None, prompts: list[str] = PROMPTS, **options: Any) -> Tensor:
+def sample(backbone: Any, steering: Any, blend: Any = None, prompts: list[str] = PROMPTS, **options: Any) -> Tensor:
     noise = options.pop("noise", None) or ImageNoise(list(range(len(prompts))))
     solver = options.pop("solver", None) or solver_of(backbone)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def rows_run(backbone: Any, steering: Any, **options: Any) -> list[int]:
     denoise = backbone.denoise
     backbone.denoise = lambda latents, *args, **kwargs: rows.append(len(latents)) or denoise(latents, *args, **kwargs)
     try:
-        walk(backbone, steering, **options)
+        sample(backbone, steering, **options)
     finally:
         del backbone.denoise
     return rows
@@ -135,7 +135,7 @@ def serial_code(backbone: Any, reward: Any, candidates: int, block: int, form: s
 def test_code_is_the_serial_search(backbone: Any, form: str, block: int) -> None:
     reward = PromptTaste()
     expected = serial_code(backbone, reward, 3, block, form)
-    got = walk(backbone, CoDe({"taste": reward}, candidates=3, block_size=block, form=form))
+    got = sample(backbone, CoDe({"taste": reward}, candidates=3, block_size=block, form=form))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)  # batched float32 against rows of one
 
 
@@ -146,7 +146,9 @@ def test_a_row_limit_changes_code_in_nothing_but_its_batches(backbone: Any, form
 
     assert max(rows_run(backbone, steering(), max_rows=4)) <= 4
     assert max(rows_run(backbone, steering())) == 6  # and else all candidates of both images are one batch
-    torch.testing.assert_close(walk(backbone, steering(), max_rows=4), walk(backbone, steering()), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        sample(backbone, steering(), max_rows=4), sample(backbone, steering()), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(("form", "rows"), [("block", 1 + (STEPS - 1) * 4), ("lookahead", STEPS + 3 * 3)])
@@ -158,7 +160,7 @@ def test_code_computes_no_prediction_twice(backbone: Any, form: str, rows: int) 
 def test_one_candidate_is_the_plain_walk(backbone: Any) -> None:
     for form in ("block", "lookahead"):
         steering = CoDe({"bright": Brightness()}, candidates=1, form=form)
-        assert torch.equal(walk(backbone, steering), walk(backbone, None))
+        assert torch.equal(sample(backbone, steering), sample(backbone, None))
 
 
 @pytest.mark.parametrize("form", ["block", "lookahead"])
@@ -167,7 +169,7 @@ def test_more_candidates_score_higher_on_average(backbone: Any, form: str) -> No
 
     def mean(steering: Any) -> tuple[float, float]:
         with torch.no_grad():
-            scores = reward.score(backbone.decode(walk(backbone, steering, prompts=prompts)), prompts)
+            scores = reward.score(backbone.decode(sample(backbone, steering, prompts=prompts)), prompts)
         return float(scores.mean()), float(scores.std() / len(scores) ** 0.5)
 
     plain, error = mean(None)
@@ -177,8 +179,8 @@ def test_more_candidates_score_higher_on_average(backbone: Any, form: str) -> No
 
 def test_code_serves_rewards_without_a_gradient_and_per_image_weights(backbone: Any) -> None:
     rewards = {"jpeg": JPEGCompressibility(num_threads=1), "red": Redness()}
-    both = walk(backbone, CoDe(rewards, [{"jpeg": 1.0}, {"red": 1.0}], candidates=4, block_size=2))
-    second = walk(
+    both = sample(backbone, CoDe(rewards, [{"jpeg": 1.0}, {"red": 1.0}], candidates=4, block_size=2))
+    second = sample(
         backbone, CoDe({"red": Redness()}, candidates=4, block_size=2), prompts=PROMPTS[1:], noise=ImageNoise([1])
     )
     torch.testing.assert_close(both[1:], second, rtol=0, atol=1e-4)
@@ -190,9 +192,9 @@ def test_code_steers_blends_too(backbone: Any) -> None:
         randomize(backbone.adapters, name, seed)
     blend = DBMPA([{"a": 0.5, "b": 0.5}, {"a": 1.0}], kl_scale=[1.0, 1.5])
     one = CoDe({"bright": Brightness()}, candidates=1)
-    assert torch.equal(walk(backbone, one, blend), walk(backbone, None, blend))
-    steered = walk(backbone, CoDe({"taste": PromptTaste()}, candidates=3, block_size=2), blend)
-    alone = walk(
+    assert torch.equal(sample(backbone, one, blend), sample(backbone, None, blend))
+    steered = sample(backbone, CoDe({"taste": PromptTaste()}, candidates=3, block_size=2), blend)
+    alone = sample(
         backbone,
         CoDe({"taste": PromptTaste()}, candidates=3, block_size=2),
         DBMPA({"a": 1.0}, kl_scale=1.5),
@@ -208,7 +210,7 @@ def test_a_reward_that_is_nan_never_wins(backbone: Any) -> None:
             scores = super()._score(images, prompts)
             return torch.where(torch.arange(len(scores)) % 3 == 0, torch.nan, scores)
 
-    healthy = walk(backbone, CoDe({"x": Sick()}, candidates=3, block_size=STEPS), prompts=PROMPTS[:1])
+    healthy = sample(backbone, CoDe({"x": Sick()}, candidates=3, block_size=STEPS), prompts=PROMPTS[:1])
     assert healthy.isfinite().all()
 
 
@@ -249,9 +251,9 @@ def test_rgg_is_equation_12(backbone: Any, form: str) -> None:
     rewards = {"bright": Brightness(), "red": Redness()}
     weights = {"bright": 0.3, "red": 0.7}
     expected = hand_rgg(backbone, list(rewards.values()), list(weights.values()), form, 0.05, 0.5)
-    got = walk(backbone, RGG(rewards, weights, form, kl_weight=0.05, gamma=0.5))
+    got = sample(backbone, RGG(rewards, weights, form, kl_weight=0.05, gamma=0.5))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
-    assert (got - walk(backbone, None)).abs().max() > 1e-2  # it does steer
+    assert (got - sample(backbone, None)).abs().max() > 1e-2  # it does steer
 
 
 def test_the_ramp_is_that_of_the_papers_code() -> None:
@@ -264,7 +266,7 @@ def test_the_ramp_is_that_of_the_papers_code() -> None:
 def test_normalised_gradients_do_not_depend_on_a_rewards_scale(backbone: Any) -> None:
     for form in ("global", "pixel"):
         small, large = (
-            walk(backbone, RGG({"bright": Brightness(scale)}, normalization=form, gamma=None, kl_weight=0.05))
+            sample(backbone, RGG({"bright": Brightness(scale)}, normalization=form, gamma=None, kl_weight=0.05))
             for scale in (1.0, 100.0)
         )
         torch.testing.assert_close(small, large, rtol=0, atol=1e-3)  # float32 gradients, normalised
@@ -299,8 +301,8 @@ def test_the_gradient_through_the_denoiser_is_the_derivative(backbone: Any) -> N
             assert abs(slope / gradient[image].norm() - 1) < 0.02
     # the two differ, or `through_denoiser` would do nothing
     assert (
-        walk(backbone, RGG({"x": reward}, gamma=None, kl_weight=0.05))
-        - walk(backbone, RGG({"x": reward}, gamma=None, kl_weight=0.05, through_denoiser=True))
+        sample(backbone, RGG({"x": reward}, gamma=None, kl_weight=0.05))
+        - sample(backbone, RGG({"x": reward}, gamma=None, kl_weight=0.05, through_denoiser=True))
     ).abs().max() > 1e-3
 
 
@@ -314,21 +316,21 @@ def test_rgg_a_few_images_at_a_time_changes_nothing(backbone: Any, through: bool
     def steering() -> RGG:
         return RGG({"taste": PromptTaste()}, gamma=None, kl_weight=0.05, through_denoiser=through)
 
-    whole = walk(backbone, steering(), blend)
-    torch.testing.assert_close(walk(backbone, steering(), blend, max_rows=1), whole, rtol=0, atol=1e-4)
+    whole = sample(backbone, steering(), blend)
+    torch.testing.assert_close(sample(backbone, steering(), blend, max_rows=1), whole, rtol=0, atol=1e-4)
 
 
 def test_rgg_works_inside_inference_mode(backbone: Any) -> None:
-    expected = walk(backbone, RGG({"bright": Brightness()}, gamma=None, through_denoiser=True))
+    expected = sample(backbone, RGG({"bright": Brightness()}, gamma=None, through_denoiser=True))
     with torch.inference_mode():
-        got = walk(backbone, RGG({"bright": Brightness()}, gamma=None, through_denoiser=True))
+        got = sample(backbone, RGG({"bright": Brightness()}, gamma=None, through_denoiser=True))
     assert torch.equal(got, expected)
 
 
 def test_rgg_raises_its_reward(backbone: Any) -> None:
     reward = Brightness()
     plain, steered = (
-        reward.score(backbone.decode(walk(backbone, each)), PROMPTS)
+        reward.score(backbone.decode(sample(backbone, each)), PROMPTS)
         for each in (None, RGG({"bright": reward}, normalization="pixel", gamma=None))
     )
     assert (steered > plain).all()

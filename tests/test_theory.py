@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dblightning.adapters import Gating
-from dblightning.backbone import Backbone, Conditioning
 from dblightning.blending import DBKLA, DBMPA, DBMPALS, Single
 from dblightning.gaussian_mixture import (
     GaussianMixture,
@@ -29,6 +26,7 @@ from dblightning.noise import ImageNoise
 from dblightning.sampling import Run, denoise_loop
 from dblightning.schedule import DDIMSchedule
 from dblightning.solvers import DDIMSolver
+from tests.toy import ExactBackbone
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -74,45 +72,27 @@ class Bank:
         self.merged_limit = 4
 
 
-class MixtureBackbone(Backbone):
+class MixtureBackbone(ExactBackbone):
     """Exact denoisers: the base's, and one per "adapter". Latents (R, d, h, w) hold h · w points of d dimensions."""
 
     def __init__(self, base: GaussianMixture, adapters: dict[str, GaussianMixture]) -> None:
-        super().__init__()
+        super().__init__(Bank(list(adapters)))
         self.models = [base, *adapters.values()]
-        self.adapters = Bank(list(adapters))  # type: ignore[assignment]
-        self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.alphas = DDIMSchedule(SCHEDULER, 1000).alphas.flip(0)
 
     scheduler_config = SCHEDULER  # type: ignore[assignment]
     latent_shape = (2, 1, 1)  # type: ignore[assignment]
-    pooled_dim = 1  # type: ignore[assignment]
 
-    def encode(self, prompts: Sequence[str], negative_prompt: Any = None) -> Conditioning:
-        one = torch.zeros(len(prompts), 1)
-        return Conditioning(one, one, one, one)
-
-    def denoise(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
-        guidance_scale: float = 1.0,
-        gates: Gating | Tensor | None = None,
-    ) -> Tensor:
-        vectors = Gating.of(gates).vectors(len(latents))
-        if vectors is None:
-            vectors = torch.zeros(len(latents), len(self.models) - 1)
+    def epsilon(self, latents: Tensor, timesteps: Tensor, gates: Tensor | None) -> Tensor:
+        if gates is None:
+            gates = torch.zeros(len(latents), len(self.models) - 1)
         rows = []
-        for row, gate, timestep in zip(latents, vectors, timesteps, strict=True):
+        for row, gate, timestep in zip(latents, gates, timesteps, strict=True):
             assert gate.sum() in (0, 1)  # a blend's rows are models
             model = self.models[int(gate.argmax()) + 1 if gate.any() else 0]
             x = row.flatten(1).T.double()
             rows.append(model.epsilon(x, float(self.alphas[timestep])).T.reshape(row.shape))
         return torch.stack(rows)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents
 
 
 def backbone_of(base: GaussianMixture, rewards: list[Quadratic]) -> MixtureBackbone:

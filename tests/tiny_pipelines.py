@@ -41,9 +41,9 @@ def _vae() -> Any:
 
 def save_sd15(folder: Path) -> Path:
     """SD 1.5's classes and block types at reduced width, random weights, saved by diffusers: 16×16 images."""
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
-    from dblightning.miniature.pretrain import build_scheduler, build_tokenizer
+    from dblightning.miniature.pretrain import build_pipeline, build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
@@ -57,17 +57,7 @@ def save_sd15(folder: Path) -> Path:
         attention_head_dim=2,
         norm_num_groups=4,
     )
-    pipeline = StableDiffusionPipeline(
-        vae=_vae(),
-        text_encoder=_clip_text(tokenizer, 16, None),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
+    build_pipeline(_vae(), _clip_text(tokenizer, 16, None), unet, tokenizer).save_pretrained(folder)
     return folder
 
 

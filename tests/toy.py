@@ -5,13 +5,14 @@ Data x₀ ~ N(mean, std²) per dimension, so E[ε | x_t] is linear in x_t. The a
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dblightning.adapters import Gating
+from dblightning.adapters import ATTENTION, Gating
 from dblightning.backbone import Backbone, Conditioning
 from dblightning.rewards.base import RewardMetric
 
@@ -32,6 +33,7 @@ class ShiftBank:
     """What the training module needs of an adapter bank, for adapters that are one shift per training timestep."""
 
     merged_limit = 4
+    target_modules = ATTENTION
 
     def __init__(self) -> None:
         self.shifts = nn.ParameterDict()
@@ -59,53 +61,62 @@ class ShiftBank:
             self.shifts[name].copy_(state["shift"])
 
 
-class GaussianBackbone(Backbone):
-    """The exact denoiser of N(mean, std²) in ``dims`` independent dimensions; "images" are the latents themselves."""
+class ExactBackbone(Backbone):
+    """A denoiser in closed form, without prompts, guidance or images: :meth:`epsilon` is all that a subclass adds."""
 
-    def __init__(self, dims: int = 1, mean: float = 0.5, std: float = 0.7) -> None:
-        super().__init__()
-        from diffusers import DDIMScheduler
-
-        self.dims, self.mean, self.std = dims, mean, std
-        self.adapters = ShiftBank()  # type: ignore[assignment]
-        self.shifts = self.adapters.shifts  # type: ignore[attr-defined]
-        alphas = DDIMScheduler.from_config(SCHEDULER).alphas_cumprod
-        self.register_buffer("alphas", alphas)
-        self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)  # so that the module has a device
-
-    scheduler_config: ClassVar[dict[str, Any]] = SCHEDULER  # type: ignore[assignment]
     pooled_dim = 1  # type: ignore[assignment]
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return self.dims, 1, 1
+    def __init__(self, adapters: Any) -> None:
+        super().__init__()
+        self.adapters = adapters
+        self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)  # so that the module has a device
 
     def encode(self, prompts: Sequence[str], negative_prompt: Any = None) -> Conditioning:
         one = torch.zeros(len(prompts), 1)
         return Conditioning(one, one, one, one)
+
+    def _denoise(
+        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float, gating: Gating
+    ) -> Tensor:
+        return self.epsilon(latents, timesteps, gating.vectors(len(latents)))
+
+    @abstractmethod
+    def epsilon(self, latents: Tensor, timesteps: Tensor, gates: Tensor | None) -> Tensor:
+        """ε of R rows with gates (R, m), None for the base model."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class GaussianBackbone(ExactBackbone):
+    """The exact denoiser of N(mean, std²) in ``dims`` independent dimensions; "images" are the latents themselves."""
+
+    def __init__(self, dims: int = 1, mean: float = 0.5, std: float = 0.7) -> None:
+        super().__init__(ShiftBank())
+        from diffusers import DDIMScheduler
+
+        self.dims, self.mean, self.std = dims, mean, std
+        self.shifts = self.adapters.shifts  # type: ignore[attr-defined]
+        alphas = DDIMScheduler.from_config(SCHEDULER).alphas_cumprod
+        self.register_buffer("alphas", alphas)
+
+    scheduler_config: ClassVar[dict[str, Any]] = SCHEDULER  # type: ignore[assignment]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.dims, 1, 1
 
     def base_epsilon(self, latents: Tensor, alpha: Tensor) -> Tensor:
         """E[ε | x_t] for x_t = √ᾱ x₀ + √(1−ᾱ) ε."""
         variance = alpha * self.std**2 + 1 - alpha
         return (1 - alpha).sqrt() * (latents - alpha.sqrt() * self.mean) / variance
 
-    def denoise(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
-        guidance_scale: float = 1.0,
-        gates: Gating | Tensor | None = None,
-    ) -> Tensor:
+    def epsilon(self, latents: Tensor, timesteps: Tensor, gates: Tensor | None) -> Tensor:
         output = self.base_epsilon(latents, self.alphas[timesteps].view(-1, 1, 1, 1))
-        vectors = Gating.of(gates).vectors(len(latents))
-        if vectors is not None:
+        if gates is not None:
             shifts = torch.stack([shift[timesteps] for shift in self.shifts.values()], dim=1)
-            output = output + (vectors * shifts).sum(1).view(-1, 1, 1, 1)
+            output = output + (gates * shifts).sum(1).view(-1, 1, 1, 1)
         return output
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents
 
 
 class LinearReward(RewardMetric):

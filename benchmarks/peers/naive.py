@@ -92,7 +92,7 @@ class NaiveTrainer:
             guided = settings.guidance_scale > 1
             meter.watch(self.unet, self.pipeline.vae, self.pipeline.text_encoder, guided)
             self.reference.register_forward_pre_hook(
-                lambda module, args: meter.counts.update(unet_rows_without_grad=len(args[0]))
+                lambda module, args: meter.counts.update(denoiser_rows_without_grad=len(args[0]))
             )
             meter.wrap(self, "sample", "sampling")
             meter.wrap(self, "rewards", "rewards")

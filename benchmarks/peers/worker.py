@@ -140,16 +140,16 @@ class Meter:
         setattr(owner, method, timed)
 
     def watch(self, unet: torch.nn.Module, vae: Any, text_encoder: torch.nn.Module, guided: bool) -> None:
-        """Count UNet rows (with and without gradients), transitions, decoded images and encoded texts."""
+        """Count denoiser rows (with and without gradients), transitions, decoded images and encoded texts."""
 
         @torch.compiler.disable  # a compiled denoiser must not trace, and freeze, the counting
         def rows(module: Any, args: Any, kwargs: Any) -> None:
             count = len(args[0] if args else kwargs["sample"])
             if torch.is_grad_enabled():
-                self.counts["unet_rows_with_grad"] += count
+                self.counts["denoiser_rows_with_grad"] += count
                 self.counts["transitions"] += count // 2 if guided else count
             else:
-                self.counts["unet_rows_without_grad"] += count
+                self.counts["denoiser_rows_without_grad"] += count
 
         def texts(module: Any, args: Any, kwargs: Any) -> None:
             self.counts["texts_encoded"] += len(args[0] if args else kwargs["input_ids"])

@@ -248,7 +248,7 @@ class AdapterBank(AdapterForwards):
 
     @contextmanager
     def _or_nothing(self, name: str) -> Iterator[None]:
-        """What is done inside to add an adapter is undone if it fails."""
+        """A context in which an adapter is added; a failure undoes everything done inside."""
         try:
             yield
         except BaseException:

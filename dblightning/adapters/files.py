@@ -96,7 +96,7 @@ def _header(file: Path) -> dict[str, str]:
         with safe_open(file, framework="pt") as opened:
             return dict(opened.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(f"{file} is no readable safetensors file ({error}); export the adapter again") from error
+        raise ValueError(f"{file} is not a readable safetensors file ({error}); export the adapter again") from error
 
 
 def _config(

@@ -1,4 +1,4 @@
-"""How the adapted layers run in the next denoiser calls: gated row by row, or on merged weights."""
+"""The adapted layers in the next denoiser calls: gated row by row, or on merged weights."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class AdapterForwards(AdaptedLayers):
         return key
 
     def _weights_state(self) -> tuple[Any, ...]:
-        """What merged copies depend on: the adapters' names, their values, and the base weights they are added to."""
+        """State that merged copies depend on: adapters' names, their values, and the base weights they are added to."""
         bases = [layer.base_layer.weight for layer in self._layers]
         versions = sum(0 if weight.is_inference() else weight._version for weight in bases)
         return tuple(self.state.names), self._checksum(), versions, bases[0].device, bases[0].dtype

@@ -222,7 +222,7 @@ class GatedLayer(_LoraLayer):
         return self.dora_factor(name).view(-1, *[1] * (base.ndim - 1)) * (base + product) - base
 
     def delta_bias(self, gate: Sequence[float]) -> Tensor | None:
-        """What one gate vector adds to the bias, float32 (out,); None when no gated adapter has a bias."""
+        """Change of the bias under one gate vector, float32 (out,); None when no gated adapter has a bias."""
         used = [(name, value) for name, value in self._used(gate) if self.has_bias(name)]
         if not used:
             return None

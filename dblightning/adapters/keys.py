@@ -64,7 +64,7 @@ def parse(key: str, file: Path, layers_per_block: int, denoiser: str) -> tuple[s
     if kohya:
         prefix, name, ending = kohya.groups()
         if ending not in _PARTS:
-            raise ValueError(f"{file} holds {key!r}, which is no part of a LoRA; known endings are {sorted(_PARTS)}")
+            raise ValueError(f"{file} holds {key!r}, which is not part of a LoRA; known endings are {sorted(_PARTS)}")
         return _TEXT_ENCODERS.get(prefix, denoiser), module_name(name, layers_per_block), _PARTS[ending]
     plain = key.removeprefix("base_model.model.").replace(".processor.", ".").replace(".base_layer.", ".")
     component, _, rest = plain.partition(".")
@@ -84,4 +84,4 @@ def parse(key: str, file: Path, layers_per_block: int, denoiser: str) -> tuple[s
             else:  # diffusers' first names of the text encoder's projections
                 module = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", module)
             return component, module, part
-    raise ValueError(f"{file} holds {key!r}, which is no part of a LoRA")
+    raise ValueError(f"{file} holds {key!r}, which is not part of a LoRA")

@@ -87,7 +87,7 @@ def _targets(modules: Iterable[str], every: Iterable[str]) -> list[str]:
 
 
 def left_out(file: LoraFile) -> str:
-    """What of a file is not the denoiser's, in words; "" for nothing."""
+    """Parts of a file that are not the denoiser's, in words; "" for nothing."""
     others = {component: len(found) for component, found in file.modules.items() if component != file.denoiser}
     return " and ".join(f"{count} modules of the {component}" for component, count in others.items())
 

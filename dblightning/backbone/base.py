@@ -75,7 +75,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def prediction(self) -> Prediction:
-        """What :meth:`denoise` returns.
+        """The kind of output of :meth:`denoise`.
 
         Raises:
             ValueError: a ``prediction_type`` of no known kind.
@@ -109,7 +109,6 @@ class Backbone(nn.Module, ABC):
         ``negative_prompt`` None means none given: the empty text, or zeros where the pipeline says so (SDXL).
         """
 
-    @abstractmethod
     def denoise(
         self,
         latents: Tensor,
@@ -130,6 +129,13 @@ class Backbone(nn.Module, ABC):
         Returns:
             (R, C, h, w), float32; see :attr:`prediction`.
         """
+        return self._denoise(latents, timesteps, conditioning, guidance_scale, Gating.of(gates))
+
+    @abstractmethod
+    def _denoise(
+        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float, gating: Gating
+    ) -> Tensor:
+        """The computation of :meth:`denoise`, its gates in one form."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -137,7 +143,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> Backbone:

@@ -131,7 +131,7 @@ class DiffusersBackbone(Backbone):
 
     @_modules.setter
     def _modules(self, value: Any) -> None:
-        """What nn.Module's constructor sets is not needed."""
+        """Nothing of what nn.Module's constructor sets."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         family = self.__dict__.get("family")
@@ -195,7 +195,7 @@ class DiffusersBackbone(Backbone):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser computes, which under offloading is not where its weights wait."""
+        """Device on which the denoiser computes; under offloading its weights wait on another."""
         denoiser = self.denoiser
         place = getattr(getattr(denoiser, "_hf_hook", None), "execution_device", None)
         if place is not None:  # model offload: weights wait on the CPU and compute elsewhere
@@ -348,17 +348,12 @@ class DiffusersBackbone(Backbone):
             cache.trim()
         return stacked[0], stacked[1], stacked[2], stacked[3]
 
-    def denoise(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
-        guidance_scale: float = 1.0,
-        gates: Gating | Tensor | None = None,
+    def _denoise(
+        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float, gating: Gating
     ) -> Tensor:
         family = self.family
         guided = guidance_scale > 1 and family.guidance == "classifier-free"
-        gating = Gating.of(gates).scaled(conditioning.lora_scale)
+        gating = gating.scaled(conditioning.lora_scale)
         rows, count = conditioning, len(latents)
         if guided:
             rows = conditioning.guided()

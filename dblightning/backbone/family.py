@@ -40,7 +40,7 @@ F = TypeVar("F", bound="type[Family]")
 
 
 class Family(ABC):
-    """How the pipelines of one class encode, denoise and decode. Everything is read from the pipeline at each use.
+    """Encoding, denoising and decoding of the pipelines of one class. Everything is read from the pipeline at each use.
 
     Latents come and go as (B, C, h, w): a family whose denoiser takes tokens packs and unpacks them in :meth:`forward`.
 
@@ -63,6 +63,8 @@ class Family(ABC):
     repeated_blocks: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
     #: the plain pipeline's own default
     guidance_scale: ClassVar[float] = 7.5
+    #: whether a call may bring embeddings: :meth:`pooled` is there
+    takes_embeddings: ClassVar[bool] = False
     #: whether the plain pipeline's output holds a safety checker's verdicts
     has_verdicts: ClassVar[bool] = False
     #: keywords of ``from_pretrained``, unless others are given
@@ -95,12 +97,12 @@ class Family(ABC):
 
     @property
     def guidance(self) -> Guidance:
-        """How ``guidance_scale`` acts."""
+        """The way ``guidance_scale`` acts."""
         return "classifier-free"
 
     @property
     def prediction(self) -> Prediction:
-        """What :meth:`forward` returns."""
+        """The kind of output of :meth:`forward`."""
         return prediction_of(self.pipeline.scheduler.config)
 
     @property
@@ -192,7 +194,22 @@ class Family(ABC):
         Raises:
             ValueError: embeddings that do not go together.
         """
-        raise ValueError(f"embeddings cannot be given to a {type(self.pipeline).__name__} here; give prompts")
+        if not self.takes_embeddings:
+            raise ValueError(f"embeddings cannot be given to a {type(self.pipeline).__name__} here; give prompts")
+        self.pipeline.check_inputs(height=8, width=8, callback_steps=None, **texts, **embeddings)
+        made = self.pipeline.encode_prompt(
+            device=device,
+            num_images_per_prompt=per_prompt,
+            do_classifier_free_guidance=guided,
+            clip_skip=clip_skip,
+            **texts,
+            **embeddings,
+        )
+        return self.pooled(*made)
+
+    def pooled(self, embeds: Tensor, negative_embeds: Tensor | None, *pooled: Tensor | None) -> Embeddings:
+        """The result of :meth:`complete` from that of the plain pipeline's ``encode_prompt``."""
+        raise NotImplementedError
 
     def added(
         self, rows: int, like: Tensor, size: Size | None, **sizes: Any

@@ -16,7 +16,7 @@ XL_COMPONENTS = frozenset({"text_encoder_2", "tokenizer_2"})
 
 
 class UNetFamily(Family):
-    """What Stable Diffusion and SDXL share: a UNet with cross-attention, and a VAE."""
+    """Base class for Stable Diffusion and SDXL: a UNet with cross-attention, and a VAE."""
 
     @property
     def guidance(self) -> Guidance:
@@ -44,30 +44,6 @@ class UNetFamily(Family):
     def inputs(self, latents: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """Further keywords of the UNet."""
         return {}
-
-    def complete(
-        self,
-        texts: Mapping[str, Any],
-        embeddings: Mapping[str, Tensor | None],
-        device: torch.device,
-        per_prompt: int,
-        guided: bool,
-        clip_skip: int | None,
-    ) -> Embeddings:
-        self.pipeline.check_inputs(height=8, width=8, callback_steps=None, **texts, **embeddings)
-        made = self.pipeline.encode_prompt(
-            device=device,
-            num_images_per_prompt=per_prompt,
-            do_classifier_free_guidance=guided,
-            clip_skip=clip_skip,
-            **texts,
-            **embeddings,
-        )
-        return self.pooled(*made)
-
-    def pooled(self, embeds: Tensor, negative_embeds: Tensor | None, *pooled: Tensor | None) -> Embeddings:
-        """What the plain pipeline's ``encode_prompt`` returned, in the order of :meth:`complete`."""
-        raise NotImplementedError
 
     def use_eager_attention(self) -> None:
         from diffusers.models.attention_processor import AttnProcessor

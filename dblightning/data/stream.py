@@ -214,7 +214,7 @@ def check_rank(rank: int, world_size: int) -> None:
 
 @dataclass
 class Cursor:
-    """Where the training stream stands."""
+    """Position of the training stream."""
 
     #: prompts that all ranks have drawn since the run began
     position: int = 0
@@ -222,7 +222,7 @@ class Cursor:
     handed_out: int = 0
 
     def resume(self, position: int) -> None:
-        """Go on from a saved position."""
+        """Resume from a saved position."""
         self.position, self.handed_out = position, 0
 
 
@@ -267,7 +267,7 @@ class TrainLoader:
         return {"position": self.cursor.position - unfinished * self.sampler.prompts_per_step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a saved position."""
+        """Resume from a saved position."""
         self.cursor.resume(state["position"])
 
 

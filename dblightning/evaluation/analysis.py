@@ -238,7 +238,7 @@ def _distances(frame: pd.DataFrame, images: Images) -> np.ndarray:
 
 
 def diversity(frame: pd.DataFrame, samples: int = SAMPLES, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
-    """How different the seeds of one prompt look, per blend.
+    """Difference in looks between the seeds of one prompt, per blend.
 
     The root mean square pixel difference between two 8×8 thumbnails, in [0, 1], averaged over the pairs of a prompt's
     seeds and then over prompts. A blend that collapses onto one picture per prompt has a small one.
@@ -281,7 +281,7 @@ def summary(
 
 
 def oracle_shares(estimates: Estimates) -> pd.DataFrame:
-    """How much of the gain of a model retrained for the preference (MORL) a blend reaches without training.
+    """Share of the gain of a model retrained for the preference (MORL) that a blend reaches without training.
 
     (r_w − r_w,base) / (r_w,MORL − r_w,base), against the ``morl`` blend of the same weights and the same λ. 1 is the
     oracle, 0 the base. NaN where there is no such oracle or no base, and where the interval of the oracle's own gain

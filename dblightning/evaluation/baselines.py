@@ -1,4 +1,4 @@
-"""What any blend has to beat: one adapter alone under the same weights, and an adapter drawn at random for each image.
+"""Baselines of any blend: one adapter alone under the same weights, and an adapter drawn at random for each image.
 
 Neither needs a run of its own. Under weights w the single adapter of reward k has r(w) = Σ wᵢ rᵢ of its own images, and
 an adapter drawn per image with probability w_k has, in expectation, Σ_k w_k of theirs: the chord between the adapters.
@@ -45,10 +45,10 @@ def baseline_rows(blends: pd.DataFrame, rewards: Sequence[str]) -> tuple[pd.Data
     """
     names, singles = weight_names(blends), single_blends(blends)
     mixed = (weights_of(blends, names) > 0).sum(axis=1) > 1
-    asked = blends[mixed & within(blends, rewards)].drop_duplicates([WEIGHT + name for name in names])
+    requested = blends[mixed & within(blends, rewards)].drop_duplicates([WEIGHT + name for name in names])
     rows: list[dict[str, object]] = []
     parts: dict[str, dict[str, float]] = {}
-    for weights in sorted({tuple(float(each) for each in row) for row in weights_of(asked, names)}):
+    for weights in sorted({tuple(float(each) for each in row) for row in weights_of(requested, names)}):
         support = {name: weight for name, weight in zip(names, weights, strict=True) if weight}
         ending = "_".join(f"{name}-{weight:g}" for name, weight in support.items())
         alone = {name: f"{singles[name]} under {ending}" for name in support if name in singles}

@@ -57,7 +57,7 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weights(facts: Any) -> Any:
-    """What tells adapters of one name apart: the hash of the weights, or else all that is known but the path."""
+    """Identity of an adapter beside its name: the hash of the weights, or else all that is known but the path."""
     if not isinstance(facts, dict):
         return facts
     return facts.get("sha256") or {key: value for key, value in facts.items() if key != "path"}

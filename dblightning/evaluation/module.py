@@ -137,7 +137,7 @@ class BlendEvaluationModule(L.LightningModule):
         self._stop.listen()
 
     def _recorded(self, spec: BlendSpec) -> dict[str, Any]:
-        """What made a blend's images, as JSON has it."""
+        """The origin of a blend's images, as JSON has it."""
         blend = asdict(spec)
         del blend["exact_label"]
         return json.loads(json.dumps({**blend, **self.record()}))
@@ -177,7 +177,7 @@ class BlendEvaluationModule(L.LightningModule):
         }
 
     def record(self) -> dict[str, Any]:
-        """What made the images: settings, adapters, versions, command."""
+        """The origin of the images: settings, adapters, versions, command."""
         packages = ("torch", "diffusers", "peft", "transformers")
         return {
             **self.settings(),

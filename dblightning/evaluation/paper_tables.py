@@ -197,7 +197,7 @@ def equal_weights_table(estimates: Estimates, sets: Sequence[Sequence[str]]) -> 
 
 
 def kl_points(estimates: Estimates) -> dict[tuple[str, str], dict[float, str]]:
-    """Where one adapter's strength was varied: (reward, "DB-KLA" or "MORL (oracle)") → λ → blend label, by λ.
+    """Blends in which one adapter's strength was varied: (reward, "DB-KLA" or "MORL (oracle)") → λ → blend label, by λ.
 
     The base completes DB-KLA at λ = 0 and the single adapter at λ = 1. MORL's λ is that of the retraining, with KL
     weight α/λ. Only rewards with a DB-KLA blend are in it.
@@ -274,7 +274,7 @@ def _point(reference: dict[str, float]) -> str:
 
 
 def _order_note(estimates: Estimates, rewards: Sequence[str]) -> str:
-    """How the order of the variants changes with the reference point, as the end of a caption."""
+    """A sentence on how the order of the variants changes with the reference point, as the end of a caption."""
     orders, points = hypervolume_orders(estimates, rewards), reference_points(estimates, rewards)
     (_, first), (other, second) = orders.items()
     if len(first) < 2:

@@ -15,7 +15,7 @@ INTERNAL = frozenset(
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two descriptions of an evaluation contradict each other: (dotted name, value before, value now).
+    """Contradictions between two descriptions of an evaluation: (dotted name, value before, value now).
 
     A name that one of them alone has is of another version of this package and contradicts nothing, except a reward's.
     """

@@ -179,7 +179,7 @@ def load_adapters(
 
 
 def made_with(backbone: Backbone, rewards: Mapping[str, Any]) -> dict[str, Any]:
-    """What images and scores depend on beyond an evaluation's own arguments: base model and rewards, JSON-able."""
+    """Facts that images and scores depend on beyond an evaluation's arguments: base model and rewards, JSON-able."""
     config = {
         name: value for name, value in backbone.scheduler_config.items() if name == "_class_name" or name[0] != "_"
     }

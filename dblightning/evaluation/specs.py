@@ -104,7 +104,7 @@ class BlendSpec:
 
     @property
     def key(self) -> str:
-        """What tells its images from every other blend's: see :func:`blend_key`."""
+        """Identity of its images among all blends': see :func:`blend_key`."""
         return blend_key(self.columns())
 
     def columns(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What rows depend on.
+    """Settings that rows depend on.
 
     Args:
         settings: what every image and score depends on, JSON-able.

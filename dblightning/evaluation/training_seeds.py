@@ -35,11 +35,11 @@ def of_one_seed(frame: pd.DataFrame) -> pd.DataFrame:
     """
     estimates = estimate(frame)
     table = summary(estimates)
-    asked, gains = preferences(table), table["weighted_gain"]
+    requested, gains = preferences(table), table["weighted_gain"]
     of_db_mpa = {
-        each: gain for each, gain, method in zip(asked, gains, table["method"], strict=True) if method == "db-mpa"
+        each: gain for each, gain, method in zip(requested, gains, table["method"], strict=True) if method == "db-mpa"
     }
-    table["minus_db_mpa"] = [gain - of_db_mpa.get(each, np.nan) for each, gain in zip(asked, gains, strict=True)]
+    table["minus_db_mpa"] = [gain - of_db_mpa.get(each, np.nan) for each, gain in zip(requested, gains, strict=True)]
     return pd.concat([table.set_index("blend")[list(QUANTITIES)], _baselines(frame, estimates)])
 
 
@@ -48,17 +48,17 @@ def _baselines(frame: pd.DataFrame, estimates: Estimates) -> pd.DataFrame:
     shares = oracle_shares(estimates).set_index("blend")["share_of_oracle"]
     blends = estimates.blends
     of_db_mpa = {
-        asked: blend
-        for asked, blend, method in zip(preferences(blends), blends["blend"], blends["method"], strict=True)
+        requested: blend
+        for requested, blend, method in zip(preferences(blends), blends["blend"], blends["method"], strict=True)
         if method == "db-mpa"
     }
-    asked = dict(zip(estimates.rows["blend"], preferences(estimates.rows), strict=True))
+    requested = dict(zip(estimates.rows["blend"], preferences(estimates.rows), strict=True))
     rows: dict[str, tuple[float, float, float]] = {}
     for rewards in preference_sets(frame):
         for variant, points in baseline_points(estimates, rewards).items():
             for weights, blend in points.items():
                 if min(weights) > 0:
-                    other = of_db_mpa.get(asked[blend])
+                    other = of_db_mpa.get(requested[blend])
                     less = np.nan if other is None else estimates.difference(blend, other, "weighted_gain")[0]
                     name = f"{variant}, w = {weights_label(weights)} ({', '.join(rewards)})"
                     rows[name] = estimates.of(blend, "weighted_gain")[0], less, float(shares[blend])

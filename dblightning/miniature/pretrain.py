@@ -118,11 +118,11 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def save_pipeline(
-    folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer
-) -> None:
-    """Write a Stable Diffusion folder in fp16 safetensors, whole or not at all."""
-    pipeline = StableDiffusionPipeline(
+def build_pipeline(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
+    """A Stable Diffusion pipeline of these parts, without a safety checker."""
+    return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -132,6 +132,13 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def save_pipeline(
+    folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer
+) -> None:
+    """Write a Stable Diffusion folder in fp16 safetensors, whole or not at all."""
+    pipeline = build_pipeline(vae, text_encoder, unet, tokenizer)
     scratch = folder.with_name(folder.name + ".writing")
     _remove(scratch)
     # a copy in half precision: the modules themselves continue training in float32

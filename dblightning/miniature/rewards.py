@@ -5,6 +5,7 @@ They measure the world of ``dblightning.miniature.world`` and nothing else: 32 �
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import cache
 
 import numpy as np
@@ -38,7 +39,7 @@ def _templates() -> Tensor:
 
 
 def color_masks(images: Tensor) -> Tensor:
-    """How much each pixel is of each of the world's colours, soft and smooth in the image.
+    """Share of each of the world's colours in each pixel, soft and smooth in the image.
 
     A softmax of −d²/2σ² over the eight colours and "none of them", which stands at distance ``COLOR_REACH``.
 
@@ -74,12 +75,12 @@ def shape_overlaps(masks: Tensor) -> Tensor:
 class ShapeAlignment(RewardMetric):
     """Whether the things a caption requests are there, in their colours and shapes; in [−2, 2], mean over the things.
 
-    For each asked thing let a be the share of the image in its colour, u_s the best overlap (IoU) of that colour's mask
-    with shape s, and p = softmax(u / 0.04) at the asked shape. The thing earns
+    For each requested thing let a be the share of the image in its colour, u_s the best overlap (IoU) of that colour's
+    mask with shape s, and p = softmax(u / 0.04) at the requested shape. The thing earns
 
     * smooth (the default): (1 − exp(−a / 0.06)) · (0.75 + 0.25 p). Something in the right colour earns most of it,
       so a policy gradient finds its way; bigger blobs earn more, so watch the strict metric beside it.
-    * strict: u · p at the asked shape. For reports: it cannot be raised by a bigger blob.
+    * strict: u · p at the requested shape. For reports: it cannot be raised by a bigger blob.
 
     Args:
         strict: the strict variant.
@@ -102,12 +103,12 @@ class ShapeAlignment(RewardMetric):
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         _check_size(images)
         colors = list(world.COLORS)
-        asked = [
+        wanted = [
             (row, colors.index(thing.color), world.SHAPES.index(thing.shape), 1 / len(things))
             for row, things in enumerate(map(world.parse, prompts))
             for thing in things
         ]
-        rows, color, shape, share = (torch.tensor(column, device=images.device) for column in zip(*asked, strict=True))
+        rows, color, shape, share = (torch.tensor(column, device=images.device) for column in zip(*wanted, strict=True))
         images = images if images.dtype == torch.float64 else images.float()
         masks = color_masks(images)[rows, color]
         overlaps = shape_overlaps(masks)
@@ -120,7 +121,23 @@ class ShapeAlignment(RewardMetric):
         return 4 * total.index_add(0, rows, earned * share.to(images)) - 2
 
 
-class ShapeAesthetic(RewardMetric):
+class _PictureReward(RewardMetric):
+    """Base class for rewards in [−2, 2] that are blind to the caption; a subclass writes :meth:`_of_pictures`."""
+
+    is_differentiable = True
+    value_range = (-2.0, 2.0)
+    needs_prompt = False
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        _check_size(images)
+        return self._of_pictures(images if images.dtype == torch.float64 else images.float())
+
+    @abstractmethod
+    def _of_pictures(self, images: Tensor) -> Tensor:
+        """Rewards (B,) of pictures (B, 3, H, W), float32 or float64."""
+
+
+class ShapeAesthetic(_PictureReward):
     """A calm, warm and softly lit picture; in [−2, 2], blind to the caption.
 
     4 (0.5 exp(−TV / 0.08) + 0.38 light + 0.12 warmth) − 2, where TV is the mean absolute difference of neighbouring
@@ -128,17 +145,11 @@ class ShapeAesthetic(RewardMetric):
     Calm backgrounds cost alignment nothing; small things, blue and black ones and edges do: a mild conflict.
     """
 
-    is_differentiable = True
-    value_range = (-2.0, 2.0)
-    needs_prompt = False
-
     @property
     def name(self) -> str:
         return "aesthetic"
 
-    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        _check_size(images)
-        images = images if images.dtype == torch.float64 else images.float()
+    def _of_pictures(self, images: Tensor) -> Tensor:
         variation = images.diff(dim=2).abs().mean((1, 2, 3)) + images.diff(dim=3).abs().mean((1, 2, 3))
         calm = torch.exp(-variation / 2 / 0.08)
         axis = torch.linspace(-1, 1, images.shape[-1], dtype=images.dtype, device=images.device)
@@ -151,24 +162,18 @@ class ShapeAesthetic(RewardMetric):
         return 4 * (0.5 * calm + 0.38 * light + 0.12 * warmth) - 2
 
 
-class Vividness(RewardMetric):
+class Vividness(_PictureReward):
     """Strong colours all over the picture; in [−2, 2], blind to the caption.
 
     4 (1 − exp(−C / 0.4)) − 2, where C is the mean over pixels of max(R, G, B) − min(R, G, B). Grey backgrounds cost it,
     so it pulls against aesthetic's calm, and against compressibility.
     """
 
-    is_differentiable = True
-    value_range = (-2.0, 2.0)
-    needs_prompt = False
-
     @property
     def name(self) -> str:
         return "vividness"
 
-    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        _check_size(images)
-        images = images if images.dtype == torch.float64 else images.float()
+    def _of_pictures(self, images: Tensor) -> Tensor:
         chroma = (images.amax(1) - images.amin(1)).mean((1, 2))
         return 4 * (1 - torch.exp(-chroma / 0.4)) - 2
 
@@ -182,7 +187,7 @@ class MiniatureCompressibility(JPEGCompressibility):
 
 
 def compressibility() -> JPEGCompressibility:
-    """How small the image is as a JPEG of quality 95: (1.141 − kB) / 0.090.
+    """Size of the image as a JPEG of quality 95, smaller is better: (1.141 − kB) / 0.090.
 
     The constants are mean and standard deviation over 300 samples of the base model (test prompts, guidance 3, 20
     steps, eta 1), so the base scores 0 ± 1 there.

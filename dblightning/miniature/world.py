@@ -168,7 +168,7 @@ def _distance(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDA
 
 
 def coverage(shape: str, center: tuple[float, float], radius: float, size: int = IMAGE_SIZE) -> NDArray[np.float64]:
-    """How much of each pixel a shape covers: (size, size) in [0, 1], edges one pixel soft.
+    """Share of each pixel that a shape covers: (size, size) in [0, 1], edges one pixel soft.
 
     Args:
         shape: one of SHAPES.

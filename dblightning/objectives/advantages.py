@@ -16,7 +16,7 @@ LEAST_SCALE = 1e-3
 
 
 def value_target(transitions: Transitions, baseline: Baseline) -> Tensor:
-    """What the value function learns, (B,): the reward, less the prompt's mean where that is a baseline too."""
+    """Target of the value function, (B,): the reward, less the prompt's mean where that is a baseline too."""
     return transitions.reward - transitions.baseline if baseline == "both" else transitions.reward
 
 

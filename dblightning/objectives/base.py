@@ -77,7 +77,7 @@ class Objective(ABC):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold: tensors and plain values."""
+        """State for a checkpoint: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most have none

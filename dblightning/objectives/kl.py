@@ -46,7 +46,7 @@ def epsilon_error(solver: DDIMSolver, output: Tensor, reference_output: Tensor, 
 
 
 class Watched(NamedTuple):
-    """What the KL is computed from, before the forward with gradients: its activations wait for the backward pass."""
+    """Inputs of the KL, computed before the forward with gradients: its activations wait for the backward pass."""
 
     transitions: Transitions
     rows: Tensor | None  # which of the micro-batch they are, int64 (n,); None: all
@@ -109,7 +109,7 @@ class KLTerm:
         if rows is not None or own is not None:
             output = output if rows is None else output[rows.to(output.device)]
             if own is not None:
-                # the float32 value with the gradient of the forward at hand: what rounding spoils is the difference of
+                # the float32 value with the gradient of the forward there is: what rounding spoils is the difference of
                 # two predictions, to which the KL's gradient is proportional, not a prediction's own derivative
                 output = own + (output - output.detach())
             step = solver.gaussian(output, chosen.latents, chosen.step_index)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 import dblightning.objectives as home
+from dblightning.class_paths import import_class, is_path
 from dblightning.flat_settings import OBJECTIVES
 from dblightning.objectives.base import Objective
 from dblightning.settings import check
@@ -22,11 +22,9 @@ def objective_of(value: Any) -> Objective:
         return value
     given: Mapping[str, Any] = value if isinstance(value, Mapping) else {"class_path": value}
     path = given.get("class_path", OBJECTIVES["dpok"])
-    module, _, name = str(OBJECTIVES.get(path, path)).rpartition(".")
-    check(bool(module), f'objective must be a class path such as {OBJECTIVES["ppo"]}, "dpok" or "ppo", got {path!r}')
-    kind = getattr(importlib.import_module(module), name, None)
-    check(isinstance(kind, type) and issubclass(kind, Objective), f"objective {path!r} is not a class of objectives")
-    objective: Objective = kind(**given.get("init_args", {}))  # type: ignore[misc]
+    found = OBJECTIVES.get(path, path)
+    check(is_path(found), f'objective must be a class path such as {OBJECTIVES["ppo"]}, "dpok" or "ppo", got {path!r}')
+    objective: Objective = import_class(found, "objective", Objective)(**given.get("init_args", {}))
     return objective
 
 

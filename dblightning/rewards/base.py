@@ -30,7 +30,7 @@ _numbers = itertools.count()
 
 
 class RewardUnavailable(ConnectionError):
-    """No answer from a reward that lives elsewhere, however often it was asked; training saves its state and stops."""
+    """No answer from a reward that lives elsewhere, after every retry; training saves its state and stops."""
 
     @classmethod
     def behind(cls, error: BaseException) -> RewardUnavailable | None:

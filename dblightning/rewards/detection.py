@@ -43,7 +43,7 @@ class Detection(NamedTuple):
 
 
 class Detector(Protocol):
-    """What ``GenEvalAccuracy`` asks of a detector. An ``nn.Module`` follows the reward to its device."""
+    """The interface of a detector for ``GenEvalAccuracy``. An ``nn.Module`` follows the reward to its device."""
 
     def detect(self, images: Tensor, min_score: float) -> list[list[Detection]]:
         """Objects of each image (B, 3, H, W) in [0, 1] with a score of at least ``min_score``, in any order."""

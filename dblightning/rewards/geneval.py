@@ -114,7 +114,7 @@ class GenEvalAccuracy(CLIPReward):
 
     @property
     def detector(self) -> Detector:
-        """What finds the objects."""
+        """The detector of objects."""
         return self.frozen("detector") if self._plain_detector is None else self._plain_detector
 
     def sample(self, prompt: str) -> Sample:
@@ -143,7 +143,7 @@ class GenEvalAccuracy(CLIPReward):
 
     @torch.no_grad()
     def explain(self, images: Tensor, prompts: Sequence[str]) -> list[list[str]]:
-        """What is wrong with each image; an empty list where it is correct."""
+        """Mistakes of each image; an empty list where it is correct."""
         images = quantise(images)
         found = self.detector.detect(images, min(self.threshold, self.counting_threshold))
         return [

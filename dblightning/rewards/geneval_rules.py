@@ -56,7 +56,7 @@ def group_objects(found: Sequence[Detection], threshold: float, most: int = MAX_
 
 
 def relations(box: Sequence[float], landmark: Sequence[float], threshold: float = POSITION_THRESHOLD) -> set[str]:
-    """How a box lies to a landmark: a subset of "left of", "right of", "above", "below".
+    """Relations of a box to a landmark: a subset of "left of", "right of", "above", "below".
 
     Along each axis the offset of the centres is shortened by ``threshold`` · (sum of both sizes), to 0 at least. A
     relation holds where what is left exceeds half the distance between the centres (before shortening).
@@ -88,7 +88,7 @@ def faults(
     colors_of: ColorsOf,
     position_threshold: float = POSITION_THRESHOLD,
 ) -> list[str]:
-    """What is wrong with an image; empty where it is correct.
+    """Mistakes of an image; empty where it is correct.
 
     Every "include" clause has to hold and no "exclude" clause may. A clause requires at least "count" objects of a
     class; colour and position are read from its "count" most confident ones, all of which have to comply, and a

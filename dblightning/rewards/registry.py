@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
+
+from dblightning.class_paths import import_class, is_path
 
 if TYPE_CHECKING:
     from dblightning.rewards.base import RewardMetric
@@ -35,15 +36,9 @@ def reward_class(name: str) -> type[RewardMetric]:
     from dblightning.rewards.base import RewardMetric
 
     path = REWARDS.get(name, name)
-    module, _, attribute = path.rpartition(".")
-    if not module:
+    if not is_path(path):
         raise ValueError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}, or the dotted path of a class")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import the reward {path}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, RewardMetric)):
-        raise ValueError(f"{path} is not a subclass of dblightning.rewards.RewardMetric")
+    found: type[RewardMetric] = import_class(path, "reward", RewardMetric)
     return found
 
 

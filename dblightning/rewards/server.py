@@ -82,7 +82,7 @@ _log = logging.getLogger("reward_server")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client, and all of them together, may cost. Peak memory of the defaults is below 1 GB beside the model.
+    """Limits of what one client, and all of them, may cost. Peak memory of the defaults is below 1 GB beside the model.
 
     Attributes:
         max_megabytes: longest request body, in MB; all requests together may hold twice that.

@@ -9,16 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dblightning.backbone import DiffusersBackbone
 from dblightning.callbacks import BlendSamplingCallback
-from dblightning.data import PromptFileDataModule
 from dblightning.evaluation import BlendSpec, BlendSweep
 from dblightning.module import RewardRLModule
 from dblightning.rewards import JPEGCompressibility
+from tests.callbacks import fitting
 from tests.conftest import randomize
+from tests.own_methods import MODULE
 
 TRAINED = "JPEGCompressibility"
 
@@ -36,30 +36,12 @@ def other(sd15_folder: Path, tmp_path: Path) -> str:
 def fit(
     folder: Path, tmp_path: Path, callbacks: list[L.Callback], rollouts: int = 4, options: dict[str, Any] | None = None
 ) -> RewardRLModule:
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
-    module = RewardRLModule(
-        DiffusersBackbone(str(folder), **(options or {})),
-        JPEGCompressibility(),
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        policy_steps=2,
-        gradient_accumulation=1,
-        value_batch_size=4,
-        learning_rate=1e-2,
-    )
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=2, log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
-        logger=TensorBoardLogger(str(tmp_path), name="log", version=""), enable_checkpointing=False,
-        limit_val_batches=0, callbacks=callbacks,
-    )  # fmt: skip
-    data = PromptFileDataModule(str(tmp_path / "prompts.txt"), batch_size=2, rollouts_per_epoch=rollouts // 2)
-    torch.manual_seed(11)  # here, because loading a model draws from the global generator
-    trainer.fit(module, datamodule=data)
-    return module
+    backbone = DiffusersBackbone(str(folder), **(options or {}))
+    return fitting.fit(backbone, tmp_path, callbacks, rollouts, policy_steps=2)
 
 
 def state(module: RewardRLModule) -> dict[str, Any]:
-    """Everything training goes on from: weights, value function, optimisers, replay, random state."""
+    """Everything training resumes from: weights, value function, optimisers, replay, random state."""
     assert module.replay is not None
     return {
         "weights": module.state_dict(),
@@ -194,38 +176,14 @@ def test_an_adapter_that_is_nowhere_stops_the_run_before_training(sd15_folder: P
         fit(sd15_folder, tmp_path, [callback])
 
 
-OWN = '''
-import torch
-from dblightning.blending import Blend, BlendStep
-from dblightning.sampling import Unsteered
-
-
-class Share(Blend):
-    """A share of the one adapter, the rest of the base model: DB-KLA with that λ."""
-
-    def __init__(self, weights, share=0.5):
-        (self.adapter,), self.share = weights, share
-
-    def start(self, adapters, batch, num_steps, generators=None):
-        one_hot = torch.tensor([float(name == self.adapter) for name in adapters])
-        gates = torch.stack([torch.zeros(len(adapters)), one_hot])[:, None].expand(-1, batch, -1)
-        mix = torch.tensor([1 - self.share, self.share], dtype=torch.float64)[:, None].expand(-1, batch)
-        return lambda step_index: BlendStep(gates, mix)
-
-
-class Plain(Unsteered):
-    pass
-'''
-
-
 def test_methods_of_ones_own_are_sampled_by_their_dotted_path(
     sd15_folder: Path, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A blend and a steering from outside the package, next to the built-in methods that they equal."""
     (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "methods_of_my_own.py").write_text(OWN)
+    (tmp_path / "path" / "methods_of_my_own.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path / "path"))
-    share, plain = "methods_of_my_own.Share", "methods_of_my_own.Plain"
+    share, plain = "methods_of_my_own.Share", "methods_of_my_own.Still"
     blends = [
         BlendSpec("db-kla", {"other": 1.0}, kl_scale=8.0),
         BlendSpec(share, {"other": 1.0}, options={"share": 8.0}),

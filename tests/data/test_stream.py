@@ -10,7 +10,7 @@ import torch
 from dblightning.data.stream import EvalLoader, PromptSampler, PromptSet, TrainLoader, evaluation_keys, sample_order
 
 
-def walk(sampler: PromptSampler, steps: int, start: int = 0) -> list[list[tuple[int, int]]]:
+def batches_of(sampler: PromptSampler, steps: int, start: int = 0) -> list[list[tuple[int, int]]]:
     return [sampler.keys(start + step * sampler.prompts_per_step) for step in range(steps)]
 
 
@@ -19,7 +19,7 @@ def flat(batches: list[list[tuple[int, int]]]) -> list[tuple[int, int]]:
 
 
 def test_every_round_visits_every_prompt_once_in_another_order() -> None:
-    ids = [prompt_id for prompt_id, _ in flat(walk(PromptSampler(num_prompts=25, batch_size=5), steps=15))]
+    ids = [prompt_id for prompt_id, _ in flat(batches_of(PromptSampler(num_prompts=25, batch_size=5), steps=15))]
     rounds = [ids[0:25], ids[25:50], ids[50:75]]
     assert all(sorted(order) == list(range(25)) for order in rounds)
     # chance of two equal shuffles of 25: 1 / 25!
@@ -30,7 +30,7 @@ def test_every_round_visits_every_prompt_once_in_another_order() -> None:
 def test_a_prompt_and_seed_pair_never_comes_twice_and_seeds_count_a_prompts_uses(samples_per_prompt: int) -> None:
     # 7 prompts and steps of 4·3 images: rounds end inside a batch
     sampler = PromptSampler(num_prompts=7, batch_size=12, samples_per_prompt=samples_per_prompt)
-    keys = flat(walk(sampler, steps=20))
+    keys = flat(batches_of(sampler, steps=20))
     assert len(set(keys)) == len(keys) == 240
     for prompt_id in range(7):
         seeds = [seed for i, seed in keys if i == prompt_id]
@@ -38,7 +38,7 @@ def test_a_prompt_and_seed_pair_never_comes_twice_and_seeds_count_a_prompts_uses
 
 
 def test_samples_of_a_prompt_sit_side_by_side() -> None:
-    for batch in walk(PromptSampler(num_prompts=5, batch_size=6, samples_per_prompt=3), steps=4):
+    for batch in batches_of(PromptSampler(num_prompts=5, batch_size=6, samples_per_prompt=3), steps=4):
         assert batch[0][0] == batch[1][0] == batch[2][0] and batch[3][0] == batch[4][0] == batch[5][0]
 
 
@@ -46,15 +46,15 @@ def test_samples_of_a_prompt_sit_side_by_side() -> None:
 @pytest.mark.parametrize("samples_per_prompt", [1, 2])
 def test_ranks_laid_end_to_end_are_one_process_with_the_whole_batch(world_size: int, samples_per_prompt: int) -> None:
     ranks = [
-        walk(PromptSampler(10, 4, samples_per_prompt, seed=3, rank=rank, world_size=world_size), steps=9)
+        batches_of(PromptSampler(10, 4, samples_per_prompt, seed=3, rank=rank, world_size=world_size), steps=9)
         for rank in range(world_size)
     ]
-    alone = walk(PromptSampler(10, 4 * world_size, samples_per_prompt, seed=3), steps=9)
+    alone = batches_of(PromptSampler(10, 4 * world_size, samples_per_prompt, seed=3), steps=9)
     assert [[key for rank in ranks for key in rank[step]] for step in range(9)] == alone
 
 
 def test_the_same_seed_gives_the_same_stream_and_another_seed_another() -> None:
-    first, again, other = (flat(walk(PromptSampler(50, 10, seed=seed), steps=5)) for seed in (1, 1, 2))
+    first, again, other = (flat(batches_of(PromptSampler(50, 10, seed=seed), steps=5)) for seed in (1, 1, 2))
     assert first == again != other
 
 
@@ -72,10 +72,10 @@ def test_a_resumed_stream_goes_on_where_it_stopped() -> None:
 
 def test_a_position_holds_across_batch_sizes_and_world_sizes() -> None:
     """Twelve prompts drawn by one process, then 2 ranks · 2 prompts follow: together still one round after another."""
-    first = flat(walk(PromptSampler(8, 6), steps=2))
+    first = flat(batches_of(PromptSampler(8, 6), steps=2))
     ranks = [PromptSampler(8, 2, rank=rank, world_size=2) for rank in range(2)]
     then = [key for step in range(3) for sampler in ranks for key in sampler.keys(12 + 4 * step)]
-    assert first + then == flat(walk(PromptSampler(8, 1), steps=24))
+    assert first + then == flat(batches_of(PromptSampler(8, 1), steps=24))
 
 
 def test_a_batch_in_flight_is_not_counted_as_drawn() -> None:
@@ -121,8 +121,8 @@ def test_a_repeated_stream_has_the_same_prompts_each_time_and_never_the_same_pai
     """Also where the repeated part holds some prompts several times."""
     endless = PromptSampler(num_prompts, batch_size=4, samples_per_prompt=2)
     repeated = PromptSampler(num_prompts, batch_size=4, samples_per_prompt=2, repeat_after=2 * steps)
-    batches = walk(repeated, steps=3 * steps)
-    assert batches[:steps] == walk(endless, steps)
+    batches = batches_of(repeated, steps=3 * steps)
+    assert batches[:steps] == batches_of(endless, steps)
     for visit in (1, 2):
         again = batches[visit * steps : (visit + 1) * steps]
         assert [[prompt for prompt, _ in batch] for batch in again] == [

@@ -141,7 +141,7 @@ def trainer(folder: str | Path, **options: Any) -> L.Trainer:
 def training(folder: Path, resume: Path | None = None) -> tuple[dict[str, Tensor], Curve]:
     """Four rollouts with value function, replay and a moving KL weight on the miniature: adapter and curve.
 
-    Checkpoints go to ``folder``; with ``resume`` the run goes on from that one.
+    Checkpoints go to ``folder``; with ``resume`` the run resumes from that one.
     """
     module = RewardRLModule(
         DiffusersBackbone("miniature"), ShapeAesthetic(), rank=1, seed=3, num_inference_steps=3, guidance_scale=2.0,

@@ -69,6 +69,6 @@ def test_the_checkpoint_resumes_to_the_same_adapter(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_version_0_1_0_resumes(tmp_path: Path) -> None:
     adapter, curve = record.training(tmp_path, HERE / "from_0.1.0" / "rollout-000002.ckpt")
-    assert sorted(curve.steps) == [2, 3], "it goes on after the two rollouts it holds"
+    assert sorted(curve.steps) == [2, 3], "it resumes after the two rollouts it holds"
     wanted: dict[str, Any] = load_file(HERE / "adapter.safetensors")
     assert sorted(adapter) == sorted(wanted)

@@ -40,11 +40,11 @@ def images(pipeline: StableDiffusionPipeline) -> Tensor:
 
 def test_the_shipped_pipeline_draws_what_its_prompt_asks_for(images: Tensor) -> None:
     reward = ShapeAlignment()
-    asked = reward.score(images, PROMPTS)
+    requested = reward.score(images, PROMPTS)
     others = torch.stack([reward.score(images, PROMPTS[k:] + PROMPTS[:k]) for k in range(1, 40)]).mean(0)
     # 0.97 ± 0.06 apart over all 300 test prompts; a model deaf to its prompt would be 0 apart, and 40 images of
     # standard deviation 1.1 leave 0.17 of standard error, so 0.5 is about three of them from either
-    assert asked.mean() > others.mean() + 0.5
+    assert requested.mean() > others.mean() + 0.5
 
 
 def test_compressibility_is_in_standard_deviations_of_the_base_models_samples(images: Tensor) -> None:

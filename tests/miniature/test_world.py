@@ -81,14 +81,14 @@ def test_careless_captions_confuse_colours_and_add_things_as_often_as_they_say()
     rng = np.random.default_rng(6)
     drawn = [world.sample_things(rng) for _ in range(4000)]
     said = [world.mislabel(things, rng) for things in drawn]
-    pairs = [(true, told) for true, told in zip(drawn, said, strict=True) if len(true) == 2]
-    wrong = [a.color != b.color for true, told in pairs for a, b in zip(true, told, strict=True)]
-    added = [len(told) == 2 for true, told in zip(drawn, said, strict=True) if len(true) == 1]
+    pairs = [(true, stated) for true, stated in zip(drawn, said, strict=True) if len(true) == 2]
+    wrong = [a.color != b.color for true, stated in pairs for a, b in zip(true, stated, strict=True)]
+    added = [len(stated) == 2 for true, stated in zip(drawn, said, strict=True) if len(true) == 1]
     # about 4000 and 2000 draws: five standard errors are 0.04 and 0.055
     assert abs(np.mean(wrong) - 0.45) < 0.04
     assert abs(np.mean(added) - 0.6) < 0.055
-    for true, told in pairs:
-        for a, b in zip(true, told, strict=True):
+    for true, stated in pairs:
+        for a, b in zip(true, stated, strict=True):
             assert b.color in (a.color, world.CONFUSED[a.color]) and a.shape == b.shape
     for things in said:
         assert world.parse(world.caption(things)) == things

@@ -39,6 +39,12 @@ def pil_images(shape: tuple[int, int]) -> tuple[torch.Tensor, list[Image.Image]]
     return images, [Image.fromarray(array) for array in to_uint8(images)]
 
 
+def published_pixels(pictures: list[Image.Image]) -> torch.Tensor:
+    """Pictures as OpenAI's CLIP sees them, by torchvision on Pillow."""
+    steps = [Resize(32, InterpolationMode.BICUBIC), CenterCrop(32), ToTensor(), Normalize(CLIP_MEAN, CLIP_STD)]
+    return torch.stack([Compose(steps)(picture) for picture in pictures])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pickscore_is_transformers_clip_formula_minus_19(clip_folder: Path, shape: tuple[int, int]) -> None:
     from transformers import CLIPImageProcessorPil, CLIPModel
@@ -146,11 +152,8 @@ def test_the_aesthetic_score_is_one_affine_map_of_quick_gelu_features(
 
     images, pictures = pil_images(shape)
     model = CLIPModel.from_pretrained(quick_gelu_folder).eval()
-    transform = Compose(
-        [Resize(32, InterpolationMode.BICUBIC), CenterCrop(32), ToTensor(), Normalize(CLIP_MEAN, CLIP_STD)]
-    )
     with torch.no_grad():
-        features = model.get_image_features(torch.stack([transform(picture) for picture in pictures])).pooler_output
+        features = model.get_image_features(published_pixels(pictures)).pooler_output
     unit = (features / features.norm(dim=-1, keepdim=True)).double().numpy()
     head = torch.load(aesthetic_folder / "sac+logos+ava1-l14-linearMSE.pth", weights_only=True)
     matrix, offset = np.eye(24), np.zeros(24)
@@ -182,11 +185,8 @@ def test_clip_score_is_two_and_a_half_cosines_above_zero(clip_folder: Path, shap
 
     images, pictures = pil_images(shape)
     model = CLIPModel.from_pretrained(clip_folder).eval()
-    transform = Compose(
-        [Resize(32, InterpolationMode.BICUBIC), CenterCrop(32), ToTensor(), Normalize(CLIP_MEAN, CLIP_STD)]
-    )
     with torch.no_grad():
-        seen = model.get_image_features(torch.stack([transform(picture) for picture in pictures])).pooler_output
+        seen = model.get_image_features(published_pixels(pictures)).pooler_output
         read = model.get_text_features(open_clip.tokenize([f"A photo depicts {p}" for p in PROMPTS])).pooler_output
     cosine = torch.nn.functional.cosine_similarity(seen, read)
     reward = CLIPScore(clip_folder, prefix="A photo depicts ")

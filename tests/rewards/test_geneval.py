@@ -35,40 +35,40 @@ def sample(tag: str, *include: dict, exclude: list | None = None) -> dict:
     return {"tag": tag, "include": list(include), "exclude": exclude or [], "prompt": ""}
 
 
-def correct(found: list[Detection], asked: dict, colors_of=no_colors) -> bool:
-    threshold = 0.9 if asked["tag"] == "counting" else 0.3
-    return not faults(group_objects(found, threshold), asked, colors_of)
+def correct(found: list[Detection], wanted: dict, colors_of=no_colors) -> bool:
+    threshold = 0.9 if wanted["tag"] == "counting" else 0.3
+    return not faults(group_objects(found, threshold), wanted, colors_of)
 
 
 # ── the rules ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_single_object_has_to_be_found_above_the_threshold() -> None:
-    asked = sample("single_object", {"class": "dog", "count": 1})
-    assert correct([thing("dog", score=0.31)], asked)
-    assert not correct([thing("dog", score=0.3)], asked)
-    assert not correct([thing("cat")], asked)
-    assert not correct([], asked)
-    assert correct([thing("dog"), thing("dog"), thing("cat")], asked)  # further objects are allowed
+    wanted = sample("single_object", {"class": "dog", "count": 1})
+    assert correct([thing("dog", score=0.31)], wanted)
+    assert not correct([thing("dog", score=0.3)], wanted)
+    assert not correct([thing("cat")], wanted)
+    assert not correct([], wanted)
+    assert correct([thing("dog"), thing("dog"), thing("cat")], wanted)  # further objects are allowed
 
 
 def test_two_objects_are_both_needed() -> None:
-    asked = sample("two_object", {"class": "dog", "count": 1}, {"class": "cat", "count": 1})
-    assert correct([thing("cat"), thing("dog")], asked)
-    assert not correct([thing("cat"), thing("cat")], asked)
+    wanted = sample("two_object", {"class": "dog", "count": 1}, {"class": "cat", "count": 1})
+    assert correct([thing("cat"), thing("dog")], wanted)
+    assert not correct([thing("cat"), thing("cat")], wanted)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_counting_wants_exactly_the_number_and_more_confidence(count: int) -> None:
-    [asked] = [
+    [wanted] = [
         each
         for each in train_samples()
         if each["tag"] == "counting" and each["include"][0] == {"class": "bed", "count": count}
     ] or [sample("counting", {"class": "bed", "count": count}, exclude=[{"class": "bed", "count": count + 1}])]
     for shown in range(1, 7):
-        assert correct([thing("bed", score=0.91)] * shown, asked) == (shown == count)
+        assert correct([thing("bed", score=0.91)] * shown, wanted) == (shown == count)
     # at 0.9 and below an object is neither counted for nor against
-    assert correct([thing("bed", score=0.91)] * count + [thing("bed", score=0.9)] * 2, asked)
+    assert correct([thing("bed", score=0.91)] * count + [thing("bed", score=0.9)] * 2, wanted)
 
 
 def test_at_most_sixteen_objects_of_a_class_are_kept_the_most_confident_ones() -> None:
@@ -79,7 +79,7 @@ def test_at_most_sixteen_objects_of_a_class_are_kept_the_most_confident_ones() -
 
 
 def test_the_color_is_that_of_the_most_confident_object() -> None:
-    asked = sample("colors", {"class": "cup", "count": 1, "color": "red"})
+    wanted = sample("colors", {"class": "cup", "count": 1, "color": "red"})
     seen: list[list[Detection]] = []
 
     def colors_of(objects: list[Detection], name: str) -> list[str]:
@@ -88,35 +88,35 @@ def test_the_color_is_that_of_the_most_confident_object() -> None:
         return ["red" if each.box[0] < 30 else "blue" for each in objects]
 
     red, blue = thing("cup", x=20, score=0.8), thing("cup", x=80, score=0.7)
-    assert correct([blue, red], asked, colors_of)
-    assert not correct([blue._replace(score=0.9), red], asked, colors_of)
+    assert correct([blue, red], wanted, colors_of)
+    assert not correct([blue._replace(score=0.9), red], wanted, colors_of)
     assert [len(each) for each in seen] == [1, 1]
 
 
 def test_color_attribution_needs_each_color_on_its_object() -> None:
-    asked = sample(
+    wanted = sample(
         "color_attr",
         {"class": "cup", "count": 1, "color": "red"},
         {"class": "dog", "count": 1, "color": "blue"},
     )
     found = [thing("cup"), thing("dog")]
-    assert correct(found, asked, lambda objects, name: [{"cup": "red", "dog": "blue"}[name]])
-    assert not correct(found, asked, lambda objects, name: [{"cup": "blue", "dog": "red"}[name]])
-    assert not correct(found, asked, lambda objects, name: ["red"])
-    assert not correct(found[:1], asked, lambda objects, name: ["red"])
+    assert correct(found, wanted, lambda objects, name: [{"cup": "red", "dog": "blue"}[name]])
+    assert not correct(found, wanted, lambda objects, name: [{"cup": "blue", "dog": "red"}[name]])
+    assert not correct(found, wanted, lambda objects, name: ["red"])
+    assert not correct(found[:1], wanted, lambda objects, name: ["red"])
 
 
 @pytest.mark.parametrize(
     ("relation", "x", "y"), [("left of", -1, 0), ("right of", 1, 0), ("above", 0, -1), ("below", 0, 1)]
 )
 def test_each_position_holds_for_its_side_only(relation: str, x: int, y: int) -> None:
-    asked = sample("position", {"class": "cup", "count": 1}, {"class": "dog", "count": 1, "position": [relation, 0]})
+    wanted = sample("position", {"class": "cup", "count": 1}, {"class": "dog", "count": 1, "position": [relation, 0]})
     cup, dog = thing("cup", 100, 100), thing("dog", 100 + 40 * x, 100 + 40 * y)
-    assert correct([cup, dog], asked)
-    assert not correct([thing("cup", *center(dog)), thing("dog", *center(cup))], asked)
-    assert not correct([cup, thing("dog", 100 + 40 * y, 100 + 40 * x)], asked)
-    assert not correct([dog], asked)  # nothing to be beside
-    assert not correct([cup], asked)
+    assert correct([cup, dog], wanted)
+    assert not correct([thing("cup", *center(dog)), thing("dog", *center(cup))], wanted)
+    assert not correct([cup, thing("dog", 100 + 40 * y, 100 + 40 * x)], wanted)
+    assert not correct([dog], wanted)  # nothing to be beside
+    assert not correct([cup], wanted)
 
 
 def center(found: Detection) -> tuple[float, float]:
@@ -143,10 +143,10 @@ def test_positions_at_the_borderline_follow_the_published_inequality() -> None:
 
 
 def test_only_the_most_confident_objects_are_placed() -> None:
-    asked = sample("position", {"class": "cup", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]})
+    wanted = sample("position", {"class": "cup", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]})
     cup, left, right = thing("cup", 100), thing("dog", 40, score=0.8), thing("dog", 160, score=0.7)
-    assert correct([cup, left, right], asked)
-    assert not correct([cup, left, right._replace(score=0.9)], asked)
+    assert correct([cup, left, right], wanted)
+    assert not correct([cup, left, right._replace(score=0.9)], wanted)
 
 
 # ── the metric, on a stub detector ───────────────────────────────────────────────────────────────────────────────────
@@ -252,11 +252,11 @@ def test_all_known_prompts_have_their_own_metadata() -> None:
 
 
 def test_metadata_of_other_prompts_comes_from_a_file_or_a_list(tmp_path: Path, color_clip: Path) -> None:
-    asked = sample("counting", {"class": "cat", "count": 5}, exclude=[{"class": "cat", "count": 6}])
-    asked["prompt"] = "five cats"
+    wanted = sample("counting", {"class": "cat", "count": 5}, exclude=[{"class": "cat", "count": 6}])
+    wanted["prompt"] = "five cats"
     file = tmp_path / "more.jsonl"
-    file.write_text(json.dumps(asked) + "\n")
-    for metadata in (file, str(file), [asked]):
+    file.write_text(json.dumps(wanted) + "\n")
+    for metadata in (file, str(file), [wanted]):
         metric = GenEvalAccuracy(StubDetector([[thing("cat")] * 5, [thing("cat")] * 6]), color_clip, metadata=metadata)
         assert metric.score(numbered(2), ["five cats"] * 2).tolist() == [1, 0]
     with pytest.raises(FileNotFoundError, match="none.jsonl"):
@@ -269,7 +269,7 @@ def test_metadata_of_other_prompts_comes_from_a_file_or_a_list(tmp_path: Path, c
         ({"include": [{"class": "cat", "count": 1, "position": ["above", 0]}]}, "index of an earlier clause"),
     ]:
         with pytest.raises(ValueError, match=message):
-            known_samples([{**asked, **change}])
+            known_samples([{**wanted, **change}])
 
 
 # ── colours ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -484,7 +484,7 @@ def test_the_whole_reward_runs_from_folders(mask2former: Path, color_clip: Path)
     detector = TransformersDetector(mask2former, short_side=96, long_side=96)
     metric = build_reward("geneval", detector=detector, clip_weights=color_clip, micro_batch_size=2)
     images = pictures(3, 48, 48)
-    # what the detector sees in each picture, requested by a prompt of its own; then a class it does not see there
+    # what the detector sees in each picture, wanted by a prompt of its own; then a class it does not see there
     found = [group_objects(each, 0.3) for each in detector.detect(images, 0.3)]
     assert all(found), "a random detector has to find something for this test to mean anything"
     for row, groups in enumerate(found):
@@ -493,10 +493,10 @@ def test_the_whole_reward_runs_from_folders(mask2former: Path, color_clip: Path)
         assert metric.score(images[row : row + 1].repeat(2, 1, 1, 1), [single[seen], single[unseen]]).tolist() == [1, 0]
         if seen != "person":
             color = metric.colors(images[row], groups[seen][:1], seen)[0]
-            asked = [
+            wanted = [
                 {**sample("colors", {"class": seen, "count": 1, "color": each}), "prompt": each} for each in COLORS
             ]
-            metric.samples.update({each["prompt"]: each for each in asked})
+            metric.samples.update({each["prompt"]: each for each in wanted})
             scores = metric.score(images[row : row + 1].expand(len(COLORS), -1, -1, -1), list(COLORS))
             assert scores.tolist() == [float(each == color) for each in COLORS]
     assert list(metric.parameters()) == []
