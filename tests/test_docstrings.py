@@ -17,6 +17,7 @@ PACKAGE = Path(dblightning.__file__).parent
 #: modules with examples; a test finds one that is missing here
 MODULES = [
     "blending",
+    "class_paths",
     "ddim",
     "gaussian_step",
     "methods",

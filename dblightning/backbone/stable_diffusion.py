@@ -18,6 +18,8 @@ XL_COMPONENTS = frozenset({"text_encoder_2", "tokenizer_2"})
 class UNetFamily(Family):
     """Base class for Stable Diffusion and SDXL: a UNet with cross-attention, and a VAE."""
 
+    takes_embeddings = True
+
     @property
     def guidance(self) -> Guidance:
         distilled = self.denoiser.config.time_cond_proj_dim is not None  # takes the scale as an input
