@@ -117,14 +117,12 @@ class RewardRLModule(RewardGradients):
     def _add_adapter(self) -> None:
         bank, adapter = self.backbone.adapters, self.settings.adapter
         if adapter.init is None:
-            targets = bank.target_modules if adapter.target_modules is None else adapter.target_modules
-            adapter = replace(adapter, target_modules=targets)
-            bank.add(self.adapter_name, adapter.rank, adapter.lora_alpha, targets, self.seed)
+            adapter = adapter.with_targets(bank.target_modules)  # as checkpoints compare them
+            bank.add(self.adapter_name, adapter.rank, adapter.lora_alpha, adapter.target_modules, self.seed)
         else:
             bank.load(self.adapter_name, adapter.init, getattr(self.backbone, "pipeline", None))
-            # the file's rank, lora_alpha and target_modules
-            adapter = replace(adapter, **bank.settings(self.adapter_name))
-        self.settings = replace(self.settings, adapter=adapter)  # as checkpoints compare them
+            adapter = replace(adapter, **bank.settings(self.adapter_name))  # of the file
+        self.settings = replace(self.settings, adapter=adapter)
         bank.train_only(self.adapter_name)
 
     def _save_settings(self) -> None:
@@ -132,7 +130,7 @@ class RewardRLModule(RewardGradients):
         self.save_hyperparameters({**run, "objective": described(self.objective), **dict(self.settings.groups())})
 
     def _build(self) -> None:
-        """What the settings make: solver, sampler, policy, value function; and the state of a run that is new."""
+        """Solver, sampler, policy and value function by the settings; and the state of a run that is new."""
         sampling, backbone = self.settings.sampling, self.backbone
         steps = sampling.num_inference_steps
         self.solver = make_solver(backbone.scheduler_config, steps, sampling.eta)
@@ -156,8 +154,7 @@ class RewardRLModule(RewardGradients):
         self.ranks = Ranks()
         self.share_rank_states = self.ranks.gather
         self._share = 1.0  # of this rank's gradient: its stored steps by the ranks' mean
-        self.rollouts_done = 0
-        self.images_done = 0
+        self.rollouts_done = self.images_done = 0
         self.latest_images: tuple[Tensor, list[str], Tensor] | None = None  # of the last rollout, for callbacks
 
     # ── the algorithm ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_type_hints
 
 from dblightning.execution import Execution
@@ -32,6 +32,10 @@ class AdapterSettings:
     lora_alpha: float | None = None
     target_modules: Sequence[str] | None = None
     init: str | None = None
+
+    def with_targets(self, default: Sequence[str]) -> AdapterSettings:
+        """The same with ``default`` for target modules where none are named."""
+        return replace(self, target_modules=default) if self.target_modules is None else self
 
 
 @dataclass(frozen=True)
