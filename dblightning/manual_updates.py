@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dblightning.lightning_internals import attached_trainer
 from dblightning.noise import image_seed
 from dblightning.objectives.advantages import check_groups
-from dblightning.replay import Transitions
+from dblightning.objectives.draws import Draws
+from dblightning.replay import ReplayBuffer, Transitions
 from dblightning.run_state import RunState
 from dblightning.settings import check
 
@@ -106,8 +107,9 @@ class ManualUpdates(RunState):
         def seed(lane: int, visit: int) -> int:
             return self._order_seed(lane, visit, use)
 
-        for slots, steps in self.replay.batches(count, seed, last, self.ranks.rank, first):
-            yield self.replay.transitions(slots, steps, self.device)
+        for number, batch in enumerate(self.replay.batches(count, seed, last, self.ranks.rank, first)):
+            visit = number * count // (self.replay.size * (last - first))
+            yield self._transitions(self.replay, *batch, visit, use)
 
     def _pass(self, count: int, epoch: int) -> Iterator[Transitions]:
         """Batches of at most ``count``, every stored step that the policy is trained on in one of them."""
@@ -118,8 +120,17 @@ class ManualUpdates(RunState):
         def seed(lane: int) -> int:
             return self._order_seed(lane, epoch, "policy")
 
-        for slots, steps in self.replay.epoch(count, seed, last, self.ranks.rank, first):
-            yield self.replay.transitions(slots, steps, self.device)
+        for batch in self.replay.epoch(count, seed, last, self.ranks.rank, first):
+            yield self._transitions(self.replay, *batch, epoch, "policy")
+
+    def _transitions(self, replay: ReplayBuffer, slots: Tensor, steps: Tensor, visit: int, use: str) -> Transitions:
+        """Stored steps; or samples noised anew where the objective draws, of which ``steps`` are the numbers then."""
+        if use != "policy" or self.objective.noise_draws == 0:
+            return replay.transitions(slots, steps, self.device)
+        samples = replay.transitions(slots, torch.full_like(steps, replay.num_steps - 1), self.device)
+        places = (self.ranks.rank * replay.capacity + replay.rows[slots]).tolist()
+        draws = Draws(self.seed, self.rollouts_done, self.objective.noise_draws, self.trained_steps)
+        return draws(self.solver, samples, places, steps.tolist(), visit)
 
     def _order_seed(self, lane: int, visit: int, use: str) -> int:
         return image_seed(self.seed, self.rollouts_done, lane, f"{use} order {visit}")
@@ -127,7 +138,8 @@ class ManualUpdates(RunState):
     def _trained_on(self, use: str) -> tuple[int, int]:
         """The stored steps in use, the first and one past the last."""
         if use == "policy" and self.objective.needs == "samples":
-            return self.window.stored - 1, self.window.stored
+            draws = self.objective.noise_draws
+            return (0, draws) if draws else (self.window.stored - 1, self.window.stored)
         return 0, self.trained_steps
 
     # ── optimiser steps ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -25,6 +25,7 @@ from dblightning.objectives.base import Objective
 from dblightning.objectives.kl import KLTerm
 from dblightning.objectives.kl import adapted_kl_weight as adapted_kl_weight  # its former path
 from dblightning.objectives.named import described, objective_of
+from dblightning.objectives.old_policy import OldPolicy
 from dblightning.objectives.policy import AdapterPolicy
 from dblightning.objectives.value import ValueFunction
 from dblightning.progress import RolloutProgress
@@ -134,11 +135,13 @@ class RewardRLModule(RewardGradients):
         sampling, backbone = self.settings.sampling, self.backbone
         steps = sampling.num_inference_steps
         self.solver = make_solver(backbone.scheduler_config, steps, sampling.eta)
-        means = "mean" in self.objective.stores
+        means, own = "mean" in self.objective.stores, self.settings.adapter
+        lora = {"rank": own.rank, "lora_alpha": own.lora_alpha, "target_modules": own.target_modules}
+        self.old = OldPolicy(backbone.adapters, self.adapter_name, lora, self.objective.keeps_old)
         self.sampler = RolloutSampler(
-            backbone, self.solver, self.adapter_name, sampling, self.seed, rank_zero_info, means
+            backbone, self.solver, self.adapter_name, sampling, self.seed, rank_zero_info, means, self.old.name
         )
-        self.policy = AdapterPolicy(backbone, self.solver, self.adapter_name, sampling, self._texts)
+        self.policy = AdapterPolicy(backbone, self.solver, self.adapter_name, sampling, self._texts, self.old.name)
         skipped = self.settings.optimisation.skip_last_steps
         self.window = Window(self.settings.window, steps, skipped, self.seed, self.objective.needs)
         self.kl = KLTerm(self.settings.kl, self.seed)
@@ -171,6 +174,7 @@ class RewardRLModule(RewardGradients):
         metrics["train/kl_weight"] = self.kl_weight
         self.kl.adapt(metrics["train/kl"], self.rollouts_done)
         self.rollouts_done += 1
+        self.old.follow(self.objective.old_decay(self.rollouts_done))
         self.images_done += len(reward) * self.ranks.size
         self.set_learning_rate()
         self.stop_at_the_last_rollout()

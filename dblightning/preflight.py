@@ -18,8 +18,10 @@ from dblightning.settings import Number, count, problems, rules_of
 from dblightning.signatures import NotFound, Parameter, alias, class_path, exports, signature
 from dblightning.training_rules import (
     DEFAULTS,
+    FORWARD_OBJECTIVES,
     GROUP_OBJECTIVES,
     conflicts,
+    forward_problems,
     gradient_problems,
     group_problem,
     group_size_problem,
@@ -92,6 +94,8 @@ def _check_together(model: Mapping[str, Any], data: Any) -> None:
     path = str(objective.get("class_path", ""))
     if path.removeprefix("dblightning.objectives.") == "RewardGradient":
         found += gradient_problems(groups, {**(objective.get("init_args") or {}), **objective})
+    if path.removeprefix("dblightning.objectives.") in FORWARD_OBJECTIVES:
+        found += forward_problems(path.rpartition(".")[2], groups)
     if path.removeprefix("dblightning.objectives.") in GROUP_OBJECTIVES:
         baseline = (groups.get("advantage") or {}).get("baseline", DEFAULTS["advantage"]["baseline"])
         found += group_problem(path.rpartition(".")[2], baseline)

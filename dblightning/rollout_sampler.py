@@ -41,6 +41,7 @@ class RolloutSampler:
         seed: of the run; an image's noise is of it, the prompt and the image's own seed.
         inform: is given what is worth saying about a run, once.
         keep_means: store the mean of every step's Gaussian too.
+        rollout_adapter: the adapter that rollouts are sampled with; None: the one in training.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class RolloutSampler:
         seed: int,
         inform: Callable[[str], None] = print,
         keep_means: bool = False,
+        rollout_adapter: str | None = None,
     ) -> None:
         self.backbone = backbone
         self.solver = solver
@@ -60,6 +62,7 @@ class RolloutSampler:
         self.seed = seed
         self.inform = inform
         self.keep_means = keep_means
+        self.rollout_adapter = rollout_adapter or adapter
         self._fitting: int | None = None  # images that fit into memory at once, where requested
 
     def rollout(
@@ -99,7 +102,7 @@ class RolloutSampler:
             self.backbone,
             self.backbone.encode(prompts, self.settings.negative_prompt),
             self.solver,
-            Single(self.adapter),
+            Single(self.rollout_adapter),
             noise,
             self.settings.guidance_scale,
             self.execution(device),

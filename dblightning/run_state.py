@@ -24,6 +24,7 @@ from dblightning.lightning_internals import attached_trainer
 from dblightning.objectives.advantages import PromptStatistics
 from dblightning.objectives.base import Objective
 from dblightning.objectives.kl import KLTerm
+from dblightning.objectives.old_policy import OldPolicy
 from dblightning.objectives.value import ValueFunction
 from dblightning.replay import ReplayBuffer
 from dblightning.rewards.base import RewardMetric, RewardUnavailable
@@ -71,6 +72,7 @@ class RunState(L.LightningModule):
     solver: DDIMSolver
     window: Window
     average: AdapterAverage
+    old: OldPolicy
     statistics: PromptStatistics
     replay: ReplayBuffer | None
     prompts: dict[int, str]
@@ -98,7 +100,12 @@ class RunState(L.LightningModule):
         """The trained tensors: ``adapter.*``, ``value_function.*``, and ``ema.*`` of the adapter's average."""
         adapter = self.backbone.adapters.state_dict(self.adapter_name)
         value = self.value_function.state_dict()
-        parts = {"adapter": adapter, "value_function": value, "ema": self.average.state_dict()}
+        parts = {
+            "adapter": adapter,
+            "value_function": value,
+            "ema": self.average.state_dict(),
+            "old": self.old.state_dict(),
+        }
         return {f"{part}.{key}": tensor for part, tensors in parts.items() for key, tensor in tensors.items()}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -107,12 +114,13 @@ class RunState(L.LightningModule):
         Raises:
             ValueError: tensors of another adapter or value function.
         """
-        parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "value_function": {}, "ema": {}}
+        parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "value_function": {}, "ema": {}, "old": {}}
         for key, tensor in state_dict.items():
             part, _, rest = key.partition(".")
             parts[part][rest] = tensor
         self.backbone.adapters.load_state_dict(self.adapter_name, parts["adapter"])
         self.average.load_state_dict(parts["ema"])
+        self.old.load_state_dict(parts["old"])
         return self.value_function.load_state_dict(parts["value_function"], strict=strict)
 
     def facts(self) -> dict[str, Any]:

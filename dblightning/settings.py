@@ -73,6 +73,12 @@ RULES: dict[str, Number] = {
     "guidance_scale": Number(least=0, most=100, remedy="1 turns guidance off, the paper's is 7.5"),
     # training
     "sampling.eta": Number(above=0, most=1, remedy="a step without noise has no density to train on; the paper's is 1"),
+    "beta": Number(above=0, remedy="NFT's is 1, or 0.1 for a stronger reward"),
+    "noise_draws": count(),
+    "advantage_clip": Number(above=0, remedy="NFT's is 5"),
+    "decay_start": count(0),
+    "decay_rate": Number(least=0, most=1, remedy="0 lets the old policy be the current one"),
+    "decay_max": Number(least=0, most=1),
     "max_divergence": Number(above=0, remedy="the source's is 1e-5"),
     "clip_range": Number(above=0, remedy="the paper's is 1e-4"),
     "objective.steps": count(words=(None,), remedy="null takes the whole chain"),

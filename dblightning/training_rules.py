@@ -16,6 +16,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 #: objectives that compare the images of a prompt with each other
 GROUP_OBJECTIVES = ("GRPO", "GRPOGuard")
+#: objectives on noised final samples
+FORWARD_OBJECTIVES = ("NFT", "AWM")
 
 
 def conflicts(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -81,6 +83,22 @@ def group_problem(objective: str, baseline: str) -> Iterator[str]:
         yield (
             f"{objective} compares the images of a prompt with each other, and advantage.baseline is {baseline!r}; set "
             "advantage.baseline to group"
+        )
+
+
+def forward_problems(objective: str, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A sentence for each setting that does not go with an objective on noised final samples."""
+    given = _with_defaults(groups)
+    baseline, size = given["advantage"]["baseline"], given["replay"]["buffer_size"]
+    if baseline not in ("prompt", "group"):
+        yield (
+            f"{objective} has no value function, which would see noised samples, and advantage.baseline is "
+            f"{baseline!r}; set it to group or prompt"
+        )
+    if size is not None:
+        yield (
+            f"{objective} trains on the latest rollout, of its old policy, and replay.buffer_size {size} keeps earlier "
+            "ones too; set replay.buffer_size to null"
         )
 
 

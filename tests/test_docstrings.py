@@ -21,6 +21,7 @@ MODULES = [
     "ddim",
     "gaussian_step",
     "methods",
+    "objectives.forward_process",
     "objectives.policy_gradient",
     "objectives.reward_gradient",
     "objectives.stored_mean",

@@ -46,11 +46,17 @@ class Objective(ABC):
         needs: "trajectories": transitions are steps of the stored trajectories; "samples": the last step of each, whose
             ``next_latents`` are the final latents; "gradients": whole trajectories, to differentiate the reward along
             them (:class:`~dblightning.objectives.reward_gradient.RewardGradient` and its subclasses).
+        keeps_old: whether rollouts are sampled by an old policy, the frozen adapter behind ``policy.old``, which
+            follows the one in training by :meth:`old_decay`.
+        noise_draws: where above 0, transitions are not steps but final samples noised anew, so many times each in a
+            pass: ``latents`` is the noised sample, ``step_index`` its noise level and ``next_latents`` the sample.
         stores: what a rollout stores of each step beside latents and log-probs: "mean", the mean of its Gaussian under
             the policy that sampled it, which doubles the buffer's memory.
     """
 
     needs: ClassVar[Needs] = "trajectories"
+    keeps_old: ClassVar[bool] = False
+    noise_draws: int = 0
     stores: ClassVar[tuple[Literal["mean"], ...]] = ()
 
     def check(self, settings: TrainingSettings) -> None:  # noqa: B027  # most go with any
@@ -66,6 +72,10 @@ class Objective(ABC):
         Raises:
             ValueError: naming the reward and what to do.
         """
+
+    def old_decay(self, rollouts: int) -> float:
+        """η of the old policy after so many rollouts, in [0, 1]: 0 is the current policy."""
+        return 0.0
 
     @abstractmethod
     def loss(self, policy: Policy, transitions: Transitions) -> tuple[Tensor, Metrics]:
