@@ -137,8 +137,13 @@ class PromptStatistics:
 
         All of them where no prompt's do: then only the KL term has something to say.
         """
+        differs = self.differs(prompt_ids)
+        return differs if any(max(group) > min(group) for group in self.group.values()) else torch.ones_like(differs)
+
+    def differs(self, prompt_ids: Tensor) -> Tensor:
+        """Which images are of a prompt whose rewards in the latest rollout differ, bool (B,)."""
         varied = {prompt_id for prompt_id, group in self.group.items() if max(group) > min(group)}
-        return torch.tensor([not varied or prompt_id in varied for prompt_id in prompt_ids.tolist()], dtype=torch.bool)
+        return torch.tensor([prompt_id in varied for prompt_id in prompt_ids.tolist()], dtype=torch.bool)
 
     def _sample(self, prompt_id: int) -> list[float]:
         group, kept = self.group.get(prompt_id, []), self.rewards.get(prompt_id, [])

@@ -155,6 +155,14 @@ class RewardMetric(Metric):
         prompts = check_prompts(prompts, images.shape[0], self.name)
         return self._score_in_micro_batches(images, prompts).float().to(images.device)
 
+    def score_with_parts(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """``score``, and each part's scores where a reward is made of several; a part is scored once.
+
+        Returns:
+            Scores (B,), and name → scores (B,), empty for a reward without parts.
+        """
+        return self.score(images, prompts), {}
+
     @abstractmethod
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """``score`` without its checks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,9 +63,19 @@ class WeightedReward(RewardMetric):
         """Each basis reward by name, every one (B,)."""
         return {name: reward.score(images, prompts) for name, reward in self.rewards.items()}  # type: ignore[operator]
 
-    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        parts = self.score_parts(images, prompts)
+    def score_with_parts(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        size = self.micro_batch_size or len(prompts)
+        starts = range(0, len(prompts), max(size, 1))
+        chunks = [self.score_parts(images[at : at + size], prompts[at : at + size]) for at in starts]
+        parts = {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.rewards}
+        return self.combined(parts), parts
+
+    def combined(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of parts' scores, (B,)."""
         return torch.stack([self.weights[name] * parts[name] for name in parts]).sum(0)
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.combined(self.score_parts(images, prompts))
 
 
 def _weighted_sum(bounds: list[tuple[float, tuple[float | None, float | None]]], side: int) -> float | None:

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dblightning.objectives.per_reward import per_reward_advantages
+from dblightning.rewards import WeightedReward
+from dblightning.rewards.base import RewardMetric
+
+IDS = torch.tensor([1, 2, 1, 2, 1, 2])
+PARTS = {
+    "large": torch.tensor([100.0, -50.0, 300.0, 70.0, 250.0, 10.0]),
+    "small": torch.tensor([0.3, 0.1, 0.1, 0.4, 0.2, 0.15]),
+}
+WEIGHTS = {"large": 0.25, "small": 0.75}
+
+
+@pytest.mark.parametrize("deviation", ["group", "global"])
+def test_the_advantage_is_gdpos_formula_in_float64(deviation: str) -> None:
+    total = [0.0] * 6
+    for name, scores in PARTS.items():
+        values = [float(value) for value in scores]
+        for i, prompt in enumerate(IDS.tolist()):
+            group = [value for value, other in zip(values, IDS.tolist(), strict=True) if other == prompt]
+            mean, wide = sum(group) / 3, group if deviation == "group" else values
+            centre = sum(wide) / len(wide)
+            std = (sum((value - centre) ** 2 for value in wide) / len(wide)) ** 0.5
+            total[i] += WEIGHTS[name] * (values[i] - mean) / std
+    centre = sum(total) / 6
+    std = (sum((value - centre) ** 2 for value in total) / 6) ** 0.5
+    found, varied = per_reward_advantages(IDS, PARTS, WEIGHTS, deviation)  # type: ignore[arg-type]
+    # 1e-5: group moments are kept in float32
+    assert found.tolist() == pytest.approx([(value - centre) / std for value in total], rel=1e-5)
+    assert varied.all()
+
+
+def test_the_unit_of_a_reward_does_not_matter() -> None:
+    whole, _ = per_reward_advantages(IDS, PARTS, WEIGHTS)
+    scaled, _ = per_reward_advantages(IDS, PARTS | {"large": PARTS["large"] / 7 + 3}, WEIGHTS)
+    torch.testing.assert_close(whole, scaled, rtol=1e-4, atol=1e-5)  # float32 moments
+
+
+def test_a_flat_part_counts_nothing_and_a_group_flat_in_all_is_named() -> None:
+    flat = torch.ones(6)
+    found, _ = per_reward_advantages(IDS, {"large": flat, "small": PARTS["small"]}, WEIGHTS)
+    alone, _ = per_reward_advantages(IDS, {"small": PARTS["small"]}, {"small": 1.0})
+    torch.testing.assert_close(found, alone)
+    half = torch.where(IDS == 1, 1.0, PARTS["small"])
+    _, varied = per_reward_advantages(IDS, {"large": flat, "small": half}, WEIGHTS)
+    assert varied.tolist() == (IDS == 2).tolist()
+    none, varied = per_reward_advantages(IDS, {"large": flat, "small": flat}, WEIGHTS)
+    assert none.tolist() == [0.0] * 6
+    assert varied.all()
+
+
+class Channel(RewardMetric):
+    """A channel's mean; counts the images that it scores."""
+
+    def __init__(self, channel: int) -> None:
+        super().__init__()
+        self.channel, self.scored = channel, 0
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        self.scored += len(prompts)
+        return images[:, self.channel].mean((-2, -1))
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_a_weighted_reward_scores_each_part_once_and_gives_the_same_sum(micro_batch_size: int | None) -> None:
+    reward = WeightedReward(
+        {"red": Channel(0), "blue": Channel(2)}, {"red": 0.3, "blue": 0.7}, micro_batch_size=micro_batch_size
+    )
+    images, prompts = torch.rand(5, 3, 4, 4), ["a"] * 5
+    total, parts = reward.score_with_parts(images, prompts)
+    assert [part.scored for part in reward.rewards.values()] == [5, 5]  # type: ignore[union-attr]
+    assert sorted(parts) == ["blue", "red"]
+    assert torch.equal(parts["blue"], images[:, 2].mean((-2, -1)))
+    assert torch.equal(total, reward.score(images, prompts))
+    alone, none = Channel(1).score_with_parts(images, prompts)
+    assert torch.equal(alone, images[:, 1].mean((-2, -1)))
+    assert none == {}
