@@ -111,6 +111,11 @@ FIT: list[list[str]] = [
     ["--model.advantage.baseline", "group", "--data.samples_per_prompt", "1"],
     ["--model.advantage.drop_flat_groups", "true"],
     ["--model.advantage.clip", "-5"],
+    ["--model.objective", "dblightning.objectives.GRPOGuard"],
+    ["--model.objective", "dblightning.objectives.NFT", "--model.advantage.baseline", "value"],
+    ["--model.objective", "dblightning.objectives.NFT", "--model.replay.buffer_size", "1000"],
+    ["--model.objective", "NFT", "--model.objective.init_args.beta", "0"],
+    ["--model.objective", "FlowDPPO", "--model.objective.init_args.max_divergence", "-1"],
 ]
 BLENDS: list[list[str]] = [
     ["--model.blends", "3"],
