@@ -128,8 +128,11 @@ class ManualUpdates(RunState):
         if use != "policy" or self.objective.noise_draws == 0:
             return replay.transitions(slots, steps, self.device)
         samples = replay.transitions(slots, torch.full_like(steps, replay.num_steps - 1), self.device)
-        places = (self.ranks.rank * replay.capacity + replay.rows[slots]).tolist()
-        draws = Draws(self.seed, self.rollouts_done, self.objective.noise_draws, self.trained_steps)
+        # of earlier rollouts' samples they are others
+        age = replay.rollouts - replay.born[slots]
+        places = ((age * self.ranks.size + self.ranks.rank) * replay.capacity + replay.rows[slots]).tolist()
+        objective = self.objective
+        draws = Draws(self.seed, self.rollouts_done, objective.noise_draws, self.trained_steps, objective.text_dropout)
         return draws(self.solver, samples, places, steps.tolist(), visit)
 
     def _order_seed(self, lane: int, visit: int, use: str) -> int:

@@ -42,6 +42,7 @@ class RolloutSampler:
         inform: is given what is worth saying about a run, once.
         keep_means: store the mean of every step's Gaussian too.
         rollout_adapter: the adapter that rollouts are sampled with; None: the one in training.
+        evaluation: solver of the validation's images; None: the same.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class RolloutSampler:
         inform: Callable[[str], None] = print,
         keep_means: bool = False,
         rollout_adapter: str | None = None,
+        evaluation: DDIMSolver | None = None,
     ) -> None:
         self.backbone = backbone
         self.solver = solver
+        self.evaluation = evaluation or solver
         self.adapter = adapter
         self.settings = settings
         self.seed = seed
@@ -119,13 +122,14 @@ class RolloutSampler:
         self, prompts: list[str], prompt_ids: Tensor, seeds: Tensor, blend: Blend | None, device: torch.device
     ) -> Tensor:
         """Images (B, 3, H, W) with the noise of an evaluation, never a rollout's; ``blend`` None is the adapter."""
+        guidance = self.settings.eval_guidance_scale
         latents = denoise_loop(
             self.backbone,
             self.backbone.encode(prompts, self.settings.negative_prompt),
-            self.solver,
+            self.evaluation,
             blend or Single(self.adapter),
             self._noise(prompt_ids, seeds, device, "evaluation"),
-            guidance_scale=self.settings.guidance_scale,
+            guidance_scale=self.settings.guidance_scale if guidance is None else guidance,
         )
         return self.backbone.decode(latents)
 

@@ -17,7 +17,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 #: objectives that compare the images of a prompt with each other
 GROUP_OBJECTIVES = ("GRPO", "GRPOGuard")
 #: objectives on noised final samples
-FORWARD_OBJECTIVES = ("NFT", "AWM")
+FORWARD_OBJECTIVES = ("NFT", "AWM", "BestOfN")
 
 
 def conflicts(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -95,7 +95,7 @@ def forward_problems(objective: str, groups: Mapping[str, Mapping[str, Any]]) ->
             f"{objective} has no value function, which would see noised samples, and advantage.baseline is "
             f"{baseline!r}; set it to group or prompt"
         )
-    if size is not None:
+    if size is not None and objective != "BestOfN":  # which has no old policy
         yield (
             f"{objective} trains on the latest rollout, of its old policy, and replay.buffer_size {size} keeps earlier "
             "ones too; set replay.buffer_size to null"

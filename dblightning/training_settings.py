@@ -47,6 +47,8 @@ class SamplingSettings:
         eta: DDIM noise, must be > 0 (paper's code: 1).
         guidance_scale: classifier-free guidance (paper's code: 7.5).
         negative_prompt: of every prompt; null is none.
+        eval_steps, eval_guidance_scale: of the validation's and callbacks' images where they are not the rollouts';
+            null takes those (flow_grpo: 10 steps in training, 40 in evaluation).
         rollout_batch_size: images sampled at once; null takes the whole batch, "auto" as many as fit into 80 % of the
             GPU's memory, found at the first rollout (the whole batch on a CPU).
         overlap_reward: score a part of the rollout in the background while the next one is sampled; it needs a
@@ -59,6 +61,8 @@ class SamplingSettings:
     eta: float = 1.0
     guidance_scale: float = 7.5
     negative_prompt: str | None = None
+    eval_steps: int | None = None
+    eval_guidance_scale: float | None = None
     rollout_batch_size: int | Literal["auto"] | None = None
     overlap_reward: bool = False
     execution: Execution = "auto"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from dblightning.replay import Transitions
@@ -57,6 +58,7 @@ class Objective(ABC):
     needs: ClassVar[Needs] = "trajectories"
     keeps_old: ClassVar[bool] = False
     noise_draws: int = 0
+    text_dropout: float = 0.0
     stores: ClassVar[tuple[Literal["mean"], ...]] = ()
 
     def check(self, settings: TrainingSettings) -> None:  # noqa: B027  # most go with any
@@ -72,6 +74,15 @@ class Objective(ABC):
         Raises:
             ValueError: naming the reward and what to do.
         """
+
+    def kept(self, prompt_ids: Tensor, rewards: Tensor) -> Tensor:
+        """Which images of a rollout are stored, bool (B,); by default all.
+
+        Args:
+            prompt_ids: of all ranks' images, int64 (B,).
+            rewards: (B,), on the CPU; NaN and infinite ones are never stored.
+        """
+        return torch.ones(len(rewards), dtype=torch.bool)
 
     def old_decay(self, rollouts: int) -> float:
         """η of the old policy after so many rollouts, in [0, 1]: 0 is the current policy."""

@@ -11,6 +11,9 @@ from dblightning.noise import ImageNoise, image_seed
 from dblightning.replay import Transitions
 from dblightning.solvers import DDIMSolver
 
+#: prompt id of the empty prompt
+NO_PROMPT = -1
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -24,6 +27,7 @@ class Draws:
     rollout: int
     per_sample: int  # draws per sample and pass
     steps: int  # levels: steps 0 … this − 1
+    text_dropout: float = 0.0  # share of draws without their prompt
 
     def __call__(
         self, solver: DDIMSolver, samples: Transitions, places: Sequence[int], draws: Sequence[int], visit: int
@@ -47,7 +51,12 @@ class Draws:
             image_seed(self.seed, self.rollout, place, f"draw {n}") for place, n in zip(places, numbers, strict=True)
         ]
         noise = ImageNoise(seeds, x0.device)(x0.shape[1:])
-        return samples._replace(latents=solver.noised(x0, noise, level).to(x0), step_index=level)
+        prompt_id = samples.prompt_id
+        if self.text_dropout > 0:
+            dropped = [torch.rand((), generator=torch.Generator().manual_seed(seed ^ 1)) for seed in seeds]
+            prompt_id = torch.where(torch.stack(dropped) < self.text_dropout, NO_PROMPT, prompt_id)
+        latents = solver.noised(x0, noise, level).to(x0)
+        return samples._replace(latents=latents, step_index=level, prompt_id=prompt_id)
 
     def _level(self, place: int, number: int) -> int:
         cycle, position = divmod(number, self.steps)
