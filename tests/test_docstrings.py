@@ -21,6 +21,7 @@ MODULES = [
     "ddim",
     "gaussian_step",
     "methods",
+    "objectives.best_of_n",
     "objectives.forward_process",
     "objectives.policy_gradient",
     "objectives.reward_gradient",
