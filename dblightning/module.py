@@ -139,17 +139,8 @@ class RewardRLModule(RewardGradients):
         lora = {"rank": own.rank, "lora_alpha": own.lora_alpha, "target_modules": own.target_modules}
         self.old = OldPolicy(backbone.adapters, self.adapter_name, lora, self.objective.keeps_old)
         evaluation = make_solver(backbone.scheduler_config, sampling.eval_steps or steps, sampling.eta)
-        self.sampler = RolloutSampler(
-            backbone,
-            self.solver,
-            self.adapter_name,
-            sampling,
-            self.seed,
-            rank_zero_info,
-            means,
-            self.old.name,
-            evaluation,
-        )
+        run = (backbone, self.solver, self.adapter_name, sampling, self.seed, rank_zero_info)
+        self.sampler = RolloutSampler(*run, means, self.old.name, evaluation)
         self.policy = AdapterPolicy(backbone, self.solver, self.adapter_name, sampling, self._texts, self.old.name)
         skipped = self.settings.optimisation.skip_last_steps
         self.window = Window(self.settings.window, steps, skipped, self.seed, self.objective.needs)
@@ -240,8 +231,7 @@ class RewardRLModule(RewardGradients):
         kept &= self.objective.kept(prompt_ids, rewards)
         if self.settings.advantage.drop_flat_groups:
             kept &= self.statistics.varied(prompt_ids)
-        place = sum(len(ids) for ids, _, _ in everyones[: self.ranks.rank])
-        finite = kept[place : place + len(reward)].to(reward.device)
+        finite = kept.split([len(ids) for ids, _, _ in everyones])[self.ranks.rank].to(reward.device)
         rows = finite.cpu().nonzero().flatten()
         baseline, scale = self.statistics(own[0][rows]) if len(rows) else (reward[:0], reward[:0])
         buffer = self._buffer(len(reward))
@@ -371,7 +361,6 @@ class RewardRLModule(RewardGradients):
         return advantages(transitions, settings.baseline, value, settings.normalize, settings.clip)
 
     def _texts(self, prompt_ids: Tensor) -> list[str]:
-        # an objective may leave out a prompt
         return ["" if prompt_id < 0 else self.prompts[prompt_id] for prompt_id in prompt_ids.tolist()]
 
     def _buffer(self, batch_size: int) -> ReplayBuffer:
