@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -130,13 +131,30 @@ def predict(
         timesteps: int64 (B,).
         conditioning: B rows.
         calls: of :func:`arrange`.
-        guidance_scale: classifier-free guidance; 1 off. Applied per row, which equals applying it to the mix.
+        guidance_scale: classifier-free guidance; 1 off. Applied per row, which equals applying it to the mix; where it
+            is not affine in the predictions, both passes are mixed and guided once.
 
     Returns:
         (B, C, h, w), float32.
     """
+    guided_last = guidance_scale > 1 and not backbone.affine_guidance
+    if guided_last:
+        passes = _mixed(backbone.passes, latents, timesteps, conditioning, calls, guidance_scale)
+        return backbone.guide(passes[:, 0], passes[:, 1], guidance_scale, conditioning)
+    return _mixed(backbone.denoise, latents, timesteps, conditioning, calls, guidance_scale)
+
+
+def _mixed(
+    denoise: Callable[..., Tensor],
+    latents: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    calls: Calls,
+    guidance_scale: float,
+) -> Tensor:
+    """What ``denoise`` returns for each call's rows, mixed."""
     outputs = [
-        backbone.denoise(
+        denoise(
             latents if call.images is None else latents[call.images],
             timesteps if call.images is None else timesteps[call.images],
             conditioning if call.images is None else conditioning.rows(call.images),

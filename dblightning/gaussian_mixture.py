@@ -39,6 +39,23 @@ class Quadratic(NamedTuple):
         return Quadratic(sum(part.matrix for part in parts), sum(part.vector for part in parts))  # type: ignore[arg-type]
 
 
+class Noised(NamedTuple):
+    """How noise and data are mixed: x_t = scale · x₀ + std · ε."""
+
+    scale: float
+    std: float
+
+    @staticmethod
+    def flow(sigma: float) -> Noised:
+        """x_σ = (1−σ) x₀ + σ ε."""
+        return Noised(1 - sigma, sigma)
+
+    @staticmethod
+    def of(alpha: float | Noised) -> Noised:
+        """A mixing, or that of ᾱ: x_t = √ᾱ x₀ + √(1−ᾱ) ε."""
+        return alpha if isinstance(alpha, Noised) else Noised(math.sqrt(alpha), math.sqrt(1 - alpha))
+
+
 class GaussianMixture(NamedTuple):
     """Σ_k w_k N(mean_k, covariance_k) in d dimensions. Leading dimensions hold one mixture per point."""
 
@@ -68,24 +85,28 @@ class GaussianMixture(NamedTuple):
         pulls = torch.linalg.solve(self.covariances, (self.means - x.unsqueeze(-2)).unsqueeze(-1)).squeeze(-1)
         return (shares.unsqueeze(-1) * pulls).sum(-2)
 
-    def noised(self, alpha: float) -> GaussianMixture:
-        """The law of x_t = √ᾱ x₀ + √(1−ᾱ) ε."""
+    def noised(self, alpha: float | Noised) -> GaussianMixture:
+        """The law of x_t = √ᾱ x₀ + √(1−ᾱ) ε, or of another mixing."""
+        scale, std = Noised.of(alpha)
         eye = torch.eye(self.means.shape[-1], dtype=self.means.dtype)
-        return self._replace(
-            means=math.sqrt(alpha) * self.means, covariances=alpha * self.covariances + (1 - alpha) * eye
-        )
+        return self._replace(means=scale * self.means, covariances=scale**2 * self.covariances + std**2 * eye)
 
-    def epsilon(self, x: Tensor, alpha: float) -> Tensor:
+    def epsilon(self, x: Tensor, alpha: float | Noised) -> Tensor:
         """The exact noise prediction E[ε | x_t] = −√(1−ᾱ) ∇ log p_t(x_t), (…, d)."""
-        return -math.sqrt(1 - alpha) * self.noised(alpha).score(x)
+        return -Noised.of(alpha).std * self.noised(alpha).score(x)
 
-    def posterior(self, x: Tensor, alpha: float) -> GaussianMixture:
+    def velocity(self, x: Tensor, sigma: float) -> Tensor:
+        """The exact velocity E[ε − x₀ | x_σ] on the flow path, (…, d), for σ > 0; at σ = 1 it is x − E[x₀]."""
+        away = self.posterior(x, Noised.flow(sigma)).mean()
+        return (x - away) / sigma
+
+    def posterior(self, x: Tensor, alpha: float | Noised) -> GaussianMixture:
         """p_{0|t}(· | x_t), one mixture per point (…, d)."""
-        noised = self.noised(alpha)
-        gain = math.sqrt(alpha) * torch.linalg.solve(noised.covariances, self.covariances).mT
+        noised, scale = self.noised(alpha), Noised.of(alpha).scale
+        gain = scale * torch.linalg.solve(noised.covariances, self.covariances).mT
         away = x.unsqueeze(-2) - noised.means
         means = self.means + (gain @ away.unsqueeze(-1)).squeeze(-1)
-        covariances = self.covariances - math.sqrt(alpha) * gain @ self.covariances
+        covariances = self.covariances - scale * gain @ self.covariances
         return GaussianMixture(noised._joint(x).log_softmax(-1), means, covariances.expand(*means.shape, -1))
 
     def tilted(self, reward: Quadratic) -> GaussianMixture:
@@ -136,17 +157,17 @@ class GaussianMixture(NamedTuple):
         return self.means[chosen] + (roots[chosen] @ noise.unsqueeze(-1)).squeeze(-1)
 
 
-def control(mixture: GaussianMixture, reward: Quadratic, x: Tensor, alpha: float) -> Tensor:
+def control(mixture: GaussianMixture, reward: Quadratic, x: Tensor, alpha: float | Noised) -> Tensor:
     """u(x, t) of Prop. 1, eq. (7), with r/α for ``reward``: ∇_x log E[exp r(x₀) | x_t = x], (N, d)."""
     return _gradient(lambda point: mixture.posterior(point, alpha).log_expected_exp(reward), x)
 
 
-def approximate_control(mixture: GaussianMixture, reward: Quadratic, x: Tensor, alpha: float) -> Tensor:
+def approximate_control(mixture: GaussianMixture, reward: Quadratic, x: Tensor, alpha: float | Noised) -> Tensor:
     """ū(x, t) of eq. (8): ∇_x E[r(x₀) | x_t = x], (N, d)."""
     return _gradient(lambda point: mixture.posterior(point, alpha).expected(reward), x)
 
 
-def jensen_gap(mixture: GaussianMixture, reward: Quadratic, x: Tensor, alpha: float) -> Tensor:
+def jensen_gap(mixture: GaussianMixture, reward: Quadratic, x: Tensor, alpha: float | Noised) -> Tensor:
     """Δ = u − ū of eq. (8), (N, d)."""
     return control(mixture, reward, x, alpha) - approximate_control(mixture, reward, x, alpha)
 

@@ -37,7 +37,7 @@ from dblightning.rollout_sampler import RolloutSampler, Take
 from dblightning.run_folder import RunGuard
 from dblightning.scoring import WORST
 from dblightning.settings import check_settings
-from dblightning.solvers import make_solver
+from dblightning.solvers import solver_of
 from dblightning.training_settings import (
     AdapterSettings,
     AdvantageSettings,
@@ -134,7 +134,7 @@ class RewardRLModule(RewardGradients):
         """Solver, sampler, policy and value function by the settings; and the state of a run that is new."""
         sampling, backbone = self.settings.sampling, self.backbone
         steps = sampling.num_inference_steps
-        self.solver = make_solver(backbone.scheduler_config, steps, sampling.eta)
+        self.solver = solver_of(backbone, steps, sampling.eta, sampling.noise)
         means, own = "mean" in self.objective.stores, self.settings.adapter
         lora = {"rank": own.rank, "lora_alpha": own.lora_alpha, "target_modules": own.target_modules}
         self.old = OldPolicy(backbone.adapters, self.adapter_name, lora, self.objective.keeps_old)
@@ -142,7 +142,7 @@ class RewardRLModule(RewardGradients):
         run = (backbone, self.solver, self.adapter_name, sampling, self.seed, rank_zero_info)
         self.sampler = RolloutSampler(*run, means, self.old.name, evaluation)
         self.policy = AdapterPolicy(backbone, self.solver, self.adapter_name, sampling, self._texts, self.old.name)
-        skipped = self.settings.optimisation.skip_last_steps
+        skipped = max(self.settings.optimisation.skip_last_steps, steps - self.solver.trainable)
         self.window = Window(self.settings.window, steps, skipped, self.seed, self.objective.needs)
         self.kl = KLTerm(self.settings.kl, self.seed)
         with torch.random.fork_rng(devices=[]):

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,13 +15,14 @@ from torch import Tensor
 
 from dblightning.backbone import Conditioning, DiffusersBackbone, Size
 from dblightning.blending import Base, BatchWeights, Blend, WeightSchedule, resolve_blend
+from dblightning.flow import FlowNoise
 from dblightning.noise import GeneratorNoise
 from dblightning.pipeline_call import CallbackTensors, CallSettings, RunningCalls
 from dblightning.pipeline_files import FileMethods, assembled
 from dblightning.pipeline_inputs import SizeInputs, TextInputs, check_taken, condition, repeated
 from dblightning.pipeline_lora import REFUSED
 from dblightning.sampling import Change, Execution, OnStep, Steering, StepRecord, denoise_loop
-from dblightning.solvers import Solver, make_solver
+from dblightning.solvers import Solver, make_solver, takes_eta
 from dblightning.steering import STEERING, Reward, resolve_steering, steers
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -203,6 +203,12 @@ class DiffusionBlendPipeline(FileMethods):
         negative_target_size: tuple[int, int] | None = None,
         ip_adapter_image: Any = None,
         ip_adapter_image_embeds: Any = None,
+        noise: FlowNoise | None = None,
+        prompt_3: str | Sequence[str] | None = None,
+        negative_prompt_3: str | Sequence[str] | None = None,
+        max_sequence_length: int | None = None,
+        mu: float | None = None,
+        joint_attention_kwargs: Mapping[str, Any] | None = None,
     ) -> BlendOutput | tuple[Any, ...]:
         """Make images. What is not explained here is as in diffusers.
 
@@ -238,6 +244,8 @@ class DiffusionBlendPipeline(FileMethods):
             blend: instead of ``method``: a blend's object, which holds its own settings, or its class.
             execution, max_rows: see :func:`dblightning.sampling.arrange`.
             cross_attention_kwargs: ``scale`` scales all adapters.
+            noise: of a flow's steps where η > 0: "flow_sde", "dance_sde" or "cps"; None is "cps".
+            joint_attention_kwargs: ``cross_attention_kwargs`` under the name that transformers have for them.
             negative_original_size, negative_target_size: SDXL's sizes of the unconditional pass; both or none.
 
         Returns:
@@ -260,10 +268,10 @@ class DiffusionBlendPipeline(FileMethods):
             blend, method, weights, kl_scale, normalize, ls_schedule, rewards, method_options, steering
         )
         noisy = steering is not None or chosen.needs_noise
-        if eta is None and noisy and "eta" in inspect.signature(type(self.scheduler).step).parameters:
+        if eta is None and noisy and takes_eta(self.scheduler):
             eta = 1.0
-        solver = self._solver(num_inference_steps, eta, timesteps, sigmas, denoising_end)
         size = self._size(height, width)
+        solver = self._solver(num_inference_steps, eta, timesteps, sigmas, denoising_end, noise, mu, size)
         shape = backbone.latent_shape_of(size)
         inputs = TextInputs(
             prompts,
@@ -274,6 +282,9 @@ class DiffusionBlendPipeline(FileMethods):
             negative_prompt_embeds,
             pooled_prompt_embeds,
             negative_pooled_prompt_embeds,
+            prompt_3,
+            negative_prompt_3,
+            max_sequence_length,
         )
         images = inputs.count * per_prompt
         if latents is not None and latents.shape != (images, *shape):
@@ -282,7 +293,7 @@ class DiffusionBlendPipeline(FileMethods):
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             clip_skip=clip_skip,
-            cross_attention_kwargs=cross_attention_kwargs,
+            cross_attention_kwargs=joint_attention_kwargs or cross_attention_kwargs,
             denoising_end=denoising_end,
             num_timesteps=len(solver.timesteps),
             embedded_guidance=backbone.family.guidance == "embedded",
@@ -298,7 +309,7 @@ class DiffusionBlendPipeline(FileMethods):
         )
         inputs.check(backbone)
         sizes.check(backbone)
-        noise = GeneratorNoise(generator, images, device, backbone.family.embeds_dtype)
+        draws = GeneratorNoise(generator, images, device, backbone.family.embeds_dtype)
         if not backbone.can_merge:  # hooks move or cast the weights; merged copies would stay as they are
             execution = "gated"
         before = self._calls.start(call)
@@ -306,7 +317,7 @@ class DiffusionBlendPipeline(FileMethods):
             # offloaded models leave the device when a call ends, so those calls take turns
             with backbone.lock if hasattr(backbone.denoiser, "_hf_hook") else nullcontext():
                 conditioning = condition(backbone, inputs, sizes, call, per_prompt, size)
-                first = noise(shape) if latents is None else latents.to(device)
+                first = draws(shape) if latents is None else latents.to(device)
                 with self.progress_bar(total=len(solver.timesteps)) as bar:
                     try:
                         result = denoise_loop(
@@ -314,7 +325,7 @@ class DiffusionBlendPipeline(FileMethods):
                             conditioning,
                             solver,
                             chosen,
-                            noise,
+                            draws,
                             guidance_scale=guidance_scale,
                             latents=first,
                             execution=execution,
@@ -392,15 +403,24 @@ class DiffusionBlendPipeline(FileMethods):
         timesteps: Sequence[int] | None,
         sigmas: Sequence[float] | None,
         denoising_end: float | None,
+        noise: FlowNoise | None,
+        mu: float | None,
+        size: Size,
     ) -> Solver:
-        if denoising_end is not None:
-            check_taken(self.backbone, ["denoising_end"])
+        given = {"denoising_end": denoising_end, "mu": mu}
+        # FLUX computes μ of its own accord, and takes none
+        check_taken(self.backbone, [name for name, value in given.items() if value is not None])
+        self.backbone.family.check_scheduler(self.scheduler.config)
         if timesteps is not None and sigmas is not None:
             raise ValueError("give timesteps or sigmas, not both")
         custom: dict[str, Any] = {
             name: each for name, each in (("timesteps", timesteps), ("sigmas", sigmas)) if each is not None
         }
-        solver: Solver = make_solver(self.scheduler, num_inference_steps, eta, **custom)
+        options = self.backbone.schedule_options(None if custom else num_inference_steps, size) | custom
+        count = None if custom else num_inference_steps
+        solver: Solver = make_solver(
+            self.scheduler, count, eta, noise=noise, **options | ({} if mu is None else {"mu": mu})
+        )
         if denoising_end is not None and 0 < denoising_end < 1:
             total = self.scheduler.config.num_train_timesteps
             kept = solver.timesteps >= round(total - denoising_end * total)

@@ -86,7 +86,9 @@ class CallbackTensors:
             "prompt_embeds": both.prompt_embeds,
             "negative_prompt_embeds": conditioning.negative_prompt_embeds,
         }
-        if both.added is not None:
+        if both.added is None:
+            held["pooled_prompt_embeds"] = both.pooled
+        else:
             held["add_text_embeds"] = both.pooled
             held |= {f"add_{name}": part for name, part in both.added.items()}
         self.held = held
@@ -104,6 +106,7 @@ class CallbackTensors:
         places = {
             "prompt_embeds": ("negative_prompt_embeds", "prompt_embeds"),
             "add_text_embeds": ("negative_pooled", "pooled"),
+            "pooled_prompt_embeds": ("negative_pooled", "pooled"),
         }
         changes: dict[str, Any] = {}
         added: dict[str, dict[str, Tensor]] = {}

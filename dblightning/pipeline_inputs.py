@@ -28,6 +28,9 @@ class TextInputs:
     negative_prompt_embeds: Tensor | None = None
     pooled_prompt_embeds: Tensor | None = None
     negative_pooled_prompt_embeds: Tensor | None = None
+    prompt_3: Texts | None = None
+    negative_prompt_3: Texts | None = None
+    max_sequence_length: int | None = None
 
     @property
     def count(self) -> int:
@@ -47,7 +50,7 @@ class TextInputs:
     def check(self, backbone: DiffusersBackbone) -> None:
         """Raises ValueError for inputs of another model, and for numbers of texts that do not fit."""
         check_taken(backbone, [name for name, value in vars(self).items() if value is not None])
-        for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
+        for name in ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3"):
             texts = getattr(self, name)
             if texts is not None and not isinstance(texts, str) and len(texts) != self.count:
                 kind = "negative prompts" if name == "negative_prompt" else f"texts of {name}"
@@ -118,16 +121,17 @@ def repeated(values: Texts | None, count: int, each: int) -> list[str] | None:
 def _from_texts(backbone: DiffusersBackbone, inputs: TextInputs, call: CallSettings, per_prompt: int) -> Conditioning:
     """All from texts, through the backbone's cache."""
 
-    def pairs(first: Texts | None, second: Texts | None) -> list[Text]:
+    def texts(first: Texts | None, *others: Texts | None) -> list[Text]:
         none: list[str | None] = [None] * (inputs.count * per_prompt)
-        seconds = repeated(second, inputs.count, per_prompt) or none
-        return list(zip(repeated(first or "", inputs.count, per_prompt) or [], seconds, strict=True))
+        further = [repeated(other, inputs.count, per_prompt) or none for other in others]
+        return list(zip(repeated(first or "", inputs.count, per_prompt) or [], *further, strict=True))
 
     embeds, pooled, negative_embeds, negative_pooled = backbone.embed(
-        pairs(inputs.prompt, inputs.prompt_2),
-        pairs(inputs.negative_prompt, inputs.negative_prompt_2),
+        texts(inputs.prompt, inputs.prompt_2, inputs.prompt_3),
+        texts(inputs.negative_prompt, inputs.negative_prompt_2, inputs.negative_prompt_3),
         call.clip_skip,
         thorough=True,
+        max_sequence_length=inputs.max_sequence_length,
     )
     if inputs.negative_prompt is None and backbone.family.zero_negative:
         negative_embeds, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
@@ -140,9 +144,11 @@ def _from_embeddings(
     """Embeddings that the caller gave, some or all; the wrapped pipeline makes those that are missing."""
     count, pipeline = inputs.count, backbone.pipeline
     texts: dict[str, Any] = {"prompt": inputs.prompt, "negative_prompt": repeated(inputs.negative_prompt, count, 1)}
-    for name in ("prompt_2", "negative_prompt_2"):
+    for name in ("prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3"):
         if backbone.family.takes(name):
             texts[name] = repeated(getattr(inputs, name), count, 1)
+    if inputs.max_sequence_length is not None:
+        texts["max_sequence_length"] = inputs.max_sequence_length
     makes_negative = inputs.negative_prompt_embeds is None and not (
         backbone.family.zero_negative and inputs.negative_prompt is None
     )

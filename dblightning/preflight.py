@@ -215,7 +215,7 @@ def _check_preference(place: str, settings: Mapping[str, Any]) -> None:
 
 def check_ranges(place: str, path: str, settings: Mapping[str, Any]) -> None:
     """Refuse numbers out of the range that their setting has; see ``dblightning.settings``."""
-    own = rules_of(place.rpartition(".")[2]) if path.startswith("dblightning.") else {}
+    own = rules_of(place.rpartition(".")[2], settings) if path.startswith("dblightning.") else {}
     rules = TRAINER_RULES if path == TRAINER else own
     for problem in problems(settings, rules):
         raise Refused(f"{place}.{problem}")

@@ -67,11 +67,16 @@ def rollout(
 
     The log-prob is evaluated on the stored float32 latents, so that the on-policy ratio is 1 up to kernel noise.
 
+    A step at the end that no solver of this kind has noise for (see ``GaussianSolver.trainable``) has no density: its
+    log-prob is stored as 0 and never trained on.
+
     Raises:
-        ValueError: a step without noise (eta 0), which has no density.
+        ValueError: another step without noise (eta 0).
     """
+    if solver.trainable < 1:
+        raise ValueError(f"{len(solver.timesteps)} denoising steps leave none with noise to train on; take more")
     steps = range(len(solver.timesteps)) if window is None else range(window.start, window.start + window.size)
-    check_density(solver, steps)
+    check_density(solver, steps[: solver.trainable])
     states: list[Tensor] = []
     log_probs: list[Tensor] = []
     means: list[Tensor] = []
@@ -80,6 +85,9 @@ def rollout(
         if step.step_index not in steps:
             return
         states[-1:] = [step.latents, step.next_latents]
+        if step.step_index >= solver.trainable:
+            log_probs.append(torch.zeros_like(log_probs[0]))
+            return
         taken = solver.gaussian(step.output, step.latents, step.step_index)
         log_probs.append(gaussian_log_prob(taken, step.next_latents))
         if keep_means:

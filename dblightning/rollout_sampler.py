@@ -16,7 +16,7 @@ from dblightning.noise import ImageNoise
 from dblightning.precision import computes_in_float32
 from dblightning.rollout import Trajectory, rollout
 from dblightning.sampling import denoise_loop
-from dblightning.solvers import DDIMSolver
+from dblightning.solvers import GaussianSolver
 from dblightning.training_settings import SamplingSettings
 from dblightning.window import WindowedSolver
 
@@ -48,7 +48,7 @@ class RolloutSampler:
     def __init__(
         self,
         backbone: Backbone,
-        solver: DDIMSolver,
+        solver: GaussianSolver,
         adapter: str,
         settings: SamplingSettings,
         seed: int,

@@ -30,7 +30,7 @@ from dblightning.replay import ReplayBuffer
 from dblightning.rewards.base import RewardMetric, RewardUnavailable
 from dblightning.same_run import changed_settings, check_same_run
 from dblightning.settings import check
-from dblightning.solvers import DDIMSolver
+from dblightning.solvers import GaussianSolver
 from dblightning.training_settings import TrainingSettings
 from dblightning.window import Window
 
@@ -69,7 +69,7 @@ class RunState(L.LightningModule):
     kl: KLTerm
     adapter_name: str
     value_function: ValueFunction
-    solver: DDIMSolver
+    solver: GaussianSolver
     window: Window
     average: AdapterAverage
     old: OldPolicy
@@ -134,6 +134,7 @@ class RunState(L.LightningModule):
             "base": fingerprint(denoiser) if denoiser is not None else None,
             "latent_shape": list(self.backbone.latent_shape),
             "scheduler": scheduler,
+            "noise": getattr(self.solver, "noise", None),
             **{name: _plain(settings[name]) for name in FIXED},
         }
 

@@ -38,7 +38,7 @@ def check_same_run(saved: dict[str, Any], own: dict[str, Any], adapter_only: boo
 
 
 #: facts that say how rollouts are sampled; the others describe the adapter and its base
-SAMPLING = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt", "scheduler")
+SAMPLING = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt", "scheduler", "noise")
 
 
 def changed_settings(

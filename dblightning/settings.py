@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -120,9 +120,11 @@ RULES: dict[str, Number] = {
 }
 
 
-def rules_of(group: str) -> dict[str, Number]:
-    """The rules of a group of settings, by the settings' names in it."""
+def rules_of(group: str, settings: Mapping[str, Any] | None = None) -> dict[str, Number]:
+    """The rules of a group of settings, by the settings' names in it; some depend on another of its ``settings``."""
     own = {name.removeprefix(f"{group}."): rule for name, rule in RULES.items() if name.startswith(f"{group}.")}
+    if group == "sampling" and (settings or {}).get("noise") in ("flow_sde", "dance_sde"):
+        own["eta"] = replace(own["eta"], most=2, remedy="published runs have 0.3 to 1.2")
     return RULES | own
 
 

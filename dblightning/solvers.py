@@ -9,7 +9,9 @@ from typing import Any, Protocol, overload, runtime_checkable
 import torch
 from torch import Tensor
 
-from dblightning.ddim import to_prediction
+from dblightning.ddim import Prediction, to_prediction
+from dblightning.flow import FlowNoise
+from dblightning.flow_solver import FlowSolver, is_flow, make_flow_solver
 from dblightning.gaussian_step import GaussianStep
 from dblightning.noise import ImageNoise
 from dblightning.schedule import DDIMSchedule, check_num_inference_steps
@@ -40,8 +42,17 @@ class GaussianSolver(Solver, Protocol):
 
     eta: float
 
+    @property
+    def trainable(self) -> int:
+        """Steps 0 … this − 1 have noise where η > 0."""
+        ...
+
     def gaussian(self, output: Tensor, latents: Tensor, step_index: int | Tensor) -> GaussianStep:
         """The step's distribution; ``step_index`` may differ per row."""
+        ...
+
+    def predicted(self, output: Tensor, latents: Tensor, step_index: int | Tensor) -> Prediction:
+        """What a model output says of the latents: x̂₀ and ε̂; ``step_index`` may differ per row."""
         ...
 
     def original(self, output: Tensor, latents: Tensor, step_index: int | Tensor, detach: bool = False) -> Tensor:
@@ -63,15 +74,30 @@ class GaussianSolver(Solver, Protocol):
 
 @overload
 def make_solver(
-    scheduler: Mapping[str, Any], num_inference_steps: int | None, eta: float | None = None
-) -> DDIMSolver: ...
+    scheduler: Mapping[str, Any],
+    num_inference_steps: int | None,
+    eta: float | None = None,
+    *,
+    noise: FlowNoise | None = None,
+    **custom: Any,
+) -> DDIMSolver | FlowSolver: ...
 @overload
 def make_solver(
-    scheduler: Any, num_inference_steps: int | None, eta: float | None = None, **custom: Any
-) -> DDIMSolver | DiffusersSolver: ...
+    scheduler: Any,
+    num_inference_steps: int | None,
+    eta: float | None = None,
+    *,
+    noise: FlowNoise | None = None,
+    **custom: Any,
+) -> DDIMSolver | FlowSolver | DiffusersSolver: ...
 def make_solver(
-    scheduler: Any, num_inference_steps: int | None, eta: float | None = None, **custom: Any
-) -> DDIMSolver | DiffusersSolver:
+    scheduler: Any,
+    num_inference_steps: int | None,
+    eta: float | None = None,
+    *,
+    noise: FlowNoise | None = None,
+    **custom: Any,
+) -> DDIMSolver | FlowSolver | DiffusersSolver:
     """The one factory of solvers: training, evaluation and the pipeline step alike where their settings are alike.
 
     Args:
@@ -79,26 +105,60 @@ def make_solver(
             schedule DDIM then uses, because training and evaluation need a step of known density.
         num_inference_steps: number T of denoising steps.
         eta: 0 deterministic … 1 DDPM; None is 0, as in diffusers' pipelines, and other schedulers' own rule.
-        custom: instead of the number, ``timesteps=[…]`` or ``sigmas=[…]``, for a scheduler's own rule.
+        noise: of a flow's steps where η > 0: "flow_sde", "dance_sde" or "cps"; None is CPS.
+        custom: instead of the number, ``timesteps=[…]`` or ``sigmas=[…]``, for a scheduler's own rule. For a flow
+            ``sigmas`` and ``mu`` beside the number, what ``Backbone.schedule_options`` returns.
 
     Returns:
-        :class:`DDIMSolver` for a configuration, a DDIMScheduler or a DDIMParallelScheduler; else
-        :class:`DiffusersSolver`.
+        :class:`DDIMSolver` for a configuration, a DDIMScheduler or a DDIMParallelScheduler; :class:`FlowSolver` for a
+        configuration of flow matching or a FlowMatchEulerDiscreteScheduler; else :class:`DiffusersSolver`.
 
     Raises:
-        ValueError: a number of steps or an eta that the scheduler does not have, or a configuration that DDIM cannot
-            use (see :class:`DDIMSchedule`).
+        ValueError: a number of steps or an eta that the scheduler does not have, or a configuration that neither DDIM
+            nor a flow can use (see :class:`DDIMSchedule`, :class:`FlowSchedule`).
     """
-    from diffusers import DDIMParallelScheduler, DDIMScheduler
+    from diffusers import DDIMParallelScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+    flow = (
+        is_flow(scheduler) if isinstance(scheduler, Mapping) else _steps_as(scheduler, FlowMatchEulerDiscreteScheduler)
+    )
+    if flow and "timesteps" not in custom:
+        return make_flow_solver(scheduler, num_inference_steps, eta, noise, **custom)
+    if noise is not None:
+        kind = scheduler.get("_class_name") if isinstance(scheduler, Mapping) else type(scheduler).__name__
+        raise ValueError(f"noise {noise!r} is of flow matching, and {kind} is not; leave it out for this model")
     if custom:
-        return DiffusersSolver(scheduler, eta=eta, **custom)
+        return DiffusersSolver(scheduler, num_inference_steps, eta, **custom)
     if isinstance(scheduler, Mapping):
         return DDIMSolver(DDIMSchedule(scheduler, num_inference_steps), 0.0 if eta is None else eta)
-    # a subclass that steps by a rule of its own keeps it
-    if type(scheduler).step in (DDIMScheduler.step, DDIMParallelScheduler.step):
+    if _steps_as(scheduler, DDIMScheduler, DDIMParallelScheduler):
         return DDIMSolver(DDIMSchedule(whole_config(scheduler), num_inference_steps), 0.0 if eta is None else eta)
     return DiffusersSolver(scheduler, num_inference_steps, eta)
+
+
+def solver_of(
+    backbone: Any, num_inference_steps: int, eta: float, noise: FlowNoise | None = None
+) -> DDIMSolver | FlowSolver:
+    """The solver of training and evaluation: of a ``Backbone``'s scheduler, for images of its own size.
+
+    Raises:
+        ValueError: see :func:`make_solver`, and a scheduler that is not the model's.
+    """
+    config, options = backbone.scheduler_config, backbone.schedule_options(num_inference_steps)
+    return make_solver(config, num_inference_steps, eta, noise=noise, **options)
+
+
+def takes_eta(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler's steps can have noise of strength η: by its own rule, or a flow's by CPS."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    own = "eta" in inspect.signature(type(scheduler).step).parameters
+    return own or _steps_as(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def _steps_as(scheduler: Any, *kinds: Any) -> bool:
+    """Whether a scheduler steps by the rule of one of these classes; a subclass with a rule of its own keeps it."""
+    return type(scheduler).step in [kind.step for kind in kinds]
 
 
 def whole_config(scheduler: Any) -> dict[str, Any]:
@@ -128,6 +188,11 @@ class DDIMSolver:
         self.eta = eta
         self.timesteps = schedule.timesteps
 
+    @property
+    def trainable(self) -> int:
+        """All T steps."""
+        return len(self.timesteps)
+
     def initial(self, noise: Tensor) -> Tensor:
         """x_T of standard normal noise (B, C, h, w): the noise itself."""
         return noise
@@ -139,6 +204,11 @@ class DDIMSolver:
     def gaussian(self, output: Tensor, latents: Tensor, step_index: int | Tensor) -> GaussianStep:
         """The step as a Gaussian; ``step_index`` is one for all rows, or int64 (B,)."""
         return self.schedule.step(output, latents, step_index, self.eta)
+
+    def predicted(self, output: Tensor, latents: Tensor, step_index: int | Tensor) -> Prediction:
+        """x̂₀ and ε̂ of a model output, (B, C, h, w) each."""
+        alpha, _ = self.schedule.at(step_index, latents)
+        return to_prediction(output, latents, alpha, self.schedule.prediction_type)
 
     def original(self, output: Tensor, latents: Tensor, step_index: int | Tensor, detach: bool = False) -> Tensor:
         """Tweedie's x̂₀ of the latents at a step; ``detach`` treats ε as a constant: ∂x̂₀/∂x_t = 1/√ᾱ_t.
@@ -182,7 +252,8 @@ class DiffusersSolver:
         scheduler: a diffusers scheduler; it is copied, so one object can serve many runs.
         num_inference_steps: number T of denoising steps.
         eta: noise of a scheduler whose step takes it (DDIM, TCD, …); None is 0, which diffusers' pipelines pass.
-        custom: instead of the number, ``timesteps=[…]`` or ``sigmas=[…]``, which some schedulers take.
+        custom: instead of the number, ``timesteps=[…]`` or ``sigmas=[…]``, which some schedulers take; beside it
+            ``mu``, of a dynamic shift.
 
     Raises:
         ValueError: a number of steps out of range, custom steps that the scheduler does not take, or an eta above 0
@@ -194,13 +265,15 @@ class DiffusersSolver:
     ) -> None:
         kind = type(scheduler)
         self.scheduler = kind.from_config(whole_config(scheduler))
+        custom = {name: value for name, value in custom.items() if value is not None}
         refused = [name for name in custom if name not in inspect.signature(self.scheduler.set_timesteps).parameters]
         if refused:
             raise ValueError(f"{kind.__name__} takes no custom {refused[0]}; give num_inference_steps alone")
-        if not custom:
+        counted = not custom.keys() & {"timesteps", "sigmas"}
+        if counted:
             trained = int(self.scheduler.config.get("num_train_timesteps", 1000))
             check_num_inference_steps(num_inference_steps, trained)
-        self._steps = custom or {"num_inference_steps": num_inference_steps}
+        self._steps = custom | ({"num_inference_steps": num_inference_steps} if counted else {})
         self.scheduler.set_timesteps(**self._steps)
         self.timesteps: Tensor = self.scheduler.timesteps
         taken = inspect.signature(self.scheduler.step).parameters

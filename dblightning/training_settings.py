@@ -44,7 +44,10 @@ class SamplingSettings:
 
     Args:
         num_inference_steps: denoising steps T (paper's code: 50).
-        eta: DDIM noise, must be > 0 (paper's code: 1).
+        eta: noise of a step, must be > 0: DDIM's (paper's code: 1), or a flow's, see ``noise``.
+        noise: of a flow-matching model's steps, and of these alone: "flow_sde" (Flow-GRPO; η 0.7 in its SD3.5 runs, 0.9
+            for FLUX), "dance_sde" (DanceGRPO; η 0.3) or "cps", coefficients-preserving sampling (η 0.8); null is
+            "cps" for a flow. The last step never has noise and is never trained on.
         guidance_scale: classifier-free guidance (paper's code: 7.5).
         negative_prompt: of every prompt; null is none.
         eval_steps, eval_guidance_scale: of the validation's and callbacks' images where they are not the rollouts';
@@ -59,6 +62,7 @@ class SamplingSettings:
 
     num_inference_steps: int = 50
     eta: float = 1.0
+    noise: Literal["flow_sde", "dance_sde", "cps"] | None = None
     guidance_scale: float = 7.5
     negative_prompt: str | None = None
     eval_steps: int | None = None
@@ -258,7 +262,7 @@ class TrainingSettings:
             ValueError: naming the first such setting, its value, the rule and what to do.
         """
         for group, settings in self.groups():
-            check_settings(settings, rules_of(group), group)
+            check_settings(settings, rules_of(group, settings), group)
         for problem in conflicts(dict(self.groups())):
             raise ValueError(problem)
         steps, skipped = self.sampling.num_inference_steps, self.optimisation.skip_last_steps

@@ -89,6 +89,7 @@ class Window:
             "the objective trains on final samples, and a window stores its own steps alone; leave window.size out, "
             f"got {settings.size}",
         )
+        settings.check(steps, skipped)  # a flow's last step is never trained
         self.settings, self.seed = settings, seed
         self.stored = steps if settings.size is None else settings.size
         self.trained = steps - skipped if settings.size is None else settings.size

@@ -27,7 +27,8 @@ LAYERS: dict[str, str] = {
     "pipeline": "pipeline pipeline_call pipeline_files pipeline_inputs pipeline_lora",
     "algorithm": "rollout sampling execution blending methods draws steering policy_gradient replay value batch_size "
     "average objectives training_settings rollout_sampler same_run window",
-    "model": "backbone adapters solvers schedule ddim gaussian_step ode noise prompt_cache gaussian_mixture",
+    "model": "backbone adapters solvers schedule ddim flow flow_solver gaussian_step ode noise prompt_cache "
+    "gaussian_mixture",
     "rewards and miniature": "rewards miniature",
     "ground": "settings training_rules class_paths flat_settings weights arguments signatures annotations precision "
     "figures figure_text geneval_prompts",

@@ -19,6 +19,7 @@ MODULES = [
     "blending",
     "class_paths",
     "ddim",
+    "flow",
     "gaussian_step",
     "methods",
     "objectives.best_of_n",

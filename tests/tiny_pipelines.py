@@ -96,3 +96,100 @@ def save_sdxl(folder: Path) -> Path:
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def _flow_vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=1,
+        sample_size=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0609,
+        scaling_factor=1.5035,
+    )
+
+
+def _t5(tokenizer: Any, width: int) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_kv": 8, "d_ff": 37, "num_layers": 1, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=width, **sizes)).eval()
+
+
+def save_sd3(folder: Path, dual: bool = False) -> Path:
+    """SD3's classes at reduced width: 16×16 images. ``dual``: SD3.5's second attention, and saved without T5."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    from dblightning.miniature.pretrain import build_tokenizer
+
+    torch.manual_seed(2)
+    tokenizer = build_tokenizer()
+    newer: dict[str, Any] = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"} if dual else {}
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=48,
+        pooled_projection_dim=40,
+        pos_embed_max_size=8,
+        **newer,
+    )
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_flow_vae(),
+        text_encoder=_clip_text(tokenizer, 16, 16),
+        tokenizer=tokenizer,
+        text_encoder_2=_clip_text(tokenizer, 24, 24),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None if dual else _t5(tokenizer, 48),
+        tokenizer_3=None if dual else tokenizer,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_flux(folder: Path) -> Path:
+    """FLUX.1-dev's classes at reduced width: embedded guidance, a shift made for 16 to 256 tokens."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    from dblightning.miniature.pretrain import build_tokenizer
+
+    torch.manual_seed(3)
+    tokenizer = build_tokenizer()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=256
+        ),
+        vae=_flow_vae(),
+        text_encoder=_clip_text(tokenizer, 16, None),
+        tokenizer=tokenizer,
+        text_encoder_2=_t5(tokenizer, 32),
+        tokenizer_2=tokenizer,
+        transformer=transformer,
+    )
+    pipeline.save_pretrained(folder)
+    return folder

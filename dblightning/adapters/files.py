@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dblightning.adapters.keys import parse
+from dblightning.adapters.keys import denoiser_of, parse
 from dblightning.adapters.kohya import kohya_name
 from dblightning.adapters.lora import LoraFactors, LoraFile, lora_config, peft_tensors, two_text_encoders
 
@@ -55,13 +55,13 @@ def find_file(path: str | Path) -> Path:
     return files[0]
 
 
-def read_lora(path: str | Path, layers_per_block: int = 2, denoiser: str = "unet") -> LoraFile:
+def read_lora(path: str | Path, layers_per_block: int = 2, denoiser: str | None = None) -> LoraFile:
     """Read a LoRA of any form; see docs/adapters.md.
 
     Args:
         path: file or folder.
         layers_per_block: of the denoiser, for keys that count its blocks as the original code does (SDXL by kohya).
-        denoiser: what the denoiser's keys in diffusers' form start with.
+        denoiser: what the denoiser's keys in diffusers' form start with; None goes by the keys.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -72,6 +72,7 @@ def read_lora(path: str | Path, layers_per_block: int = 2, denoiser: str = "unet
     file = find_file(path)
     header = _header(file)
     tensors = load_file(file)
+    denoiser = denoiser or denoiser_of(tensors)
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         component, module, part = parse(key, file, layers_per_block, denoiser)
@@ -85,7 +86,10 @@ def read_lora(path: str | Path, layers_per_block: int = 2, denoiser: str = "unet
     facts = json.loads(header.pop(METADATA_KEY, "{}"))
     header.pop(CONFIG_KEY, None)
     header.pop("format", None)
-    named = any(key.startswith((f"{denoiser}.", "lora_unet_", "lycoris_", "base_model.model.")) for key in tensors)
+    named = any(
+        key.startswith((f"{denoiser}.", "lora_unet_", "lora_transformer_", "lycoris_", "base_model.model."))
+        for key in tensors
+    )
     return LoraFile(modules, facts, header, file, native, not named, denoiser)
 
 
@@ -233,7 +237,8 @@ def _kohya_tensors(lora: LoraFile) -> dict[str, Tensor]:
     first = "lora_te1" if two_text_encoders(lora) else "lora_te"
     tensors = {}
     for component, found in lora.modules.items():
-        prefix = {lora.denoiser: "lora_unet", "text_encoder": first}.get(component, "lora_te2")
+        own = "lora_transformer" if lora.denoiser == "transformer" else "lora_unet"
+        prefix = {lora.denoiser: own, "text_encoder": first}.get(component, "lora_te2")
         for module, each in found.items():
             name = f"{prefix}_{kohya_name(module)}"
             tensors[f"{name}.lora_down.weight"] = each.down

@@ -4,12 +4,14 @@
 |---|---|---|
 | diffusers | ``unet.<module>.lora_A.weight``; ``unet.<module>.lora.down.weight``, as TRL writes | header |
 | kohya (A1111, ComfyUI) | ``lora_unet_<module with underscores>.lora_down.weight`` | ``.alpha`` per module |
+| the same of a transformer (OneTrainer) | ``lora_transformer_<module with underscores>.…`` | the same |
 | peft | ``base_model.model.<module>.lora_A.weight`` | ``adapter_config.json`` beside the file |
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from dblightning.adapters.kohya import module_name
@@ -18,7 +20,7 @@ from dblightning.adapters.kohya import module_name
 _TEXT_ENCODERS = {"lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
 #: what the keys of other models' LoRAs start with
 OTHER_MODELS = ("unet", "transformer", "prior", "controlnet", "diffusion_model", "decoder")
-_KOHYA = re.compile(r"(lora_unet|lycoris|lora_te1|lora_te2|lora_te)_([^.]+)\.(.+)")
+_KOHYA = re.compile(r"(lora_unet|lora_transformer|lycoris|lora_te1|lora_te2|lora_te)_([^.]+)\.(.+)")
 _PARTS = {
     "lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up",
     "alpha": "alpha", "dora_scale": "dora_scale", "lora_up.bias": "bias", "lora_B.bias": "bias",
@@ -65,14 +67,13 @@ def parse(key: str, file: Path, layers_per_block: int, denoiser: str) -> tuple[s
         prefix, name, ending = kohya.groups()
         if ending not in _PARTS:
             raise ValueError(f"{file} holds {key!r}, which is not part of a LoRA; known endings are {sorted(_PARTS)}")
+        if prefix == "lora_transformer" and denoiser != "transformer":
+            raise ValueError(_other(file, denoiser, key))
         return _TEXT_ENCODERS.get(prefix, denoiser), module_name(name, layers_per_block), _PARTS[ending]
     plain = key.removeprefix("base_model.model.").replace(".processor.", ".").replace(".base_layer.", ".")
     component, _, rest = plain.partition(".")
     if component in OTHER_MODELS and component != denoiser:
-        raise ValueError(
-            f"no key of {file} starts with '{denoiser}.' or 'lora_unet_', so it holds no denoiser LoRA; {key!r} "
-            "belongs to another kind of model"
-        )
+        raise ValueError(_other(file, denoiser, key))
     if component not in (denoiser, "text_encoder", "text_encoder_2"):
         component, rest = denoiser, plain
     for pattern, part in _ENDINGS:
@@ -85,3 +86,16 @@ def parse(key: str, file: Path, layers_per_block: int, denoiser: str) -> tuple[s
                 module = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", module)
             return component, module, part
     raise ValueError(f"{file} holds {key!r}, which is not part of a LoRA")
+
+
+def _other(file: Path, denoiser: str, key: str) -> str:
+    return (
+        f"no key of {file} starts with '{denoiser}.' or 'lora_unet_', so it holds no denoiser LoRA; {key!r} "
+        "belongs to another kind of model"
+    )
+
+
+def denoiser_of(keys: Iterable[str]) -> str:
+    """The denoiser's name that a file's keys speak of: "transformer", or else "unet"."""
+    starts = ("transformer.", "lora_transformer_", "transformer_blocks.", "single_transformer_blocks.")
+    return "transformer" if any(key.removeprefix("base_model.model.").startswith(starts) for key in keys) else "unet"

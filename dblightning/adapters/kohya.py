@@ -15,7 +15,10 @@ _WORDS = (
     "class_embedding", "down_blocks", "final_layer_norm", "token_embedding", "position_embedding", "encoder_hid_proj",
     "text_model", "mid_block", "up_blocks", "self_attn", "layer_norm1", "layer_norm2", "linear_1", "linear_2",
     "proj_out", "proj_in", "out_proj", "conv_out", "conv_in", "q_proj", "k_proj", "v_proj", "to_out", "to_q", "to_k",
-    "to_v", "cond_proj", "time_proj", "add_k_proj", "add_v_proj",
+    "to_v", "cond_proj", "time_proj", "add_k_proj", "add_v_proj", "add_q_proj", "to_add_out",
+    "single_transformer_blocks",
+    "proj_mlp", "ff_context", "norm1_context", "norm_out", "context_embedder", "x_embedder", "time_text_embed",
+    "timestep_embedder", "text_embedder", "guidance_embedder", "pos_embed",
 )  # fmt: skip
 _TOKEN = re.compile("(?:" + "|".join(sorted(_WORDS, key=len, reverse=True)) + r"|[^_]+)(?=_|$)")
 #: the original code's names outside the numbered blocks

@@ -5,6 +5,7 @@ from dblightning.backbone.diffusers import DiffusersBackbone, lock_of
 from dblightning.backbone.family import FAMILIES, Family, Guidance, Text, denormalized, family_of, register
 from dblightning.backbone.loading import load_pipeline
 from dblightning.backbone.stable_diffusion import StableDiffusion, StableDiffusionXL
+from dblightning.backbone.transformer import FlowTransformer, Flux, StableDiffusion3
 
 __all__ = [
     "FAMILIES",
@@ -12,10 +13,13 @@ __all__ = [
     "Conditioning",
     "DiffusersBackbone",
     "Family",
+    "FlowTransformer",
+    "Flux",
     "Guidance",
     "Prediction",
     "Size",
     "StableDiffusion",
+    "StableDiffusion3",
     "StableDiffusionXL",
     "Text",
     "denormalized",

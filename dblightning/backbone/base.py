@@ -82,6 +82,14 @@ class Backbone(nn.Module, ABC):
         """
         return prediction_of(self.scheduler_config)
 
+    def schedule_options(self, num_inference_steps: int | None, size: Size | None = None) -> dict[str, Any]:
+        """Further keywords of ``solvers.make_solver``: a flow's σ's depend on the images' size (None: the backbone's).
+
+        Raises:
+            ValueError: a size that the schedule was not made for.
+        """
+        return {}
+
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
@@ -136,6 +144,27 @@ class Backbone(nn.Module, ABC):
         self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float, gating: Gating
     ) -> Tensor:
         """The computation of :meth:`denoise`, its gates in one form."""
+
+    #: whether guidance is affine in the two passes' predictions, so that blending before or after it is the same
+    affine_guidance: bool = True
+
+    def passes(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float,
+        gates: Gating | Tensor | None = None,
+    ) -> Tensor:
+        """The unconditional and the conditional prediction of R rows before guidance, (R, 2, C, h, w), float32.
+
+        Of a backbone whose guidance is not affine; arguments as of :meth:`denoise`.
+        """
+        raise NotImplementedError(f"the guidance of a {type(self).__name__} is applied by denoise")
+
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float, conditioning: Conditioning) -> Tensor:
+        """Both passes of :meth:`passes` as one prediction (R, C, h, w), float32."""
+        raise NotImplementedError(f"the guidance of a {type(self).__name__} is applied by denoise")
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dblightning.adapters import AdapterBank, Gating, silence_text_adapters
-from dblightning.backbone.base import Backbone, Conditioning, Prediction, Size
+from dblightning.adapters import AdapterBank, silence_text_adapters
+from dblightning.backbone.base import Conditioning, Prediction, Size
+from dblightning.backbone.denoising import Denoising
 from dblightning.backbone.family import Family, Text, family_of
 from dblightning.backbone.loading import load_pipeline
 from dblightning.prompt_cache import PromptCache, text_state
@@ -30,7 +31,7 @@ def lock_of(owner: Any) -> Any:
         return _LOCKS.setdefault(owner, threading.RLock())
 
 
-class DiffusersBackbone(Backbone):
+class DiffusersBackbone(Denoising):
     """A diffusers pipeline: Stable Diffusion 1.x or 2.x, SDXL, or what :func:`register` has added.
 
     Args:
@@ -45,6 +46,7 @@ class DiffusersBackbone(Backbone):
         compile: torch.compile of the denoiser: its repeated "blocks" (residual and transformer; one after the other, so
             that equal ones are compiled once), or the "whole" of it (fuses more, takes minutes at the first call).
         decode_batch_size: images decoded at once.
+        max_sequence_length: tokens of T5's embedding (SD3: 256, FLUX: 512); None takes the model's own.
         prompt_cache_size: how many prompts' embeddings are kept.
         prompt_cache_bytes: how much memory they may take.
 
@@ -74,6 +76,7 @@ class DiffusersBackbone(Backbone):
         decode_batch_size: int = 16,
         prompt_cache_size: int = 4096,
         prompt_cache_bytes: int = 2**30,
+        max_sequence_length: int | None = None,
     ) -> None:
         super().__init__()
         self.pretrained = pretrained
@@ -83,6 +86,10 @@ class DiffusersBackbone(Backbone):
             vae_dtype = "float32"
         if vae_dtype is not None:
             self.vae.to(getattr(torch, vae_dtype))
+        if max_sequence_length is not None:
+            if self.family.max_sequence_length is None:
+                raise ValueError(f"max_sequence_length is no setting of a {type(pipeline).__name__}; leave it out")
+            self.family.max_sequence_length = max_sequence_length
         if attention == "eager":
             self.family.use_eager_attention()
         if channels_last:
@@ -213,7 +220,12 @@ class DiffusersBackbone(Backbone):
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
-        return dict(self.pipeline.scheduler.config)
+        config = dict(self.pipeline.scheduler.config)
+        self.family.check_scheduler(config)
+        return config
+
+    def schedule_options(self, num_inference_steps: int | None, size: Size | None = None) -> dict[str, Any]:
+        return self.family.schedule_options(num_inference_steps, size)
 
     @property
     def prediction(self) -> Prediction:
@@ -284,7 +296,7 @@ class DiffusersBackbone(Backbone):
         negative_prompt: str | Sequence[str] | None = None,
         size: Size | None = None,
     ) -> Conditioning:
-        """As :meth:`Backbone.encode`; ``size`` is the images' height and width in pixels, None the backbone's own."""
+        """As ``Backbone.encode``; ``size`` is the images' height and width in pixels, None the backbone's own."""
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings, got one string; pass [prompt]")
         if negative_prompt is None or isinstance(negative_prompt, str):
@@ -317,6 +329,7 @@ class DiffusersBackbone(Backbone):
         negatives: Sequence[Text],
         clip_skip: int | None = None,
         thorough: bool = False,
+        max_sequence_length: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Embeddings of texts, each encoded once and cached as long as the text encoders stay what they are.
 
@@ -324,49 +337,32 @@ class DiffusersBackbone(Backbone):
             prompts: B texts, each with the further text encoders' texts, if any (None: the same).
             negatives: B texts likewise.
             clip_skip: last layers of the text encoders to leave out, of the prompts' embeddings (as in diffusers).
+            max_sequence_length: tokens of the longest text encoder's embedding; None is the family's own.
             thorough: look for changed text encoders more closely, see :func:`dblightning.prompt_cache.text_state`.
 
         Returns:
             Embeddings (B, L, D) and pooled (B, P) of the prompts, then of the negatives.
         """
         cache = self._prompt_cache
-        keys = [(_shortest(text), clip_skip or None) for text in prompts]  # 0 leaves out nothing
-        negative_keys = [(_shortest(text), None) for text in negatives]
+        length = max_sequence_length or self.family.max_sequence_length
+        keys = [(_shortest(text), clip_skip or None, length) for text in prompts]  # 0 leaves out nothing
+        negative_keys = [(_shortest(text), None, length) for text in negatives]
         silence_text_adapters(self.pipeline)
         with self.lock:
             cache.made_by(text_state(self.pipeline, thorough))
             missing = [key for key in dict.fromkeys([*keys, *negative_keys]) if key not in cache]
-            for skip in dict.fromkeys(skip for _, skip in missing):
+            extra = {} if length is None else {"max_sequence_length": length}
+            for skip in dict.fromkeys(skip for _, skip, _ in missing):
                 group = [key for key in missing if key[1] == skip]
                 for start in range(0, len(group), 64):
                     chunk = group[start : start + 64]
-                    cached = self.family.encode([text for text, _ in chunk], self.device, skip)
+                    cached = self.family.encode([text for text, *_ in chunk], self.device, skip, **extra)
                     for key, embeds, pooled in zip(chunk, *cached, strict=True):
                         cache[key] = (embeds, pooled)
             found = [zip(*(cache[key] for key in each), strict=True) for each in (keys, negative_keys)]
             stacked = [torch.stack(part) for pair in found for part in pair]
             cache.trim()
         return stacked[0], stacked[1], stacked[2], stacked[3]
-
-    def _denoise(
-        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float, gating: Gating
-    ) -> Tensor:
-        family = self.family
-        guided = guidance_scale > 1 and family.guidance == "classifier-free"
-        gating = gating.scaled(conditioning.lora_scale)
-        rows, count = conditioning, len(latents)
-        if guided:
-            rows = conditioning.guided()
-            latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
-            gating = gating.repeated(2)
-        with self.lock:
-            self.rows_run += count
-            with self.adapters.use(gating):
-                output = family.forward(latents, timesteps, rows, guidance_scale).float()
-        if not guided:
-            return output
-        unconditional, conditional = output.chunk(2)
-        return family.guide(unconditional, conditional, guidance_scale, conditioning)
 
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.vae

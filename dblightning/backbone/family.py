@@ -26,6 +26,8 @@ from torch import Tensor
 
 from dblightning.adapters import ATTENTION
 from dblightning.backbone.base import Conditioning, Prediction, Size, prediction_of
+from dblightning.flow_solver import is_flow
+from dblightning.schedule import ddim_scheduler
 
 #: "classifier-free" runs an unconditional pass beside the conditional one; "embedded" is an input of the denoiser
 Guidance = Literal["classifier-free", "embedded"]
@@ -65,10 +67,16 @@ class Family(ABC):
     guidance_scale: ClassVar[float] = 7.5
     #: whether a call may bring embeddings: :meth:`pooled` is there
     takes_embeddings: ClassVar[bool] = False
+    #: whether :meth:`guide` is affine in both passes. Where it is not (a norm taken of the guided prediction, as in
+    #: Qwen-Image or APG), a blend mixes each pass and guides once
+    affine_guidance: ClassVar[bool] = True
     #: whether the plain pipeline's output holds a safety checker's verdicts
     has_verdicts: ClassVar[bool] = False
     #: keywords of ``from_pretrained``, unless others are given
     load_options: ClassVar[Mapping[str, Any]] = {}
+
+    #: tokens of the longest text encoder's embedding, an argument of :meth:`encode`; None: it has no such argument
+    max_sequence_length: int | None = None
 
     def __init__(self, pipeline: Any, resolution: int | None = None) -> None:
         self.pipeline = pipeline
@@ -109,6 +117,35 @@ class Family(ABC):
     @abstractmethod
     def pooled_dim(self) -> int:
         """P, the size of ``Conditioning.pooled``."""
+
+    def check_scheduler(self, scheduler_config: Mapping[str, Any]) -> None:
+        """Whether the model can be stepped by a scheduler of this configuration.
+
+        Raises:
+            ValueError: one of flow matching, whose velocities this family does not predict.
+        """
+        if is_flow(scheduler_config):
+            raise ValueError(
+                f"a {type(self.pipeline).__name__} predicts noise and its scheduler is of flow matching "
+                f"({scheduler_config.get('_class_name', 'FlowMatch…')}), which steps velocities; use DDIMScheduler, or "
+                "another one with β's"
+            )
+
+    def default_scheduler(self) -> Any:
+        """The scheduler of a pipeline that was loaded without a choice: DDIM with the model's noise schedule.
+
+        Raises:
+            ValueError: a configuration that DDIM cannot use.
+        """
+        return ddim_scheduler(self.pipeline.scheduler.config)
+
+    def schedule_options(self, num_inference_steps: int | None, size: Size | None = None) -> dict[str, Any]:
+        """Further keywords of ``solvers.make_solver`` for images of a size in pixels (None: :attr:`default_size`).
+
+        Raises:
+            ValueError: a size that the schedule was not made for.
+        """
+        return {}
 
     @property
     def default_size(self) -> Size:

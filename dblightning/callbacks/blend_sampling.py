@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import pandas as pd
@@ -51,7 +51,7 @@ class BlendSamplingCallback(L.Callback):
         seeds: images per prompt.
         batch_size: images per rank and batch.
         every_n_rollouts, every_n_epochs: how often; one of them.
-        num_inference_steps, eta, guidance_scale: sampling settings; None takes the module's.
+        num_inference_steps, eta, guidance_scale, noise: sampling settings; None takes the module's.
         seed: of the noise.
         max_share: largest share of the run's time spent here; an evaluation that would pass it waits for the next turn.
             None is no limit.
@@ -82,6 +82,7 @@ class BlendSamplingCallback(L.Callback):
         max_share: float | None = 0.25,
         grid_prompts: int = 4,
         out: str | None = None,
+        noise: Literal["flow_sde", "dance_sde", "cps"] | None = None,
     ) -> None:
         every = every_n_rollouts if every_n_rollouts is not None else every_n_epochs
         if (every_n_rollouts is None) == (every_n_epochs is None) or every is None or every < 1:
@@ -101,7 +102,9 @@ class BlendSamplingCallback(L.Callback):
         self.data = data
         self.num_prompts, self.seeds, self.batch_size = num_prompts, seeds, batch_size
         self.every_n_rollouts, self.every_n_epochs = every_n_rollouts, every_n_epochs
-        self.sampling = {"num_inference_steps": num_inference_steps, "eta": eta, "guidance_scale": guidance_scale}
+        self.sampling = {
+            "num_inference_steps": num_inference_steps, "eta": eta, "guidance_scale": guidance_scale, "noise": noise
+        }  # fmt: skip
         self.seed = seed
         self.max_share = max_share
         self.grid_prompts = grid_prompts

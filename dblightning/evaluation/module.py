@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning as L
 import pandas as pd
@@ -65,6 +65,7 @@ class BlendEvaluationModule(L.LightningModule):
         seed: of the noise.
         out: folder for what is written.
         grid_prompts: how many prompts' first image is kept, for the report's image grid; those that come first.
+        noise: of a flow-matching model's steps where eta > 0: "flow_sde", "dance_sde" or "cps"; null is "cps".
 
     Raises:
         ValueError, FileNotFoundError: settings out of range, adapters or blends that do not fit, before anything is
@@ -73,7 +74,7 @@ class BlendEvaluationModule(L.LightningModule):
 
     #: numeric arguments and what they may be
     RULES: ClassVar[dict[str, Number]] = RULES | {
-        "eta": Number(least=0, most=1, remedy="0 is deterministic DDIM, 1 is DDPM"),
+        "eta": Number(least=0, most=1, remedy="0 is deterministic DDIM (a flow's ODE), 1 is DDPM"),
         "grid_prompts": count(0),
     }
 
@@ -91,6 +92,7 @@ class BlendEvaluationModule(L.LightningModule):
         seed: int = 0,
         out: str = "runs/blend",
         grid_prompts: int = 4,
+        noise: Literal["flow_sde", "dance_sde", "cps"] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone", "rewards"])
@@ -109,6 +111,7 @@ class BlendEvaluationModule(L.LightningModule):
             guidance_scale,
             negative_prompt,
             seed,
+            noise,
         )
         self.sampler.check(self.blends)  # wrong weights stop here, not after an hour of sampling
         self.store = RowStore(self.out / "rows")
@@ -171,6 +174,7 @@ class BlendEvaluationModule(L.LightningModule):
         return {
             "base": getattr(self.backbone, "pretrained", type(self.backbone).__name__),
             **{name: self.hparams[name] for name in names},
+            **({} if self.hparams["noise"] is None else {"noise": self.hparams["noise"]}),
             "run_seed": self.hparams["seed"],
             "rewards": {name: _description(reward) for name, reward in self.rewards.items()},
             "made_with": self._made_with,

@@ -18,10 +18,11 @@ from dblightning.adapters import find_file
 from dblightning.backbone import Backbone
 from dblightning.evaluation.record import INTERNAL
 from dblightning.evaluation.specs import BlendSpec
+from dblightning.flow import FlowNoise
 from dblightning.noise import ImageNoise
 from dblightning.rewards.base import RewardMetric
 from dblightning.sampling import denoise_loop
-from dblightning.solvers import make_solver
+from dblightning.solvers import solver_of
 from dblightning.steering import resolve_steering
 
 #: side of the thumbnails in the score table, from which diversity is computed
@@ -47,6 +48,7 @@ class BlendSampler:
         rewards: name → reward; also what code and rgg steer by.
         num_inference_steps, eta, guidance_scale, negative_prompt: sampling settings.
         seed: of the noise.
+        noise: of a flow's steps, see ``solvers.make_solver``.
     """
 
     backbone: Backbone
@@ -56,9 +58,10 @@ class BlendSampler:
     guidance_scale: float
     negative_prompt: str | None
     seed: int
+    noise: FlowNoise | None = None
 
     def __post_init__(self) -> None:
-        self.solver = make_solver(self.backbone.scheduler_config, self.num_inference_steps, self.eta)
+        self.solver = solver_of(self.backbone, self.num_inference_steps, self.eta, self.noise)
 
     def check(self, specs: Sequence[BlendSpec]) -> None:
         """Refuse what would fail later; draws nothing from torch's global generator. Adapters need not be loaded yet.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dblightning.replay import Transitions
 from dblightning.schedule import GaussianStep
-from dblightning.solvers import DDIMSolver
+from dblightning.solvers import GaussianSolver
 from dblightning.training_settings import TrainingSettings
 
 #: what is logged about a loss: name → scalar
@@ -22,7 +22,7 @@ Needs = Literal["trajectories", "samples", "gradients"]
 class Policy(Protocol):
     """The denoiser as an objective sees it: model outputs for some transitions, each (B, C, h, w), guidance applied."""
 
-    solver: DDIMSolver
+    solver: GaussianSolver
 
     def current(self, transitions: Transitions) -> Tensor:
         """With the adapter in training, with gradients."""

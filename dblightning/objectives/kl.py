@@ -11,8 +11,8 @@ from torch import Tensor
 from dblightning.noise import image_seed
 from dblightning.objectives.policy import AdapterPolicy
 from dblightning.replay import Transitions
-from dblightning.schedule import gaussian_kl, to_epsilon
-from dblightning.solvers import DDIMSolver
+from dblightning.schedule import gaussian_kl
+from dblightning.solvers import GaussianSolver
 from dblightning.training_settings import KLSettings
 
 
@@ -29,7 +29,7 @@ def adapted_kl_weight(kl_weight: float, kl: float, target: float) -> float:
     return kl_weight * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
-def epsilon_error(solver: DDIMSolver, output: Tensor, reference_output: Tensor, transitions: Transitions) -> Tensor:
+def epsilon_error(solver: GaussianSolver, output: Tensor, reference_output: Tensor, transitions: Transitions) -> Tensor:
     """‖ε_θ − ε_pre‖² averaged over the latents' dimensions, (B,): DPOK's penalty, see ``schedule.mean_sensitivity``.
 
     Args:
@@ -37,10 +37,9 @@ def epsilon_error(solver: DDIMSolver, output: Tensor, reference_output: Tensor, 
         output, reference_output: the model's with and without the adapter, (B, C, h, w).
         transitions: (B, …).
     """
-    schedule = solver.schedule
-    alpha, _ = schedule.at(transitions.step_index, transitions.latents)
     epsilon, reference_epsilon = (
-        to_epsilon(each, transitions.latents, alpha, schedule.prediction_type) for each in (output, reference_output)
+        solver.predicted(each, transitions.latents, transitions.step_index).epsilon
+        for each in (output, reference_output)
     )
     return (epsilon - reference_epsilon).square().flatten(1).mean(1)
 

@@ -11,7 +11,7 @@ from dblightning.backbone import Backbone
 from dblightning.precision import computes_in_float32, float32_arithmetic
 from dblightning.replay import Transitions
 from dblightning.schedule import GaussianStep
-from dblightning.solvers import DDIMSolver
+from dblightning.solvers import GaussianSolver
 from dblightning.training_settings import SamplingSettings
 
 
@@ -30,7 +30,7 @@ class AdapterPolicy:
     def __init__(
         self,
         backbone: Backbone,
-        solver: DDIMSolver,
+        solver: GaussianSolver,
         adapter: str,
         sampling: SamplingSettings,
         texts: Callable[[Tensor], list[str]],
