@@ -12,7 +12,6 @@ import torch
 from dblightning.backbone import FAMILIES, DiffusersBackbone, load_pipeline
 from dblightning.pipeline_lora import LoraMethods
 from dblightning.prompt_cache import has_lora
-from dblightning.schedule import ddim_scheduler
 
 #: file of a saved pipeline that names its adapters, which lie in ``adapters/<name>``
 INDEX_NAME = "dblightning.json"
@@ -46,7 +45,7 @@ class FileMethods(LoraMethods):
             dtype, torch_dtype: precision of the base (default float32), or component → precision; adapters and latents
                 stay float32.
             variant: weight variant of the base's files, such as "fp16".
-            scheduler: a diffusers scheduler; None is DDIM with the base's noise schedule.
+            scheduler: a diffusers scheduler; None is DDIM with the base's noise schedule, or a flow's own.
             allow_other_base: load adapters that were trained on another base all the same.
             options: further keywords of diffusers' ``from_pretrained``: components (``vae=…``), ``revision``,
                 ``cache_dir``, ``local_files_only``, ``use_safetensors``, ``device_map``, ….
@@ -60,17 +59,19 @@ class FileMethods(LoraMethods):
         folder = Path(base).expanduser()
         index = folder / INDEX_NAME
         saved = json.loads(index.read_text()) if index.is_file() else None
+        pipe = cls(DiffusersBackbone.from_pipeline(pipeline))
+        family = pipe.backbone.family
         if scheduler is not None:
+            family.check_scheduler(scheduler.config)
             pipeline.scheduler = scheduler
         elif saved is None and pipeline.scheduler is not None:
-            pipeline.scheduler = ddim_scheduler(pipeline.scheduler.config)
+            pipeline.scheduler = family.default_scheduler()
         if adapters is None and str(base) == "miniature":
             from dblightning import miniature
 
             adapters = miniature.adapters()
         elif adapters is None and saved is not None:
             adapters = {name: folder / "adapters" / name for name in saved["adapters"]}
-        pipe = cls(DiffusersBackbone.from_pipeline(pipeline))
         for name, path in (adapters or {}).items():
             pipe.load_adapter(name, path, allow_other_base)
         return pipe

@@ -46,6 +46,7 @@ class DiffusersBackbone(Denoising):
         compile: torch.compile of the denoiser: its repeated "blocks" (residual and transformer; one after the other, so
             that equal ones are compiled once), or the "whole" of it (fuses more, takes minutes at the first call).
         decode_batch_size: images decoded at once.
+        without: components to leave out, such as SD3's ("text_encoder_3", "tokenizer_3"): T5's embedding is then zero.
         max_sequence_length: tokens of T5's embedding (SD3: 256, FLUX: 512); None takes the model's own.
         prompt_cache_size: how many prompts' embeddings are kept.
         prompt_cache_bytes: how much memory they may take.
@@ -77,10 +78,12 @@ class DiffusersBackbone(Denoising):
         prompt_cache_size: int = 4096,
         prompt_cache_bytes: int = 2**30,
         max_sequence_length: int | None = None,
+        without: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.pretrained = pretrained
-        pipeline = load_pipeline(pretrained, getattr(torch, dtype), variant, self.family_class)
+        absent = dict.fromkeys(without)
+        pipeline = load_pipeline(pretrained, getattr(torch, dtype), variant, self.family_class, **absent)
         self._wrap(pipeline, resolution, decode_batch_size, PromptCache(prompt_cache_size, prompt_cache_bytes))
         if vae_dtype is None and self.family.vae_in_float32:
             vae_dtype = "float32"

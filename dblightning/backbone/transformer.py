@@ -25,13 +25,14 @@ FLUX_TARGETS = (*JOINT_ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0
 
 
 class FlowTransformer(Family):
-    """What the flow-matching transformers share: the path, the prediction, and a schedule that knows the image's size.
+    """Base class for flow-matching transformers: the path, the prediction, and a schedule that knows the image's size.
 
     The rule of ``schedule_options`` is the plain pipeline's: σ's from the scheduler or a grid, shifted by its own rule.
     """
 
     denoiser_name = "transformer"
     lora_prefix = "transformer"
+    takes_embeddings = True
     #: the class of the denoiser, by which components are told apart
     denoiser_class: ClassVar[str]
 
