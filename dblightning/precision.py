@@ -17,11 +17,17 @@ class _Widened(TorchFunctionMode):
     """Operations of float32 and half-precision tensors together run in float32, one widened copy at a time.
 
     Torch itself does so for sums and products; here also for linear layers, convolutions and norms, whose weights are
-    the half-precision operands. What touches half-precision tensors alone, such as moving a weight, stays as it is.
+    the half-precision operands, and float32 values stay so where a layer would round them. What touches half-precision
+    tensors alone, such as moving a weight, stays as it is.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.to and args[0].dtype == torch.float32:
+            # a norm of transformers rounds its input to its weight's precision
+            args = [torch.float32 if isinstance(each, torch.dtype) and each in HALF else each for each in args]
+            if kwargs.get("dtype") in HALF:
+                kwargs = {**kwargs, "dtype": torch.float32}
         given = [*args, *kwargs.values()]
         dtypes = {each.dtype for each in given if isinstance(each, Tensor)}
         if torch.float32 in dtypes and not dtypes.isdisjoint(HALF):

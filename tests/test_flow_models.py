@@ -30,6 +30,7 @@ from dblightning.backbone import DiffusersBackbone, Family, Flux, StableDiffusio
 from dblightning.blending import DBKLA, DBMPA, Base, RewardedSoup, Single
 from dblightning.gaussian_step import gaussian_log_prob
 from dblightning.noise import ImageNoise
+from dblightning.precision import float32_arithmetic
 from dblightning.rollout import rollout
 from dblightning.sampling import denoise_loop
 from dblightning.solvers import DiffusersSolver, FlowSolver, make_solver
@@ -214,6 +215,20 @@ def test_the_on_policy_ratio_is_one(ours: DiffusersBackbone, noise: Any, executi
             output = ours.denoise(x, solver.timesteps[index].expand(2), conditioning, GUIDANCE, gates)
         log_prob = gaussian_log_prob(solver.gaussian(output, x, index), walk.latents[index + 1])
         assert ((log_prob - walk.log_probs[index]).exp() - 1).abs().max() < 1e-5
+
+
+def test_a_half_precision_model_can_compute_in_float32(plain: Any) -> None:
+    """What the KL needs; the query and key norms of SD3.5 and FLUX would round to their weights' precision."""
+    half = DiffusersBackbone(str(plain.folder / "base"), dtype="bfloat16", resolution=16, max_sequence_length=TOKENS)
+    full = DiffusersBackbone(str(plain.folder / "base"), resolution=16)
+    full.denoiser.load_state_dict({key: value.float() for key, value in half.denoiser.state_dict().items()})
+    conditioning = half.encode(PROMPTS).to(torch.float32)
+    x, timesteps = first_latents(), torch.full((2,), 700.0)
+    with torch.no_grad():
+        expected = full.denoise(x, timesteps, conditioning, GUIDANCE)
+        with float32_arithmetic(torch.device("cpu")):
+            got = half.denoise(x, timesteps, conditioning, GUIDANCE)
+    close(got, expected, 1e-5)  # bfloat16 would be 1e-2 away
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -511,6 +526,7 @@ def test_a_flow_trains_is_watched_predicts_and_is_tested_from_yaml(kind: str, no
             "advantage": {"baseline": "prompt"},
             "replay": {"buffer_size": None},
             "kl": {"form": "eps_mse"},
+            **({"window": {"size": 2, "position": "random"}} if kind == "flux" else {}),
         },
         "data": data,
     }

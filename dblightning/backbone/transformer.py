@@ -255,7 +255,7 @@ class Flux(FlowTransformer):
         max_sequence_length: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         if clip_skip is not None:
-            raise ValueError(f"clip_skip is no argument of a {type(self.pipeline).__name__}, got {clip_skip}")
+            raise ValueError(f"clip_skip is not an argument of a {type(self.pipeline).__name__}, got {clip_skip}")
         embeds, pooled, _ = self.pipeline.encode_prompt(
             self._texts(texts, 0),
             self._texts(texts, 1),
