@@ -14,7 +14,10 @@ from torch import Tensor
 from dblightning.adapters import Gating
 from dblightning.backbone import Conditioning
 from dblightning.flow_solver import FlowSolver
-from tests.toy import SCHEDULER, GaussianBackbone
+from dblightning.module import RewardRLModule
+from dblightning.objectives import AWM, DPOK, GRPO, NFT, FlowDPPO, GRPOGuard, RewardGradient
+from tests import toy_fit
+from tests.toy import SCHEDULER, GaussianBackbone, LinearReward
 from tests.toy_optimum import converged, module
 
 FLOW: dict[str, Any] = dict(
@@ -79,6 +82,54 @@ def test_the_policy_gradient_reaches_the_optimum_on_the_flow_path(tmp_path: Path
     # 5 %: the gradient's noise left after averaging 75 iterates
     assert float(moved) == pytest.approx(expected, rel=0.05)
     assert expected > 0.02
+
+
+class Slope(LinearReward):
+    """A reward with a gradient."""
+
+    differentiable = True
+
+
+def fitted(
+    folder: Path, rollouts: int, objective: Any, ckpt_path: str | None = None, **settings: Any
+) -> RewardRLModule:
+    plain = {name: value for name, value in toy_fit.SETTINGS.items() if name not in ("clip_range", "policy_steps")}
+    plain |= {"advantage": {"baseline": "group"}, "buffer_size": None, "eta": 0.8, "sampling": {"noise": "cps"}}
+    plain |= {"optimisation": {"policy_steps": 1}, "objective": objective, **settings}
+    run = RewardRLModule(FlowBackbone(2), Slope(), **plain)
+    fit = toy_fit.trainer(folder, max_epochs=rollouts)
+    prompts = toy_fit.data(folder, samples_per_prompt=2, rollouts_per_epoch=1)
+    fit.fit(run, datamodule=prompts, ckpt_path=ckpt_path, weights_only=True)
+    fit.save_checkpoint(folder / f"{rollouts}.ckpt")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        (DPOK(0.5), {}),
+        (GRPO(0.5), {"window": {"size": 2, "position": "random"}}),
+        (GRPOGuard(), {}),
+        (FlowDPPO(), {}),
+        (NFT(decay_rate=0.2), {}),
+        (AWM(), {}),
+        (RewardGradient(), {}),
+    ],
+    ids=lambda each: type(each).__name__ if not isinstance(each, dict) else "",
+)
+def test_every_objective_trains_on_a_flow_and_resumes_bit_for_bit(
+    tmp_path: Path, objective: Any, settings: dict[str, Any]
+) -> None:
+    whole = fitted(tmp_path, 3, objective, **settings)
+    fitted(tmp_path, 2, objective, **settings)
+    resumed = fitted(tmp_path, 3, objective, str(tmp_path / "2.ckpt"), **settings)
+    state = whole.state_dict()
+    shift = state["adapter.shift"]
+    assert shift.isfinite().all() and shift.any()
+    last = int(whole.solver.timesteps[-1]) - 1
+    assert shift[last] == 0  # the step to σ = 0 is not trained
+    for key, tensor in state.items():
+        assert torch.equal(tensor, resumed.state_dict()[key]), key
 
 
 def test_a_checkpoint_says_which_noise_its_log_probs_are_of() -> None:

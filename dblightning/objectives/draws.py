@@ -9,7 +9,7 @@ import torch
 
 from dblightning.noise import ImageNoise, image_seed
 from dblightning.replay import Transitions
-from dblightning.solvers import DDIMSolver
+from dblightning.solvers import GaussianSolver
 
 #: prompt id of the empty prompt
 NO_PROMPT = -1
@@ -30,7 +30,7 @@ class Draws:
     text_dropout: float = 0.0  # share of draws without their prompt
 
     def __call__(
-        self, solver: DDIMSolver, samples: Transitions, places: Sequence[int], draws: Sequence[int], visit: int
+        self, solver: GaussianSolver, samples: Transitions, places: Sequence[int], draws: Sequence[int], visit: int
     ) -> Transitions:
         """The samples, noised.
 

@@ -12,7 +12,7 @@ from dblightning.objectives.base import Metrics, Needs, Objective, Policy
 from dblightning.objectives.policy_gradient import clip_fraction, ppo_objective
 from dblightning.replay import Transitions
 from dblightning.settings import check_settings
-from dblightning.solvers import DDIMSolver
+from dblightning.solvers import GaussianSolver
 from dblightning.training_rules import forward_problems
 from dblightning.training_settings import TrainingSettings
 
@@ -57,7 +57,7 @@ def nft_loss(
     return total / beta
 
 
-def original_gain(solver: DDIMSolver, step_index: Tensor, like: Tensor) -> Tensor:
+def original_gain(solver: GaussianSolver, step_index: Tensor, like: Tensor) -> Tensor:
     """|∂x̂₀/∂output| of each step, (B,): x̂₀ is affine in the model's output, with a coefficient of the step's alone."""
     zero = torch.zeros(len(step_index), *[1] * (like.ndim - 1), device=like.device, dtype=like.dtype)
     return (solver.original(zero + 1, zero, step_index) - solver.original(zero, zero, step_index)).abs().flatten()

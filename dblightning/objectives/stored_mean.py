@@ -13,7 +13,7 @@ from dblightning.objectives.policy_gradient import GRPO, clip_fraction
 from dblightning.replay import Transitions
 from dblightning.schedule import GaussianStep, gaussian_log_prob
 from dblightning.settings import check_settings
-from dblightning.solvers import DDIMSolver
+from dblightning.solvers import GaussianSolver
 
 
 def guarded_ratio(step: GaussianStep, old_mean: Tensor, next_latents: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def divergence_mask(advantage: Tensor, ratio: Tensor, divergence: Tensor, max_di
     return (~(away & (divergence >= max_divergence))).to(ratio)
 
 
-def output_gain(solver: DDIMSolver, step_index: Tensor, like: Tensor) -> Tensor:
+def output_gain(solver: GaussianSolver, step_index: Tensor, like: Tensor) -> Tensor:
     """|∂μ/∂output| of each step, (B,): μ is affine in the model's output, with a coefficient of the step's alone.
 
     On Flow-SDE it is |Δt| (1 + η²/2).
