@@ -85,11 +85,9 @@ def rollout(
         if step.step_index not in steps:
             return
         states[-1:] = [step.latents, step.next_latents]
-        if step.step_index >= solver.trainable:
-            log_probs.append(torch.zeros_like(log_probs[0]))
-            return
         taken = solver.gaussian(step.output, step.latents, step.step_index)
-        log_probs.append(gaussian_log_prob(taken, step.next_latents))
+        density = step.step_index < solver.trainable
+        log_probs.append(gaussian_log_prob(taken, step.next_latents) if density else torch.zeros_like(log_probs[0]))
         if keep_means:
             means.append(taken.mean)
 
