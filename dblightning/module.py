@@ -138,7 +138,7 @@ class RewardRLModule(RewardGradients):
         means, own = "mean" in self.objective.stores, self.settings.adapter
         lora = {"rank": own.rank, "lora_alpha": own.lora_alpha, "target_modules": own.target_modules}
         self.old = OldPolicy(backbone.adapters, self.adapter_name, lora, self.objective.keeps_old)
-        evaluation = make_solver(backbone.scheduler_config, sampling.eval_steps or steps, sampling.eta)
+        evaluation = solver_of(backbone, sampling.eval_steps or steps, sampling.eta, sampling.noise)
         run = (backbone, self.solver, self.adapter_name, sampling, self.seed, rank_zero_info)
         self.sampler = RolloutSampler(*run, means, self.old.name, evaluation)
         self.policy = AdapterPolicy(backbone, self.solver, self.adapter_name, sampling, self._texts, self.old.name)

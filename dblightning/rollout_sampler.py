@@ -55,7 +55,7 @@ class RolloutSampler:
         inform: Callable[[str], None] = print,
         keep_means: bool = False,
         rollout_adapter: str | None = None,
-        evaluation: DDIMSolver | None = None,
+        evaluation: GaussianSolver | None = None,
     ) -> None:
         self.backbone = backbone
         self.solver = solver
