@@ -53,7 +53,7 @@ def divergence_mask(advantage: Tensor, ratio: Tensor, divergence: Tensor, max_di
 def output_gain(solver: GaussianSolver, step_index: Tensor, like: Tensor) -> Tensor:
     """|∂μ/∂output| of each step, (B,): μ is affine in the model's output, with a coefficient of the step's alone.
 
-    On Flow-SDE it is |Δt| (1 + η²/2).
+    On Flow-SDE it is |Δt| (1 + η²/2) where σ < 1.
     """
     zero = torch.zeros(len(step_index), *[1] * (like.ndim - 1), device=like.device, dtype=like.dtype)
     means = [solver.gaussian(output, zero, step_index).mean for output in (zero + 1, zero)]
