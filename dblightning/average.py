@@ -33,7 +33,7 @@ class AdapterAverage:
     @torch.no_grad()
     def update(self, names: Sequence[str] | None = None) -> None:
         """Take in the adapters after a step; ``names``: of those alone."""
-        for name in self.names if names is None else names:
+        for name in self.names if names is None else [name for name in names if name in self.names]:
             own = self.bank.parameters(name)
             self.means[name] = [mean.to(each.device) for mean, each in zip(self.means[name], own, strict=True)]
             for mean, each in zip(self.means[name], own, strict=True):

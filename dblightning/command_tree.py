@@ -111,7 +111,14 @@ def _yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            """YAML's own, which takes the last of two entries of one name without a word."""
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                    raise ValueError(f"{key.value!r} is set twice, again in line {key.start_mark.line + 1}")
+                seen.add(key.value) if isinstance(key.value, str) else None
+            return super().construct_mapping(node, deep)
 
     # YAML 1.1 takes 1e-3 for a text
     Loader.add_implicit_resolver(

@@ -53,8 +53,8 @@ def log_image(trainer: L.Trainer, name: str, image: Tensor | Figure, step: int, 
             log(key=name, images=[as_pil(image)], step=step, **options)
 
 
-def log_by_prompt(trainer: L.Trainer, rewards: dict[str, float], step: int) -> None:
-    """Log each prompt's mean reward as ``prompt/<prompt>``.
+def log_by_prompt(trainer: L.Trainer, rewards: dict[str, float], step: int, suffix: str = "") -> None:
+    """Log each prompt's mean reward as ``prompt/<prompt>``, with a suffix where several adapters have one each.
 
     CSVLogger's table gets no column per prompt: it writes the whole file anew whenever there is a new one. The values
     are in ``prompts.csv`` beside it, one row each.
@@ -64,9 +64,9 @@ def log_by_prompt(trainer: L.Trainer, rewards: dict[str, float], step: int) -> N
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger):
             if trainer.is_global_zero:
-                _append(Path(logger.log_dir) / "prompts.csv", rewards, step)
+                _append(Path(logger.log_dir) / f"prompts{suffix.replace('/', '-')}.csv", rewards, step)
         else:
-            logger.log_metrics({f"prompt/{prompt}": reward for prompt, reward in rewards.items()}, step)
+            logger.log_metrics({f"prompt{suffix}/{prompt}": reward for prompt, reward in rewards.items()}, step)
 
 
 def keep_tables(trainer: L.Trainer) -> None:
@@ -89,8 +89,9 @@ def keep_tables(trainer: L.Trainer) -> None:
 
 def drop_table(logger: CSVLogger) -> None:
     """Remove the tables of an earlier run, which this one replaces."""
-    for name in ("metrics.csv", "prompts.csv"):
-        (Path(logger.log_dir) / name).unlink(missing_ok=True)
+    folder = Path(logger.log_dir)
+    for table in (folder / "metrics.csv", *folder.glob("prompts*.csv")):
+        table.unlink(missing_ok=True)
     logger.experiment.metrics_keys = []
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dblightning.learner import Batches, Learner
 from dblightning.lightning_internals import attached_trainer
 from dblightning.noise import image_seed
 from dblightning.objectives.advantages import check_groups
@@ -26,28 +27,38 @@ def set_options(optimizer: Any, **options: float) -> None:
         group.update(options)
 
 
+def parameters_of(optimizer: Any) -> list[Tensor]:
+    """The parameters that an optimiser changes."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 class ManualUpdates(RunState):
     """The part of ``RewardRLModule`` that steps its two optimisers, the policy's and the value function's."""
 
     seed: int
-    _share: float  # of this rank's gradient: its stored steps by the ranks' mean
-    _most_held: int  # trajectories held by the rank that holds most
-    _norm: Tensor | None
+    _norms: list[Tensor] | None
 
     @property
     def policy_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the policy's optimiser: the adapter's."""
-        return self.backbone.adapters.parameters(self.adapter_name)
+        """Parameters of the policy's optimiser: the adapters'."""
+        return [each for learner in self.learners for each in self.adapter_parameters(learner)]
 
-    @property
-    def policy_norm_limit(self) -> float:
-        """Largest gradient norm of a policy step; a longer gradient is shortened to it."""
-        return float(self.settings.optimisation.clip_grad_norm)
+    def adapter_parameters(self, learner: Learner) -> list[nn.Parameter]:
+        """The weights of one adapter in training."""
+        return self.backbone.adapters.parameters(learner.name)
+
+    def norm_limit(self, learner: Learner) -> float:
+        """Largest gradient norm of an adapter's step; a longer gradient is shortened to it."""
+        return float(learner.settings.optimisation.clip_grad_norm)
 
     @property
     def learning_rate(self) -> float:
-        """The policy's learning rate of this rollout."""
-        rate = float(self.settings.optimisation.learning_rate)
+        """The policy's learning rate of this rollout; with several adapters the first one's."""
+        return self.learning_rate_of(self.learners[0])
+
+    def learning_rate_of(self, learner: Learner) -> float:
+        """An adapter's learning rate of this rollout."""
+        rate = float(learner.settings.optimisation.learning_rate)
         if self.settings.optimisation.schedule == "constant":
             return rate
         total = self.total_rollouts
@@ -55,16 +66,20 @@ class ManualUpdates(RunState):
         return rate * max(0.0, 1 - self.rollouts_done / int(total or 1))
 
     def set_learning_rate(self) -> None:
-        """Give the policy's optimiser the rate of the coming rollout, before callbacks log it."""
-        set_options(self._optimizers()[0], lr=self.learning_rate)
+        """Give the policy's optimiser the rates of the coming rollout, before callbacks log them."""
+        for learner, group in zip(self.learners, self._optimizers()[0].param_groups, strict=True):
+            group["lr"] = self.learning_rate_of(learner)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        optimisation, value_rate = self.settings.optimisation, self.settings.advantage.value_learning_rate
+        # a group of parameters per adapter
+        policy = [
+            {"params": self.adapter_parameters(each), "lr": each.settings.optimisation.learning_rate}
+            for each in self.learners
+        ]
+        value = [{"params": list(each.value_function.parameters())} for each in self.learners]
         return [
-            torch.optim.AdamW(
-                self.policy_parameters, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay
-            ),
-            torch.optim.AdamW(self.value_function.parameters(), lr=value_rate),
+            torch.optim.AdamW(policy, weight_decay=self.settings.optimisation.weight_decay),
+            torch.optim.AdamW(value, lr=self.settings.advantage.value_learning_rate),
         ]
 
     def _optimizers(self) -> list[Any]:
@@ -83,45 +98,51 @@ class ManualUpdates(RunState):
         if self.settings.advantage.baseline == "group":
             check_groups(torch.cat(self.ranks.gather(prompt_ids.cpu())))
 
-    def _policy_batches(self) -> Iterator[Iterable[Transitions]]:
-        """The micro-batches of each optimiser step of the policy's update: as many steps on every rank."""
+    def _policy_turns(self) -> Iterator[Batches]:
+        """The optimiser steps of the policy's update: the adapters that take each, with their micro-batches of it."""
+        steps = [(learner, self._policy_batches(learner)) for learner in self.learners]
+        while turn := [(learner, iter(batches)) for learner, each in steps for batches in islice(each, 1)]:
+            yield turn
+
+    def _policy_batches(self, learner: Learner) -> Iterator[Iterable[Transitions]]:
+        """The micro-batches of each of an adapter's optimiser steps: as many steps on every rank."""
         settings = self.settings.optimisation
         if settings.epochs is None:
-            batches = self._batches(settings.batch_size, "policy")
+            batches = self._batches(learner, settings.batch_size, "policy")
             for _ in range(settings.policy_steps):
                 yield islice(batches, settings.accumulation)
             return
         first, last = self._trained_on("policy")
         whole = settings.batch_size * settings.accumulation
         for epoch in range(settings.epochs):
-            batches = self._pass(settings.batch_size, epoch)
-            for _ in range(-(-self._most_held * (last - first) // whole)):
+            batches = self._pass(learner, settings.batch_size, epoch)
+            for _ in range(-(-learner.most_held * (last - first) // whole)):
                 yield islice(batches, settings.accumulation)
 
-    def _batches(self, count: int, use: str) -> Iterator[Transitions]:
+    def _batches(self, learner: Learner, count: int, use: str) -> Iterator[Transitions]:
         """Endless batches of ``count`` stored steps; none on a rank that holds no sample with a finite reward."""
-        if self.replay is None:
+        if learner.replay is None:
             return
         first, last = self._trained_on(use)
 
         def seed(lane: int, visit: int) -> int:
             return self._order_seed(lane, visit, use)
 
-        for number, batch in enumerate(self.replay.batches(count, seed, last, self.ranks.rank, first)):
-            visit = number * count // (self.replay.size * (last - first))
-            yield self._transitions(self.replay, *batch, visit, use)
+        for number, batch in enumerate(learner.replay.batches(count, seed, last, self.ranks.rank, first)):
+            visit = number * count // (learner.replay.size * (last - first))
+            yield self._transitions(learner.replay, *batch, visit, use)
 
-    def _pass(self, count: int, epoch: int) -> Iterator[Transitions]:
+    def _pass(self, learner: Learner, count: int, epoch: int) -> Iterator[Transitions]:
         """Batches of at most ``count``, every stored step that the policy is trained on in one of them."""
-        if self.replay is None:
+        if learner.replay is None:
             return
         first, last = self._trained_on("policy")
 
         def seed(lane: int) -> int:
             return self._order_seed(lane, epoch, "policy")
 
-        for batch in self.replay.epoch(count, seed, last, self.ranks.rank, first):
-            yield self._transitions(self.replay, *batch, epoch, "policy")
+        for batch in learner.replay.epoch(count, seed, last, self.ranks.rank, first):
+            yield self._transitions(learner.replay, *batch, epoch, "policy")
 
     def _transitions(self, replay: ReplayBuffer, slots: Tensor, steps: Tensor, visit: int, use: str) -> Transitions:
         """Stored steps; or samples noised anew where the objective draws, of which ``steps`` are the numbers then."""
@@ -147,24 +168,31 @@ class ManualUpdates(RunState):
 
     # ── optimiser steps ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _step(self, optimizer: Any, parameters: Any, share: float = 1.0) -> Tensor | None:
+    def _step(self, optimizer: Any, parameters: Iterable[Tensor]) -> list[Tensor] | None:
         """Average the gradients over ranks, once; then clip, step, reset.
 
         Args:
             optimizer: of the parameters.
-            parameters: the same on every rank.
-            share: what this rank's gradient counts; over the ranks the shares average 1.
+            parameters: of the adapters that take this step; the same on every rank.
 
         Returns:
-            The norm before clipping; None where a float16 loss scaler skipped the step.
+            Each adapter's norm before clipping; None where a float16 loss scaler skipped the step.
 
         Raises:
             NonFiniteError: the gradients are NaN or infinite; on every rank, before the step.
         """
-        self.ranks.average_gradients(list(parameters), share)
+        taking = {id(parameter) for parameter in parameters}
+        # a pass through a rollout trains on every rank's steps, each of which counts the same
+        even = self._is_policy(optimizer) and self.settings.optimisation.epochs is not None
+        for learner, group in zip(self.learners, optimizer.param_groups, strict=True):
+            if id(group["params"][0]) in taking:
+                self.ranks.average_gradients(group["params"], 1.0 if even else learner.share)
+            else:
+                for parameter in group["params"]:
+                    parameter.grad = None
         optimizer.step()
         optimizer.zero_grad()
-        return self._norm
+        return self._norms
 
     def _backward_of_nothing(self, parameters: Iterable[Tensor]) -> None:
         """Gradients of zero, by the way all gradients come: a rank without samples keeps its loss scale in step."""
@@ -172,11 +200,25 @@ class ManualUpdates(RunState):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # here, where a float16 loss scale is already taken out of the gradients
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        policy = parameters[0] is self.policy_parameters[0]
-        limit = self.policy_norm_limit if policy else float("inf")
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
-        self._norm = norm if self.gradients_are_finite(norm, parameters, "policy" if policy else "value") else None
+        groups = [group["params"] for group in optimizer.param_groups]
+        policy = self._is_policy(optimizer)
+        norms = [
+            nn.utils.clip_grad_norm_(group, self.norm_limit(learner) if policy else float("inf"))
+            for learner, group in zip(self.learners, groups, strict=True)
+        ]
+        self._norms = norms if self._finite(norms, groups, "policy" if policy else "value") else None
+
+    def _is_policy(self, optimizer: Any) -> bool:
+        first: bool = optimizer.param_groups[0]["params"][0] is self.policy_parameters[0]
+        return first
+
+    def _finite(self, norms: list[Tensor], groups: list[list[Tensor]], name: str) -> bool:
+        """Whether a step may be taken, by the first norm that is not finite."""
+        whose = [f" of adapter {each.name!r}" if each.suffix else "" for each in self.learners]
+        wrong = [place for place, norm in enumerate(norms) if not torch.isfinite(norm)] if len(norms) > 1 else []
+        place = wrong[0] if wrong else 0
+        parameters = [parameter for group in groups for parameter in group]
+        return self.gradients_are_finite(norms[place], parameters, name, whose[place])
 
     def _check_precision(self) -> None:
         """Refuse precisions in which the adapter cannot learn."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from dblightning.annotations import LISTS, MAPPINGS, WORDS, described, fits, kinds_of, name_of, words_of
 from dblightning.command_tree import TRAINING, Refused, Unclear, hint, parse, shown
-from dblightning.settings import Number, count, problems, rules_of
+from dblightning.settings import Number, check_reward_or_adapters, count, problems, rules_of
 from dblightning.signatures import NotFound, Parameter, alias, class_path, exports, signature
 from dblightning.training_rules import (
     DEFAULTS,
@@ -36,6 +36,7 @@ MODELS = {
     "predict": "dblightning.evaluation.module.BlendEvaluationModule",
 }
 BLEND = "dblightning.evaluation.specs.BlendSpec"
+BASIS = "dblightning.training_settings.BasisAdapter"
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 TRAINER_RULES = {
     "max_epochs": Number(least=-1, whole=True, words=(None,), remedy="-1 trains until it is stopped"),
@@ -72,6 +73,8 @@ def check_command(command: str, arguments: Sequence[str]) -> None:
     except Unclear:
         return
     complete = "--print_config" not in " ".join(arguments)
+    if command in TRAINING:
+        _check_rewards(tree.get("model"), complete)
     check_class("model", MODELS[command], tree.get("model") or {}, complete)
     check_class("trainer", TRAINER, tree.get("trainer") or {}, complete)
     data = tree.get("data")
@@ -215,10 +218,22 @@ def _check_preference(place: str, settings: Mapping[str, Any]) -> None:
 
 def check_ranges(place: str, path: str, settings: Mapping[str, Any]) -> None:
     """Refuse numbers out of the range that their setting has; see ``dblightning.settings``."""
-    own = rules_of(place.rpartition(".")[2], settings) if path.startswith("dblightning.") else {}
+    group = "adapters" if path == BASIS else place.rpartition(".")[2]
+    own = rules_of(group, settings) if path.startswith("dblightning.") else {}
     rules = TRAINER_RULES if path == TRAINER else own
     for problem in problems(settings, rules):
         raise Refused(f"{place}.{problem}")
+
+
+def _check_rewards(model: Any, complete: bool) -> None:
+    """Refuse a training run without a reward, or with one beside a basis."""
+    settings = model if isinstance(model, dict) else {}
+    if not isinstance(settings.get("adapters"), dict | None) or not isinstance(settings.get("adapter"), dict | None):
+        return  # of a wrong type, which is said later
+    try:
+        check_reward_or_adapters(settings, complete)
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def _check_checkpoint(path: Any) -> None:

@@ -108,11 +108,12 @@ class RolloutProgress(L.Callback):
         done, total = pl_module.rollouts_done, pl_module.total_rollouts
         values = trainer.callback_metrics
         parts = [f"rollout {done}/{total}" if total is not None else f"rollout {done}"]
-        for name, key, text in (
-            ("reward", "train/reward", "+.4g"),
-            ("KL", "train/kl", ".3g"),
-            ("images/s", "time/images_per_s", ".3g"),
-        ):
+        shown = [
+            (f"{name}{learner.suffix}", learner.tag(key), text)
+            for learner in pl_module.learners
+            for name, key, text in (("reward", "train/reward", "+.4g"), ("KL", "train/kl", ".3g"))
+        ]
+        for name, key, text in [*shown, ("images/s", "time/images_per_s", ".3g")]:
             if key in values:
                 parts.append(f"{name} {float(values[key]):{text}}")
         if total is not None and done > self._first:

@@ -14,7 +14,8 @@ from torch import Tensor
 from dblightning.rollout import Trajectory
 
 #: in place of what transitions do not have
-NO_ADVANTAGE = torch.empty(0)
+ABSENT = torch.empty(0)
+NO_ADVANTAGE = ABSENT
 TENSORS = ("latents", "log_probs", "facts", "prompt_ids", "born", "rows", "starts")
 
 
@@ -30,13 +31,22 @@ class Transitions(NamedTuple):
     scale: Tensor  # (N,) its prompt's reward standard deviation when it was sampled
     prompt_id: Tensor  # (N,) int64, on the CPU
     age: Tensor  # (N,) int64, rollouts since it was sampled (0: the latest)
-    advantage: Tensor = NO_ADVANTAGE  # (N,), filled in for an objective's loss
-    mean: Tensor = NO_ADVANTAGE  # (N, C, h, w) of the step under the policy that sampled it, where it is stored
+    advantage: Tensor = ABSENT  # (N,), filled in for an objective's loss
+    mean: Tensor = ABSENT  # (N, C, h, w) of the step under the policy that sampled it, where it is stored
+    adapter: Tensor = ABSENT  # int64 (N,), on the CPU: place of the adapter that sampled it; absent: the run's only one
 
     def at(self, rows: Tensor) -> Transitions:
         """Some of them: ``rows`` is int64 (n,)."""
-        parts = {name: part[rows.to(part.device)] for name, part in self._asdict().items() if part is not NO_ADVANTAGE}
+        parts = {name: part[rows.to(part.device)] for name, part in self._asdict().items() if part is not ABSENT}
         return Transitions(**parts)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Transitions]) -> Transitions:
+        """All of them, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        present = [name for name, part in parts[0]._asdict().items() if part is not ABSENT]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in present})
 
 
 class ReplayBuffer:
@@ -51,6 +61,7 @@ class ReplayBuffer:
         latent_shape: (C, h, w).
         device: where the latents are kept.
         keep_means: store each step's mean too, about as much memory again.
+        adapter: place, among the adapters in training, of the one whose trajectories these are.
     """
 
     means: Tensor
@@ -62,6 +73,7 @@ class ReplayBuffer:
         latent_shape: Sequence[int],
         device: torch.device | str = "cpu",
         keep_means: bool = False,
+        adapter: int = 0,
     ) -> None:
         if capacity < 1:
             raise ValueError(
@@ -70,6 +82,7 @@ class ReplayBuffer:
             )
         self.capacity = capacity
         self.num_steps = num_steps
+        self.adapter = adapter
         self.latents = torch.zeros(capacity, num_steps + 1, *latent_shape, device=device)
         self.log_probs = torch.zeros(capacity, num_steps, device=device)
         self.facts = torch.zeros(capacity, 3, device=device)  # reward, baseline, scale
@@ -143,7 +156,8 @@ class ReplayBuffer:
             gathered["mean"] = self.means[rows, steps]
         moved = {name: part.to(device, non_blocking=True) for name, part in gathered.items()}
         step_index = step_index + self.starts[trajectory]
-        return Transitions(step_index=step_index, prompt_id=self.prompt_ids[trajectory], **moved)
+        adapter = torch.full_like(trajectory, self.adapter)
+        return Transitions(step_index=step_index, prompt_id=self.prompt_ids[trajectory], adapter=adapter, **moved)
 
     def take_back(self) -> None:
         """Undo the latest :meth:`add`: what it overwrote is there again. An update that failed is none.

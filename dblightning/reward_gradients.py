@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dblightning.learner import Learner
 from dblightning.manual_updates import ManualUpdates, set_options
 from dblightning.objectives.policy import AdapterPolicy
 from dblightning.objectives.reward_gradient import Ends, Paths, RewardGradient, Terms
 from dblightning.rollout import Trajectory
-from dblightning.scoring import Scoring
 from dblightning.steering import reward_gradients
+from dblightning.storing import Storing
 
 
 class Round(NamedTuple):
@@ -33,7 +34,7 @@ class Scored(NamedTuple):
     gradient: Tensor  # (N, C, h, w), ∂r/∂latents at the ends
 
 
-class RewardGradients(Scoring, ManualUpdates):
+class RewardGradients(Storing, ManualUpdates):
     """The part of ``RewardRLModule`` that trains with objectives that need "gradients".
 
     Nothing is stored: a rollout's images make one update, which averages −``reward_weight`` · r + ``kl.weight`` · Σ KL
@@ -41,8 +42,6 @@ class RewardGradients(Scoring, ManualUpdates):
     """
 
     policy: AdapterPolicy
-    latest_images: tuple[Tensor, list[str], Tensor] | None
-    seed: int
 
     def gradient_round(self, batch: dict[str, Any]) -> Round:
         """One rollout and the update that follows it."""
@@ -62,7 +61,7 @@ class RewardGradients(Scoring, ManualUpdates):
                 reward, scored = self._reward_gradients(batch, trajectory, images)
         self._stop_if_unavailable(given_up)
         ended = time.perf_counter()
-        self.latest_images = images, prompts, reward
+        self.learners[0].latest_images = images, prompts, reward
         self._take_note(batch, reward)
         with self._no_ddp_sync(), self._profile("update"):
             metrics = self._follow(scored, int(torch.isfinite(reward).sum()))
@@ -104,11 +103,11 @@ class RewardGradients(Scoring, ManualUpdates):
         prompt_ids = torch.cat([ids for ids, _, _ in everyones])
         rewards = torch.cat([values for _, _, values in everyones])
         finite = [int(torch.isfinite(values).sum()) for _, _, values in everyones]
-        self._stop_if_none(sum(finite))
+        self._stop_if_none(self.learners[0], sum(finite))
         for ids, prompts, _ in everyones:
             self.prompts.update(zip(ids.tolist(), prompts, strict=True))
-        self._share = finite[self.ranks.rank] * len(finite) / sum(finite)
-        self._log_rewards(prompt_ids, rewards)
+        self.learners[0].share = finite[self.ranks.rank] * len(finite) / sum(finite)
+        self._log_rewards(self.learners[0], prompt_ids, rewards)
 
     def _follow(self, scored: list[Scored], count: int) -> dict[str, Tensor]:
         """One optimiser step along the gradient of micro-batches of ``count`` images in all."""
@@ -128,17 +127,16 @@ class RewardGradients(Scoring, ManualUpdates):
                     logged.setdefault(name, []).append(value.detach())
             if not scored:
                 self._backward_of_nothing(self.policy_parameters)
-        norm = self._step(optimizer, self.policy_parameters, self._share)
-        if norm is not None:
+        norms = self._step(optimizer, self.policy_parameters)
+        if norms is not None:
             self.average.update()
-            objective.saw_norm(float(norm))
-            logged["train/grad_norm"] = [norm]
+            objective.saw_norm(float(norms[0]))
+            logged["train/grad_norm"] = norms
         return {name: torch.stack(values).mean() for name, values in logged.items()}
 
-    @property
-    def policy_norm_limit(self) -> float:
-        limit = super().policy_norm_limit
-        return min(limit, self.objective.norm_limit()) if isinstance(self.objective, RewardGradient) else limit
+    def norm_limit(self, learner: Learner) -> float:
+        limit, objective = super().norm_limit(learner), learner.objective
+        return min(limit, objective.norm_limit()) if isinstance(objective, RewardGradient) else limit
 
     @property
     def _objective(self) -> RewardGradient:

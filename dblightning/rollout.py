@@ -32,8 +32,8 @@ class Trajectory(NamedTuple):
         """The final latents, (B, C, h, w)."""
         return self.latents[-1] if self.final is None else self.final
 
-    def of(self, rows: Tensor) -> Trajectory:
-        """Some of its images: ``rows`` is bool (B,) or int64 (n,)."""
+    def of(self, rows: Tensor | slice) -> Trajectory:
+        """Some of its images: ``rows`` is bool (B,), int64 (n,) or a slice."""
         final = None if self.final is None else self.final[rows]
         means = None if self.means is None else self.means[:, rows]
         return Trajectory(self.latents[:, rows], self.log_probs[:, rows], self.start, final, means)

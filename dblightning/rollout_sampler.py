@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ from dblightning.solvers import GaussianSolver
 from dblightning.training_settings import SamplingSettings
 from dblightning.window import WindowedSolver
 
-#: what is done with a part of a rollout as soon as it is decoded: its images and prompts
-Take = Callable[[Tensor, list[str]], None]
+#: an image of a rollout: the place of the adapter that makes it, and its prompt
+Row = tuple[int, str]
+#: what is done with a part of a rollout as soon as it is decoded: its images and rows
+Take = Callable[[Tensor, list[Row]], None]
 
 
 def without_nan(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,12 +38,12 @@ class RolloutSampler:
     Args:
         backbone: the denoiser.
         solver: of ``num_inference_steps`` steps.
-        adapter: name of the adapter in training.
+        adapters: names of the adapters in training.
         settings: of sampling.
         seed: of the run; an image's noise is of it, the prompt and the image's own seed.
         inform: is given what is worth saying about a run, once.
         keep_means: store the mean of every step's Gaussian too.
-        rollout_adapter: the adapter that rollouts are sampled with; None: the one in training.
+        rollout_adapters: the adapters that rollouts are sampled with; None: those in training.
         evaluation: solver of the validation's images; None: the same.
     """
 
@@ -49,23 +51,23 @@ class RolloutSampler:
         self,
         backbone: Backbone,
         solver: GaussianSolver,
-        adapter: str,
+        adapters: Sequence[str],
         settings: SamplingSettings,
         seed: int,
         inform: Callable[[str], None] = print,
         keep_means: bool = False,
-        rollout_adapter: str | None = None,
+        rollout_adapters: Sequence[str] | None = None,
         evaluation: GaussianSolver | None = None,
     ) -> None:
         self.backbone = backbone
         self.solver = solver
         self.evaluation = evaluation or solver
-        self.adapter = adapter
+        self.adapters = list(adapters)
         self.settings = settings
         self.seed = seed
         self.inform = inform
         self.keep_means = keep_means
-        self.rollout_adapter = rollout_adapter or adapter
+        self.rollout_adapters = list(rollout_adapters or adapters)
         self._fitting: int | None = None  # images that fit into memory at once, where requested
 
     def rollout(
@@ -75,9 +77,10 @@ class RolloutSampler:
         take: Take | None = None,
         window: WindowedSolver | None = None,
     ) -> tuple[Trajectory, Tensor]:
-        """Trajectory and images (B, 3, H, W) of the batch's prompts.
+        """Trajectory and images (m · B, 3, H, W) of the batch's B prompts with each of m adapters, one after the other.
 
-        A sample with a NaN or infinite value is a grey image, and its log-probs are NaN.
+        All adapters see the same noise, so each makes what it would make alone. A sample with a NaN or infinite value
+        is a grey image, and its log-probs are NaN.
 
         Args:
             batch: prompts, their ids and the images' seeds.
@@ -85,27 +88,35 @@ class RolloutSampler:
             take: see ``Take``.
             window: of stochastic steps; None: all are.
         """
-        prompts: list[str] = list(batch["prompt"])
+        rows = self.rows(batch)
+        prompts = [prompt for _, prompt in rows]
+        prompt_ids, seeds = (batch[name].repeat(len(self.adapters)) for name in ("prompt_id", "seed"))
         size = self.images_at_once(prompts, device)
         parts, images = [], []
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
-            noise = self._noise(batch["prompt_id"][part], batch["seed"][part], device, "training")
-            trajectory, decoded = self._part(prompts[part], noise, device, window)
+            noise = self._noise(prompt_ids[part], seeds[part], device, "training")
+            trajectory, decoded = self._part(rows[part], noise, device, window)
             parts.append(trajectory)
             images.append(decoded)
             if take is not None:
-                take(decoded, prompts[part])
+                take(decoded, rows[part])
         return Trajectory.joined(parts), torch.cat(images)
 
+    def rows(self, batch: dict[str, Any]) -> list[Row]:
+        """A rollout's images, in order."""
+        return [(place, prompt) for place in range(len(self.adapters)) for prompt in batch["prompt"]]
+
     def _part(
-        self, prompts: list[str], noise: ImageNoise, device: torch.device, window: WindowedSolver | None
+        self, rows: list[Row], noise: ImageNoise, device: torch.device, window: WindowedSolver | None
     ) -> tuple[Trajectory, Tensor]:
+        places = {place for place, _ in rows}
+        one = self.rollout_adapters[places.pop()] if len(places) == 1 else None
         trajectory = rollout(
             self.backbone,
-            self.backbone.encode(prompts, self.settings.negative_prompt),
+            self.backbone.encode([prompt for _, prompt in rows], self.settings.negative_prompt),
             self.solver,
-            Single(self.rollout_adapter),
+            Single(one or [self.rollout_adapters[place] for place, _ in rows]),
             noise,
             self.settings.guidance_scale,
             self.execution(device),
@@ -121,13 +132,13 @@ class RolloutSampler:
     def generate(
         self, prompts: list[str], prompt_ids: Tensor, seeds: Tensor, blend: Blend | None, device: torch.device
     ) -> Tensor:
-        """Images (B, 3, H, W) with the noise of an evaluation, never a rollout's; ``blend`` None is the adapter."""
+        """Images (B, 3, H, W) with an evaluation's noise, never a rollout's; ``blend`` None is the (first) adapter."""
         guidance = self.settings.eval_guidance_scale
         latents = denoise_loop(
             self.backbone,
             self.backbone.encode(prompts, self.settings.negative_prompt),
             self.evaluation,
-            blend or Single(self.adapter),
+            blend or Single(self.adapters[0]),
             self._noise(prompt_ids, seeds, device, "evaluation"),
             guidance_scale=self.settings.guidance_scale if guidance is None else guidance,
         )

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,14 +17,11 @@ from dblightning.backbone import Backbone
 from dblightning.checkpointing import StopSignal, check_ours, read_shard, save_last_good_state
 from dblightning.distributed import Ranks
 from dblightning.flat_settings import GROUPED, flat
+from dblightning.learner import by_adapter, of_adapter
+from dblightning.learners import Learners
 from dblightning.lightning_internals import attached_trainer
-from dblightning.objectives.advantages import PromptStatistics
-from dblightning.objectives.base import Objective
-from dblightning.objectives.kl import KLTerm
-from dblightning.objectives.old_policy import OldPolicy
-from dblightning.objectives.value import ValueFunction
-from dblightning.replay import ReplayBuffer
-from dblightning.rewards.base import RewardMetric, RewardUnavailable
+from dblightning.random_state import random_state, restore_random_state
+from dblightning.rewards.base import RewardUnavailable
 from dblightning.same_run import changed_settings, check_same_run
 from dblightning.settings import check
 from dblightning.solvers import GaussianSolver
@@ -48,6 +42,8 @@ FIXED = (
 )
 
 
+#: what a checkpoint keeps per adapter
+PER_ADAPTER = ("statistics", "kl_weight", "objective")
 #: consecutive optimiser steps that a float16 loss scaler may skip: from 65,536 halved so often, the scale is 1.5e-5
 MOST_SKIPPED = 32
 
@@ -56,25 +52,17 @@ class NonFiniteError(ArithmeticError):
     """Gradients, weights or an optimiser's state are NaN or infinite."""
 
 
-class RunState(L.LightningModule):
+class RunState(Learners):
     """The part of ``RewardRLModule`` that saves and restores: LoRA, value function, replay, statistics, random state.
 
     The base model is never saved. Lightning adds optimisers, loops and the prompt stream's position.
     """
 
     backbone: Backbone
-    reward: RewardMetric
     settings: TrainingSettings
-    objective: Objective
-    kl: KLTerm
-    adapter_name: str
-    value_function: ValueFunction
     solver: GaussianSolver
     window: Window
     average: AdapterAverage
-    old: OldPolicy
-    statistics: PromptStatistics
-    replay: ReplayBuffer | None
     prompts: dict[int, str]
     ranks: Ranks
     share_rank_states: Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -87,26 +75,21 @@ class RunState(L.LightningModule):
         self._skipped = {"policy": 0, "value": 0}  # optimiser steps in a row
         self._stop = StopSignal()  # of a command that only evaluates; a fit's is in RunCheckpoint
 
-    @property
-    def kl_weight(self) -> float:
-        """The weight of the KL, which moves where there is a target."""
-        return self.kl.weight
-
-    @kl_weight.setter
-    def kl_weight(self, weight: float) -> None:
-        self.kl.weight = weight
-
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trained tensors: ``adapter.*``, ``value_function.*``, and ``ema.*`` of the adapter's average."""
-        adapter = self.backbone.adapters.state_dict(self.adapter_name)
-        value = self.value_function.state_dict()
-        parts = {
-            "adapter": adapter,
-            "value_function": value,
-            "ema": self.average.state_dict(),
-            "old": self.old.state_dict(),
-        }
-        return {f"{part}.{key}": tensor for part, tensors in parts.items() for key, tensor in tensors.items()}
+        """The trained tensors: ``adapter.*``, ``value_function.*``, ``old.*`` of the old policy, ``ema.*`` of averages.
+
+        Those of several adapters are ``adapter.<name>.*``, ``value_function.<name>.*`` and ``old.<name>.*``.
+        """
+        found = {f"ema.{key}": tensor for key, tensor in self.average.state_dict().items()}
+        for learner in self.learners:
+            name = "" if len(self.learners) == 1 else f"{learner.name}."
+            parts = {
+                "adapter": self.backbone.adapters.state_dict(learner.name),
+                "value_function": learner.value_function.state_dict(),
+                "old": learner.old.state_dict(),
+            }
+            found |= {f"{part}.{name}{key}": each for part, tensors in parts.items() for key, each in tensors.items()}
+        return found
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Restore :meth:`state_dict`.
@@ -114,14 +97,14 @@ class RunState(L.LightningModule):
         Raises:
             ValueError: tensors of another adapter or value function.
         """
-        parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "value_function": {}, "ema": {}, "old": {}}
-        for key, tensor in state_dict.items():
-            part, _, rest = key.partition(".")
-            parts[part][rest] = tensor
-        self.backbone.adapters.load_state_dict(self.adapter_name, parts["adapter"])
-        self.average.load_state_dict(parts["ema"])
-        self.old.load_state_dict(parts["old"])
-        return self.value_function.load_state_dict(parts["value_function"], strict=strict)
+        answer: Any = None
+        for learner in self.learners:
+            name = "" if len(self.learners) == 1 else f"{learner.name}."
+            self.backbone.adapters.load_state_dict(learner.name, _below(state_dict, f"adapter.{name}"))
+            answer = learner.value_function.load_state_dict(_below(state_dict, f"value_function.{name}"), strict=strict)
+            learner.old.load_state_dict(_below(state_dict, f"old.{name}"))
+        self.average.load_state_dict(_below(state_dict, "ema."))
+        return answer
 
     def facts(self) -> dict[str, Any]:
         """The facts that must be the same for a checkpoint's adapter and replay buffer to keep their meaning."""
@@ -129,8 +112,8 @@ class RunState(L.LightningModule):
         scheduler = {key: value for key, value in dict(self.backbone.scheduler_config).items() if key[0] != "_"}
         settings = flat(self.hparams)
         return {
-            "reward": self.reward.name,
-            "adapter_name": self.adapter_name,
+            "reward": by_adapter(self.learners, lambda learner: learner.reward.name),
+            "adapter_name": self.adapter_name if len(self.learners) == 1 else self.adapter_names,
             "base": fingerprint(denoiser) if denoiser is not None else None,
             "latent_shape": list(self.backbone.latent_shape),
             "scheduler": scheduler,
@@ -145,18 +128,20 @@ class RunState(L.LightningModule):
         # without a buffer_size the next rollout clears it: nothing of it would be read
         kept = self.settings.replay.buffer_size is not None
         own = {
-            "replay": None if self.replay is None else self.replay.state_dict(kept),
-            "capacity": self.replay.capacity if self.replay is not None else None,
+            "replay": by_adapter(
+                self.learners, lambda each: None if each.replay is None else each.replay.state_dict(kept)
+            ),
+            "capacity": by_adapter(self.learners, lambda each: None if each.replay is None else each.replay.capacity),
             "random": random_state(self.device),
         }
         checkpoint["dblightning"] = {
             "facts": self.facts(),
             "prompts": dict(self.prompts),
-            "statistics": self.statistics.state_dict(),
+            "statistics": by_adapter(self.learners, lambda learner: learner.statistics.state_dict()),
             "rollouts_done": self.rollouts_done,
             "images_done": self.images_done,
-            "kl_weight": self.kl_weight,
-            "objective": self.objective.state_dict(),
+            "kl_weight": by_adapter(self.learners, lambda learner: learner.kl.weight),
+            "objective": by_adapter(self.learners, lambda learner: learner.objective.state_dict()),
             "ranks": self.share_rank_states(own),
         }
 
@@ -173,11 +158,13 @@ class RunState(L.LightningModule):
             what = ", ".join(f"{name} was {then!r} and is {now!r}" for name, (then, now) in changed.items())
             warnings.warn(f"resuming with other settings than the checkpoint's: {what}", stacklevel=2)
         self.prompts = dict(state["prompts"])
-        self.statistics.load_state_dict(state["statistics"])
         self.rollouts_done, self.images_done = state["rollouts_done"], state["images_done"]
-        if "kl.weight" not in changed:
-            self.kl_weight = state["kl_weight"]
-        self.objective.load_state_dict(state.get("objective", {}))
+        for learner in self.learners:
+            saved = {name: of_adapter(self.learners, learner, state.get(name, {})) for name in PER_ADAPTER}
+            learner.statistics.load_state_dict(saved["statistics"])
+            if (f"adapters.{learner.name}.kl_weight" if learner.suffix else "kl.weight") not in changed:
+                learner.kl.weight = saved["kl_weight"]
+            learner.objective.load_state_dict(saved["objective"])
         self._resumed = state
 
     def on_fit_start(self) -> None:
@@ -197,32 +184,37 @@ class RunState(L.LightningModule):
         with self.ranks.together("loading a checkpoint's shard"):
             own = read_shard(state.get("folder", "."), state["ranks"][self.ranks.rank])
             restore_random_state(own["random"], self.device)
-            if own["replay"] is not None:
-                steps, size = self.window.stored, self.settings.replay.buffer_size
-                capacity = own["capacity"] if size is None else size // steps
-                means = "mean" in self.objective.stores
-                self.replay = ReplayBuffer(capacity, steps, self.backbone.latent_shape, self.device, means)
-                self.replay.load_state_dict(own["replay"])
+            steps, size = self.window.stored, self.settings.replay.buffer_size
+            for learner in self.learners:
+                replay, held = (of_adapter(self.learners, learner, own[name]) for name in ("replay", "capacity"))
+                if replay is not None:
+                    capacity = held if size is None else size // steps
+                    buffer = learner.allocate(capacity, steps, self.backbone.latent_shape, self.device)
+                    buffer.load_state_dict(replay)
         del self._resumed
 
-    def export_adapter(self, folder: str, format: Form = "diffusers", **facts: Any) -> str:
-        """Write the adapter as LoRA safetensors, the run's facts as metadata; returns the file's path.
+    def export_adapter(self, folder: str, format: Form = "diffusers", adapter: str | None = None, **facts: Any) -> str:
+        """Write an adapter as LoRA safetensors, the run's facts as metadata; returns the file's path.
 
         Where the run keeps an average of the adapter (``optimisation.ema``), that is what is written.
 
-        ``format`` is "diffusers", "kohya" (ComfyUI, A1111) or "peft".
+        ``format`` is "diffusers", "kohya" (ComfyUI, A1111) or "peft"; ``adapter`` is one of the run's, None its first.
 
         Raises:
             NonFiniteError: a weight is NaN or infinite; nothing is written.
+            ValueError: no such adapter in training.
         """
-        check_finite(self.backbone.adapters.state_dict(self.adapter_name), f"the adapter in {folder}")
-        hparams = {key: value for key, value in flat(self.hparams).items() if value is not None}
-        made = {"reward": self.reward.name, "images": self.images_done, "hyperparameters": hparams}
+        learner = self.learner(adapter)
+        check_finite(self.backbone.adapters.state_dict(learner.name), f"the adapter in {folder}")
+        settings = {name: value for name, value in self.hparams.items() if name != "adapters"}
+        own = flat({**settings, **dict(learner.settings.groups())})
+        hparams = {key: value for key, value in own.items() if value is not None}
+        made = {"reward": learner.reward.name, "images": self.images_done, "hyperparameters": hparams}
         if getattr(self.backbone, "pretrained", None) == "miniature":
             made["base"] = "miniature"  # its folder's name says nothing
         pipeline: Any = self.backbone.pipeline
         with self.average.applied():
-            return str(self.backbone.adapters.export(self.adapter_name, folder, pipeline, {**made, **facts}, format))
+            return str(self.backbone.adapters.export(learner.name, folder, pipeline, {**made, **facts}, format))
 
     # ── how long ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -280,13 +272,14 @@ class RunState(L.LightningModule):
                 f"rollout {self.rollouts_done + 1}: {error} The state before that rollout is {saved}"
             ) from error
 
-    def gradients_are_finite(self, norm: Tensor, parameters: list[Tensor], name: str) -> bool:
+    def gradients_are_finite(self, norm: Tensor, parameters: list[Tensor], name: str, whose: str = "") -> bool:
         """Whether an optimiser step may be taken; False where a float16 loss scaler skips it and lowers its scale.
 
         Args:
             norm: of the gradients, before clipping.
             parameters: with their clipped gradients.
             name: "policy" or "value".
+            whose: of which adapter the norm is, for the message.
 
         Raises:
             NonFiniteError: gradients are NaN or infinite without a scaler, or after ``MOST_SKIPPED`` skipped steps.
@@ -301,13 +294,15 @@ class RunState(L.LightningModule):
         if scaler is not None and skips and self._skipped[name] <= MOST_SKIPPED:
             return False
         again = f" in {self._skipped[name]} steps in a row, at a loss scale of {scaler.get_scale():g}" if scaler else ""
-        raise NonFiniteError(f"the {name} gradient's norm is {norm.item()}{again}")
+        raise NonFiniteError(f"the {name} gradient's norm{whose} is {norm.item()}{again}")
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters that the optimisers change."""
-        for index, parameter in enumerate(self.backbone.adapters.parameters(self.adapter_name)):
-            yield f"adapter {self.adapter_name}, parameter {index}", parameter
-        yield from self.value_function.named_parameters("value_function")
+        for learner in self.learners:
+            for index, parameter in enumerate(self.backbone.adapters.parameters(learner.name)):
+                yield f"adapter {learner.name}, parameter {index}", parameter
+        for learner in self.learners:
+            yield from learner.value_function.named_parameters(f"value_function{learner.suffix}")
 
     def _snapshot(self) -> dict[str, Any]:
         """A copy of what a rollout and its update change, on the device; the replay buffer takes back its own."""
@@ -315,11 +310,8 @@ class RunState(L.LightningModule):
             "weights": [parameter.detach().clone() for _, parameter in self._trained()],
             "average": self.average.snapshot(),
             "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self.trainer.optimizers],
-            "statistics": copy.deepcopy(self.statistics),
-            "replay": None if self.replay is None else self.replay.rollouts,
             "random": random_state(self.device),
-            "kl_weight": self.kl_weight,
-            "objective": copy.deepcopy(self.objective.state_dict()),
+            "learners": [learner.snapshot() for learner in self.learners],
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -330,12 +322,8 @@ class RunState(L.LightningModule):
         for optimizer, saved in zip(self.trainer.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
             optimizer.zero_grad()
-        self.statistics, self.kl_weight = state["statistics"], state["kl_weight"]
-        self.objective.load_state_dict(state["objective"])
-        if state["replay"] is None:
-            self.replay = None
-        elif self.replay is not None and self.replay.rollouts > state["replay"]:
-            self.replay.take_back()
+        for learner, own in zip(self.learners, state["learners"], strict=True):
+            learner.restore(own)
         restore_random_state(state["random"], self.device)
 
 
@@ -362,31 +350,9 @@ def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
-    """State of the global generators of torch, NumPy and Python: this package draws from none, but a reward may."""
-    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    _, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # the generator a reward shares with us
-    version, internal, gauss_next = random.getstate()
-    return {
-        "cpu": torch.get_rng_state(),
-        **cuda,
-        # as tensors and plain numbers: a checkpoint is read with weights_only=True
-        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)],
-        "python": [version, torch.tensor(internal, dtype=torch.long), gauss_next],
-    }
-
-
-def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Resume from a :func:`random_state`; one of an earlier version holds torch's alone."""
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-    if "numpy" in state:
-        keys, position, has_gauss, gauss = state["numpy"]
-        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
-    if "python" in state:
-        version, internal, gauss_next = state["python"]
-        random.setstate((version, tuple(internal.tolist()), gauss_next))
+def _below(tensors: Any, prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin so, by the rest of their names."""
+    return {key.removeprefix(prefix): each for key, each in tensors.items() if key.startswith(prefix)}
 
 
 def _plain(value: Any) -> Any:

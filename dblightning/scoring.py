@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dblightning.blending import Blend
+from dblightning.blending import Blend, Single
 from dblightning.checkpointing import save_last_good_state
+from dblightning.learner import Learner
 from dblightning.lightning_internals import logged_step
 from dblightning.loggers import log_by_prompt
 from dblightning.rewards.base import RewardUnavailable
 from dblightning.rewards.worker import RewardWorker
-from dblightning.rollout_sampler import RolloutSampler, without_nan
+from dblightning.rollout_sampler import RolloutSampler, Row, without_nan
 from dblightning.run_state import RunState
 from dblightning.settings import check
 
@@ -23,12 +24,34 @@ from dblightning.settings import check
 WORST = ("train/on_policy_ratio_error",)
 
 
+class Logged:
+    """Values to log about an update, collected until it is over."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, learner: Learner, values: Mapping[str, Tensor]) -> None:
+        """Those of a micro-batch or an optimiser step: name → scalar."""
+        for name, value in values.items():
+            self._values.setdefault(learner.tag(name), []).append(value.detach())
+
+    def once(self, learner: Learner, values: Mapping[str, Tensor]) -> None:
+        """The same, of the update's first step alone."""
+        self.add(learner, {name: value for name, value in values.items() if learner.tag(name) not in self._values})
+
+    def summary(self) -> dict[str, Tensor]:
+        """Each value's mean, or the largest of one of ``WORST``."""
+        return {
+            tag: torch.stack(values).max() if tag.startswith(WORST) else torch.stack(values).mean()
+            for tag, values in self._values.items()
+        }
+
+
 class Scoring(RunState):
     """The part of ``RewardRLModule`` that scores and logs: the rewards' worker, rollouts' metrics, validation."""
 
     sampler: RolloutSampler
     eval_rewards: nn.ModuleDict
-    _share: float  # of this rank's stored steps among all ranks'
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,6 +68,16 @@ class Scoring(RunState):
         """
         with self.average.applied():
             return self.sampler.generate(prompts, prompt_ids, seeds, blend, self.device)
+
+    def score_rows(self, images: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Rewards (B,) of a rollout's images (B, 3, H, W), each by its own adapter's reward."""
+        scores: list[Tensor] = []
+        for learner in self.learners:
+            own = [index for index, (place, _) in enumerate(rows) if place == learner.place]
+            if own:
+                whole = len(own) == len(rows)
+                scores.append(learner.reward.score(images if whole else images[own], [rows[each][1] for each in own]))
+        return torch.cat(scores).detach() if len(scores) > 1 else scores[0].detach()
 
     # ── a reward that is unavailable, or scores in the background ────────────────────────────────────────────────────
 
@@ -68,7 +101,7 @@ class Scoring(RunState):
     def _reward_worker(self) -> Iterator[RewardWorker | None]:
         """The run's one worker where ``overlap_reward`` asks for it; an error ends it."""
         if self.settings.sampling.overlap_reward and self._worker is None:
-            self._worker = RewardWorker(self.reward)
+            self._worker = RewardWorker(self.score_rows)
         try:
             yield self._worker
         except BaseException:
@@ -88,38 +121,37 @@ class Scoring(RunState):
         context: AbstractContextManager[None] = profiler.profile(name)
         return context
 
-    def _stop_if_none(self, kept: int) -> None:
-        """Every rank stops, with a checkpoint saved, when no rank has a finite reward."""
-        if kept > 0:
-            return
-        saved = save_last_good_state(self.trainer, self, "before_nan_rewards.ckpt")
-        raise RuntimeError(
-            f"every reward of rollout {self.rollouts_done + 1} is NaN or infinite ({self.reward.name}); "
-            f"the state before it is {saved}. Check the images and the reward on them"
-        )
-
     # ── what is logged about a rollout ───────────────────────────────────────────────────────────────────────────────
 
     def _over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         """Each metric's mean over the stored steps of all ranks, or its largest value if it is one of ``WORST``."""
         values = torch.stack([value.double() for value in metrics.values()]).tolist() if metrics else []
-        return self.ranks.mean(dict(zip(metrics, values, strict=True)), self._share, WORST)
+        named = dict(zip(metrics, values, strict=True))
+        found: dict[str, float] = {}
+        for learner in self.learners:
+            own = {name: value for name, value in named.items() if name.endswith(learner.suffix)}
+            found |= self.ranks.mean(own, learner.share, [learner.tag(name) for name in WORST])
+        return found
 
-    def _log_rewards(self, prompt_ids: Tensor, rewards: Tensor) -> None:
+    def _log_rewards(self, learner: Learner, prompt_ids: Tensor, rewards: Tensor) -> None:
         finite = torch.isfinite(rewards)
-        scores, size = rewards[finite], len(rewards)
-        self.log("train/dropped_samples", float(size - len(scores)), reduce_fx="sum", batch_size=size)
-        self.log("reward", scores.mean(), prog_bar=True, logger=False, batch_size=size)
-        self.log_dict({"train/reward": scores.mean(), "train/reward_std": scores.std(correction=0)}, batch_size=size)
+        scores, size, tag = rewards[finite], len(rewards), learner.tag
+        self.log(tag("train/dropped_samples"), float(size - len(scores)), reduce_fx="sum", batch_size=size)
+        self.log(tag("reward"), scores.mean(), prog_bar=True, logger=False, batch_size=size)
+        values = {tag("train/reward"): scores.mean(), tag("train/reward_std"): scores.std(correction=0)}
+        self.log_dict(values, batch_size=size)
         by_prompt = {
             self.prompts[prompt_id]: scores[prompt_ids[finite] == prompt_id].mean().item()
             for prompt_id in prompt_ids[finite].unique().tolist()
         }
         # to the loggers themselves: Lightning would log a prompt's value again in every later rollout of the epoch
-        log_by_prompt(self.trainer, by_prompt, logged_step(self.trainer))
+        log_by_prompt(self.trainer, by_prompt, logged_step(self.trainer), learner.suffix)
 
     def _log_update(self, metrics: dict[str, float], size: int, times: tuple[float, float, float, float]) -> None:
-        """Log a rollout's metrics and its times: when it began, was sampled, scored and trained on."""
+        """Log a rollout's metrics and its times: when it began, was sampled, scored and trained on.
+
+        ``size`` is the number of this rank's images.
+        """
         start, sampled, scored, done = times
         count = size * self.ranks.size
         metrics |= {
@@ -133,7 +165,9 @@ class Scoring(RunState):
         if self.device.type == "cuda":
             metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         self.log_dict(metrics, batch_size=size)
-        self.log("kl", metrics["train/kl"], prog_bar=True, logger=False, batch_size=size)
+        for learner in self.learners:
+            kl = metrics[learner.tag("train/kl")]
+            self.log(learner.tag("kl"), kl, prog_bar=True, logger=False, batch_size=size)
 
     # ── validation ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -152,14 +186,27 @@ class Scoring(RunState):
         if self._failure is not None:
             return
         try:
-            images, finite = without_nan(self.generate(batch["prompt"], batch["prompt_id"], batch["seed"]))
-            for name, reward in [("reward", self.reward), *self.eval_rewards.items()]:
-                scores = reward.score(images, batch["prompt"])  # type: ignore[operator]
-                scores = scores.where(finite.to(scores.device), torch.nan)
-                self._evaluated.setdefault(f"{stage}/{name}", []).append(scores.detach().double().cpu())
+            for learner, images, finite in self._evaluation_images(batch):
+                for name, reward in [("reward", learner.reward), *self.eval_rewards.items()]:
+                    scores = reward.score(images, batch["prompt"])  # type: ignore[operator]
+                    scores = scores.where(finite.to(scores.device), torch.nan)
+                    tag = learner.tag(f"{stage}/{name}")
+                    self._evaluated.setdefault(tag, []).append(scores.detach().double().cpu())
         except Exception as error:
             self._failure = error
         self._stop.check("no value is written; run the same command again")
+
+    def _evaluation_images(self, batch: dict[str, Any]) -> Iterator[tuple[Learner, Tensor, Tensor]]:
+        """Each adapter's images of a batch, and which are finite; those that have not learned yet share theirs."""
+        shared: tuple[Tensor, Tensor] | None = None
+        for learner in self.learners:
+            new = self.rollouts_done == 0 and learner.settings.adapter.init is None
+            made = shared if new else None
+            if made is None:
+                blend = Single(learner.name)
+                made = without_nan(self.generate(batch["prompt"], batch["prompt_id"], batch["seed"], blend))
+                shared = made if new else shared
+            yield learner, *made
 
     def on_validation_epoch_end(self) -> None:
         self._stop.release()
@@ -203,6 +250,6 @@ class Scoring(RunState):
         )
         for name in dict.fromkeys(name for each in gathered for name in each):
             total, count, dropped = map(sum, zip(*(each[name] for each in gathered if name in each), strict=True))
-            self.log(name, total / count if count else float("nan"), prog_bar=name.endswith("/reward"))
+            self.log(name, total / count if count else float("nan"), prog_bar=name.split("/")[1] == "reward")
             if dropped:
                 self.log(f"{name}_dropped", float(dropped))

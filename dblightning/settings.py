@@ -95,6 +95,10 @@ RULES: dict[str, Number] = {
     "kl.target": Number(above=0, words=(None,), remedy="it counts nats; null keeps the weight"),
     "kl.warmup": count(0),
     "kl.share": Number(above=0, most=1, remedy="1 computes the KL of every transition"),
+    "adapters.learning_rate": Number(least=0, most=1, words=(None,), remedy="null takes the run's"),
+    "adapters.clip_grad_norm": Number(above=0, words=(None,), remedy="null takes the run's"),
+    "adapters.kl_weight": Number(least=0, most=1e6, words=(None,), remedy="null takes the run's"),
+    "adapters.kl_target": Number(above=0, words=(None,), remedy="it counts nats; null takes the run's"),
     "learning_rate": Number(least=0, most=1, remedy="the paper's is 1e-5"),
     "weight_decay": Number(least=0, most=1, remedy="the paper's is 0"),
     "policy_steps": count(),
@@ -153,6 +157,39 @@ def check_settings(settings: Mapping[str, Any], rules: Mapping[str, Number] = RU
     """
     for problem in problems(settings, rules):
         raise ValueError(f"{group}.{problem}" if group else problem)
+
+
+def check_reward_or_adapters(model: Mapping[str, Any], complete: bool = True) -> None:
+    """Refuse a training run without a reward, or with one beside a basis.
+
+    Args:
+        model: its settings: ``reward``, ``adapter`` and ``adapters``, those that are given.
+        complete: whether one of the two must be there.
+
+    Raises:
+        ValueError: with one sentence.
+    """
+    adapters, own = model.get("adapters"), model.get("adapter") or {}
+    if adapters is None:
+        check(
+            not complete or model.get("reward") is not None,
+            "model.reward is not set, and RewardRLModule needs it; or give model.adapters, a reward for each adapter",
+        )
+        return
+    check(bool(adapters), "model.adapters must name at least one adapter with its reward, got none")
+    check(
+        model.get("reward") is None,
+        f"model.reward beside model.adapters, which have a reward each ({', '.join(adapters)}); leave model.reward out",
+    )
+    for setting in ("name", "init"):
+        check(
+            own.get(setting) is None,
+            f"model.adapter.{setting} {own.get(setting)!r} is for one adapter, and model.adapters names "
+            f"{', '.join(adapters)}; leave it out",
+        )
+    for name in adapters:
+        fine = isinstance(name, str) and name != "" and not set(name) & {".", "/"}
+        check(fine, f"model.adapters: an adapter's name must be a text without dots and slashes, got {name!r}")
 
 
 def check(condition: bool, message: str) -> None:

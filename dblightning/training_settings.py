@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_type_hints
 
 from dblightning.execution import Execution
+from dblightning.rewards.base import RewardMetric
 from dblightning.settings import check, check_settings, rules_of
 from dblightning.training_rules import conflicts
 
@@ -36,6 +37,25 @@ class AdapterSettings:
     def with_targets(self, default: Sequence[str]) -> AdapterSettings:
         """The same with ``default`` for target modules where none are named."""
         return replace(self, target_modules=default) if self.target_modules is None else self
+
+
+@dataclass(frozen=True)
+class BasisAdapter:
+    """An adapter of a basis: its reward, and where it differs from the run's settings; null takes the run's.
+
+    Args:
+        reward: what it learns from.
+        learning_rate, clip_grad_norm: see ``optimisation``.
+        kl_weight, kl_target: see ``kl``.
+        init: folder of a LoRA to start from, of the rank that all have.
+    """
+
+    reward: RewardMetric
+    learning_rate: float | None = None
+    clip_grad_norm: float | None = None
+    kl_weight: float | None = None
+    kl_target: float | None = None
+    init: str | None = None
 
 
 @dataclass(frozen=True)
@@ -254,6 +274,26 @@ class TrainingSettings:
         """
         kinds = get_type_hints(cls).values()
         return cls(*(group_of(kind, group) for kind, group in zip(kinds, groups, strict=True)))
+
+    def of_adapter(self, name: str, own: BasisAdapter) -> TrainingSettings:
+        """The settings of one adapter of a basis.
+
+        Raises:
+            ValueError: its own are out of range.
+        """
+        given = {field.name: getattr(own, field.name) for field in fields(own) if field.name not in ("reward", "init")}
+        check_settings(given, rules_of("adapters"), f"adapters.{name}")
+        chosen = {setting: value for setting, value in given.items() if value is not None}
+        kl = {setting.removeprefix("kl_"): value for setting, value in chosen.items() if setting.startswith("kl_")}
+        rest = {setting: value for setting, value in chosen.items() if not setting.startswith("kl_")}
+        found = replace(
+            self,
+            adapter=replace(self.adapter, name=name, init=own.init),
+            optimisation=replace(self.optimisation, **rest),
+            kl=replace(self.kl, **kl),
+        )
+        found.check()
+        return found
 
     def check(self) -> None:
         """Refuse settings that are out of range or do not go together.

@@ -101,7 +101,8 @@ class Recorder(L.Callback):
         def recorded(*arguments: Any) -> Tensor:
             self._signal(at_step=len(self.adapters))
             norm = step(*arguments)
-            self.adapters.append(module.backbone.adapters.parameters(module.adapter_name)[0].detach().clone())
+            weights = [module.backbone.adapters.parameters(name)[0].detach() for name in module.adapter_names]
+            self.adapters.append(torch.cat(weights))
             return norm
 
         module._step = recorded  # type: ignore[method-assign]
@@ -141,15 +142,26 @@ def run(
     resume: bool = False,
     num_nodes: int = 1,
     label: str = "",
+    basis: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """One fit; what it ended with."""
+    """One fit; what it ended with.
+
+    ``basis``: name → settings of several adapters, with a slope each, to train together; None trains one.
+    """
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     prompts = out / "prompts.txt"
     if not prompts.exists():
         prompts.write_text("a red circle\na blue star\na green ring\na pink cross\na white dot\n")
     torch.manual_seed(rank())
-    module = RewardRLModule(GaussianBackbone(2), TroubledReward(**(trouble or {})), **(SETTINGS | (settings or {})))
+    reward = TroubledReward(**(trouble or {}))
+    adapters = {
+        key: {"reward": LinearReward(own["slope"]), **{name: value for name, value in own.items() if name != "slope"}}
+        for key, own in (basis or {}).items()
+    }
+    module = RewardRLModule(
+        GaussianBackbone(2), None if basis else reward, adapters=adapters or None, **(SETTINGS | (settings or {}))
+    )
     recorder = Recorder(module, signals or {})
     trainer = L.Trainer(
         accelerator="cpu", devices=world_size() // num_nodes, num_nodes=num_nodes, max_epochs=epochs,
@@ -165,15 +177,15 @@ def run(
     )  # fmt: skip
     found = latest_intact(folder / "checkpoints") if resume else None
     trainer.fit(module, datamodule=data, ckpt_path=str(found) if found else None)
-    assert module.replay is not None
+    held = [learner.replay for learner in module.learners if learner.replay is not None]
     if rank() == 0:
         save_file(module.backbone.adapters.state_dict(module.adapter_name), folder / "adapter.safetensors")
     return {
         "trained": module.state_dict(),
         "optimizers": [optimizer.state_dict()["state"] for optimizer in trainer.optimizers],
-        "replay": module.replay.state_dict(),
+        "replay": held[0].state_dict() if basis is None else [each.state_dict() for each in held],
         "counts": [module.rollouts_done, module.images_done, trainer.current_epoch, trainer.global_step],
-        "kl_weight": module.kl_weight,
+        "kl_weight": module.kl_weight if basis is None else [learner.kl.weight for learner in module.learners],
         "steps": torch.stack(recorder.adapters),
         "metrics": {key: float(value) for key, value in trainer.callback_metrics.items() if key[:5] != "time/"},
     }

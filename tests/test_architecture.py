@@ -22,16 +22,16 @@ LAYERS: dict[str, str] = {
     "command line": "__main__ cli help_pages preflight command_tree",
     "callbacks": "callbacks",
     "lightning": "module run_state run_folder progress checkpointing checkpoint_files distributed loggers "
-    "lightning_internals scoring manual_updates reward_gradients data evaluation.module",
+    "lightning_internals scoring storing learners manual_updates reward_gradients data evaluation.module",
     "evaluation": "evaluation",
     "pipeline": "pipeline pipeline_call pipeline_files pipeline_inputs pipeline_lora",
     "algorithm": "rollout sampling execution blending methods draws steering policy_gradient replay value batch_size "
-    "average objectives training_settings rollout_sampler same_run window",
+    "average objectives training_settings rollout_sampler same_run window learner basis",
     "model": "backbone adapters solvers schedule ddim flow flow_solver gaussian_step ode noise prompt_cache "
     "gaussian_mixture",
     "rewards and miniature": "rewards miniature",
     "ground": "settings training_rules class_paths flat_settings weights arguments signatures annotations precision "
-    "figures figure_text geneval_prompts",
+    "figures figure_text geneval_prompts random_state",
 }
 #: the layers that may import lightning
 ABOVE_THE_LINE = ("command line", "callbacks", "lightning")

@@ -82,6 +82,7 @@ ANYWHERE: list[list[str]] = [
     ["--seed_everything"],
 ]
 
+AESTHETIC = "dblightning.miniature.rewards.ShapeAesthetic"
 FIT: list[list[str]] = [
     ["--model.rank", "0"],
     ["--model.rank", "four"],
@@ -104,6 +105,16 @@ FIT: list[list[str]] = [
     ["--model.policy_steps", "0"],
     ["--model.skip_last_steps", "-1"],
     ["--model.blends", "[]"],
+    ["--model.reward", "null"],
+    ["--model.adapters", f"{{a: {{reward: {AESTHETIC}}}}}"],
+    ["--model.reward", "null", "--model.adapters", "{}"],
+    ["--model.reward", "null", "--model.adapters", "[a, b]"],
+    ["--model.reward", "null", "--model.adapters", "{a: {learning_rate: 0.1}}"],
+    ["--model.reward", "null", "--model.adapters", f"{{a: {{reward: {AESTHETIC}, rank: 8}}}}"],
+    ["--model.reward", "null", "--model.adapters", f"{{a: {{reward: {AESTHETIC}, kl_weight: -1}}}}"],
+    ["--model.reward", "null", "--model.adapters", f"{{a.b: {{reward: {AESTHETIC}}}}}"],
+    ["--model.reward", "null", "--model.adapter.name", "b", "--model.adapters", f"{{a: {{reward: {AESTHETIC}}}}}"],
+    ["--model.reward", "null", "--config", "FILE", f"model: {{adapters: {{a: {{reward: {AESTHETIC}}}, a: {{}}}}}}"],
     ["--model.optimisation.epochs", "0"],
     ["--model.optimisation.epochs", "2", "--model.replay.buffer_size", "1000"],
     ["--model.objective", "dblightning.objectives.GRPO"],

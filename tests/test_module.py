@@ -553,13 +553,13 @@ def test_the_value_function_takes_real_steps_and_learns(backbone: Any, tmp_path:
 def test_steps_left_out_of_training_are_never_trained_on(backbone: Any, tmp_path: Path, prompts: Any) -> None:
     module = build(backbone, skip_last_steps=3)
     seen: list[int] = []
-    loss = module.policy_loss
+    loss = module._losses
 
-    def spy(transitions: Any, *arguments: Any) -> Any:
-        seen.extend(transitions.step_index.tolist())
-        return loss(transitions, *arguments)
+    def spy(parts: Any, *arguments: Any) -> Any:
+        seen.extend(step for _, transitions in parts for step in transitions.step_index.tolist())
+        return loss(parts, *arguments)
 
-    module.policy_loss = spy  # type: ignore[method-assign, assignment]
+    module._losses = spy  # type: ignore[method-assign, assignment]
     trainer(tmp_path).fit(module, datamodule=prompts())
     assert set(seen) == {0}
 
@@ -590,14 +590,14 @@ def test_bf16_autocast_trains_on_current_weights(sd15_folder: Path, tmp_path: Pa
         give_effect(module)
         start = module.backbone.adapters.state_dict(module.adapter_name)
         seen = ratios[precision] = []
-        loss = module.policy_loss
+        loss = module._losses
 
         def spy(*arguments: Any, loss: Any = loss, seen: list[float] = seen) -> Any:
             result = loss(*arguments)
-            seen.append(float((result[1]["train/ratio"].detach() - 1).abs()))
+            seen.append(float((result[1][0]["train/ratio"].detach() - 1).abs()))
             return result
 
-        module.policy_loss = spy  # type: ignore[method-assign, assignment]
+        module._losses = spy  # type: ignore[method-assign, assignment]
         trainer(tmp_path, precision=precision, limit_train_batches=1).fit(module, datamodule=prompts())
         after = module.backbone.adapters.state_dict(module.adapter_name)
         assert all(each.dtype == torch.float32 for each in after.values())

@@ -46,9 +46,10 @@ class ShiftBank:
     def add(self, name: str, rank: int, lora_alpha: Any, target_modules: Any, seed: int | None) -> None:
         self.shifts[name] = nn.Parameter(torch.zeros(SCHEDULER["num_train_timesteps"]))
 
-    def train_only(self, name: str | None) -> None:
+    def train_only(self, name: str | Sequence[str] | None) -> None:
+        trained = [name] if isinstance(name, str | None) else name
         for key, parameter in self.shifts.items():
-            parameter.requires_grad_(key == name)
+            parameter.requires_grad_(key in trained)
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         return [self.shifts[name]]

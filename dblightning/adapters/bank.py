@@ -230,12 +230,13 @@ class AdapterBank(AdapterForwards):
         """The adapter's A and B matrices, with biases and magnitudes where it has them."""
         return [parameter for layer in self.layers() for parameter in layer.adapter_parameters(name)]
 
-    def train_only(self, name: str | None) -> None:
-        """Let gradients reach this adapter and no other (None: no adapter at all)."""
+    def train_only(self, name: str | Sequence[str] | None) -> None:
+        """Let gradients reach this adapter, or these, and no other (None: no adapter at all)."""
+        trained = [name] if isinstance(name, str | None) else list(name)
         for layer in self.layers():
             for key in layer.lora_A:
                 for parameter in layer.adapter_parameters(key):
-                    parameter.requires_grad_(key == name)
+                    parameter.requires_grad_(key in trained)
 
     def remove(self, name: str) -> None:
         """Take an adapter out of the denoiser.

@@ -1,4 +1,4 @@
-"""BlendSamplingCallback: watch blends of the adapter in training, with others, while training runs."""
+"""BlendSamplingCallback: watch blends of the adapters in training, and of others, while training runs."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from dblightning.rewards.base import RewardMetric
 class BlendSamplingCallback(L.Callback):
     """Sample and score blends every so often: which preference would the adapters serve if training stopped now.
 
-    Blends name the adapter in training by its own name, and others by the names in ``adapters`` or ``watch``. Training
-    is left as it was to the last bit: the noise comes from generators of its own, other adapters are loaded for an
-    evaluation and taken out after it, and nothing is kept on the device in between.
+    Blends name the adapters in training by their own names, and others by the names in ``adapters`` or ``watch``.
+    Training is left as it was to the last bit: the noise comes from generators of its own, other adapters are loaded
+    for an evaluation and taken out after it, and nothing is kept on the device in between.
 
     Scores go to the loggers (``blend/<reward>/<blend>``), with an image grid and the Pareto picture, and as a score
     table per evaluation to ``out``; ``python -m dblightning report`` reads those.
@@ -57,6 +57,7 @@ class BlendSamplingCallback(L.Callback):
             None is no limit.
         grid_prompts: rows of the image grid.
         out: folder of the score tables; None is ``blend_sampling`` in the logger's folder.
+        pictures: write the latest image grid and Pareto picture into ``out`` too, ``images.png`` and ``pareto.png``.
 
     Raises:
         ValueError: settings out of range, or blends that cannot work; before training starts.
@@ -83,6 +84,7 @@ class BlendSamplingCallback(L.Callback):
         grid_prompts: int = 4,
         out: str | None = None,
         noise: Literal["flow_sde", "dance_sde", "cps"] | None = None,
+        pictures: bool = False,
     ) -> None:
         every = every_n_rollouts if every_n_rollouts is not None else every_n_epochs
         if (every_n_rollouts is None) == (every_n_epochs is None) or every is None or every < 1:
@@ -109,6 +111,7 @@ class BlendSamplingCallback(L.Callback):
         self.max_share = max_share
         self.grid_prompts = grid_prompts
         self.out = out
+        self.pictures = pictures
         self._spent = self._last = 0.0  # seconds
         self._announced: set[str] = set()
 
@@ -117,7 +120,7 @@ class BlendSamplingCallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RewardRLModule)
         self._sampler(pl_module).check(self.blends)  # wrong settings stop here, not at the first evaluation
-        known = {pl_module.adapter_name, *self._folders(pl_module)}
+        known = {*pl_module.adapter_names, *self._folders(pl_module)}
         missing = sorted({name for spec in self.blends for name in spec.adapters} - known)
         if missing and self.watch is None:
             raise ValueError(
@@ -202,7 +205,7 @@ class BlendSamplingCallback(L.Callback):
         return adapter_folders(module.backbone, {**found, **self.adapters})
 
     def _ready(self, module: RewardRLModule) -> list[BlendSpec]:
-        known = {module.adapter_name, *self._folders(module)}
+        known = {*module.adapter_names, *self._folders(module)}
         ready = [spec for spec in self.blends if known.issuperset(spec.adapters)]
         for spec in self.blends:
             if spec not in ready and spec.label not in self._announced:
@@ -217,14 +220,16 @@ class BlendSamplingCallback(L.Callback):
         return data.limited(data.validation_set, self.num_prompts)
 
     def _sampler(self, module: RewardRLModule) -> BlendSampler:
-        own = {module.reward.name: module.reward, **dict(module.eval_rewards.items())}
+        # of a basis each reward goes by its adapter's name, which blends weigh
+        own: dict[str, Any] = {each.name if each.suffix else each.reward.name: each.reward for each in module.learners}
+        own |= dict(module.eval_rewards.items())
         given = {name: value for name, value in self.sampling.items() if value is not None}
         settings: dict[str, Any] = {
             name: given.get(name, getattr(module.settings.sampling, name)) for name in self.sampling
         }
         return BlendSampler(
             backbone=module.backbone,
-            rewards=own | dict(self.rewards.items()),  # type: ignore[arg-type]
+            rewards=own | dict(self.rewards.items()),
             negative_prompt=module.settings.sampling.negative_prompt,
             seed=self.seed,
             **settings,
@@ -246,7 +251,7 @@ class BlendSamplingCallback(L.Callback):
                     for name in [name for name in bank.names if name not in before]:
                         bank.remove(name)
                 bank.drop_merged()
-                bank.train_only(module.adapter_name)
+                bank.train_only(module.adapter_names)
 
     @contextmanager
     def _on_device(self, device: torch.device) -> Iterator[None]:
@@ -269,7 +274,9 @@ class BlendSamplingCallback(L.Callback):
         step = module.rollouts_done
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        record = {"adapter_in_training": module.adapter_name, "rollouts": step, "images": module.images_done}
+        own = module.adapter_names
+        trained = own if len(own) > 1 else own[0]
+        record = {"adapter_in_training": trained, "rollouts": step, "images": module.images_done}
         write_scores(folder / f"rollout-{step:06d}.parquet", scores, record)
         names = reward_names(scores)
         means = scores.groupby("blend", sort=False)[[f"reward/{name}" for name in names]].mean()
@@ -278,6 +285,9 @@ class BlendSamplingCallback(L.Callback):
             logger.log_metrics(values, step)
         for title, figure in self._figures(scores, grids).items():
             log_image(trainer, f"blend/{title}", figure, step)
+            if self.pictures:
+                figure.savefig(folder / f"{title}.png", dpi=150)
+                print(f"blends after {step} rollouts: {folder / title}.png")
 
     def _folder(self, trainer: L.Trainer) -> Path:
         return Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "blend_sampling")

@@ -1,4 +1,4 @@
-"""Write the adapter in training as a diffusers LoRA folder."""
+"""Write each adapter in training as a diffusers LoRA folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class ExportAdapter(L.Callback):
     See docs/adapters.md for what loads which format; ``python -m dblightning convert`` writes the others later.
 
     Args:
-        folder: where it goes; None takes ``adapter/<name>`` under the run's log directory.
+        folder: where it goes; None takes ``adapter/<name>`` under the run's log directory. The adapters of a basis go
+            to ``<folder>/<name>``, one folder each.
         every_n_epochs: also export in between, to ``<folder>-epoch<N>``; 0 only at the end.
         format: "diffusers" (``pytorch_lora_weights.safetensors``), "kohya" (``<name>.safetensors``, for ComfyUI and
             A1111) or "peft" (``adapter_model.safetensors`` and ``adapter_config.json``).
@@ -37,23 +38,29 @@ class ExportAdapter(L.Callback):
         self.folder = folder
         self.every_n_epochs = every_n_epochs
 
-    def _folder(self, trainer: L.Trainer, module: RewardRLModule) -> str:
-        return self.folder or str(Path(trainer.log_dir or trainer.default_root_dir) / "adapter" / module.adapter_name)
+    def _folders(self, trainer: L.Trainer, module: RewardRLModule) -> dict[str, str]:
+        """Where each adapter goes."""
+        logs = Path(trainer.log_dir or trainer.default_root_dir) / "adapter"
+        alone = len(module.adapter_names) == 1 and self.folder is not None
+        return {name: str(Path(self.folder or logs) / ("" if alone else name)) for name in module.adapter_names}
 
     def _export(self, trainer: L.Trainer, module: RewardRLModule, suffix: str = "") -> None:
-        folder = self._folder(trainer, module)
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            command = "python -m dblightning " + shlex.join(sys.argv[1:])
-            path = module.export_adapter(folder + suffix, self.format, rollouts=module.rollouts_done, command=command)
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        facts = {"rollouts": module.rollouts_done, "command": "python -m dblightning " + shlex.join(sys.argv[1:])}
+        for name, folder in self._folders(trainer, module).items():
+            path = module.export_adapter(folder + suffix, self.format, name, **facts)
             if not suffix:
                 print(f"LoRA exported to {path}")
 
     def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> dict[Path, list[Path]]:
         """Files the export would replace, for ``RunGuard``."""
         assert isinstance(module, RewardRLModule)
-        folder = Path(self._folder(trainer, module))
-        between = folder.parent.glob(f"{folder.name}-epoch*") if self.every_n_epochs else []
-        return {folder: [file for place in (folder, *sorted(between)) for file in sorted(place.glob("*.safetensors"))]}
+        found = {}
+        for folder in map(Path, self._folders(trainer, module).values()):
+            between = sorted(folder.parent.glob(f"{folder.name}-epoch*")) if self.every_n_epochs else []
+            found[folder] = [file for place in (folder, *between) for file in sorted(place.glob("*.safetensors"))]
+        return found
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RewardRLModule)

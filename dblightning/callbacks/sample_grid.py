@@ -34,9 +34,10 @@ class SampleGrid(L.Callback):
         step = pl_module.rollouts_done
         if not trainer.is_global_zero or (step != 1 and step % self.every_n_rollouts):
             return
-        assert pl_module.latest_images is not None
-        images, prompts, reward = pl_module.latest_images
-        best = reward.nan_to_num(float("-inf")).argsort(descending=True)[: self.max_images]
-        grid = make_grid(images[best].float().cpu(), nrow=4, padding=1)
-        lines = [f"{reward[index].item():+.2f}  {prompts[index]}" for index in best.tolist()]
-        log_image(trainer, "samples", grid, step, "\n".join(lines))
+        for learner in pl_module.learners:
+            assert learner.latest_images is not None
+            images, prompts, reward = learner.latest_images
+            best = reward.nan_to_num(float("-inf")).argsort(descending=True)[: self.max_images]
+            grid = make_grid(images[best].float().cpu(), nrow=4, padding=1)
+            lines = [f"{reward[index].item():+.2f}  {prompts[index]}" for index in best.tolist()]
+            log_image(trainer, learner.tag("samples"), grid, step, "\n".join(lines))

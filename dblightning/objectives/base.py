@@ -53,6 +53,7 @@ class Objective(ABC):
             pass: ``latents`` is the noised sample, ``step_index`` its noise level and ``next_latents`` the sample.
         stores: what a rollout stores of each step beside latents and log-probs: "mean", the mean of its Gaussian under
             the policy that sampled it, which doubles the buffer's memory.
+        several: whether the adapters of a basis may be trained by it together, each with an objective of its own.
     """
 
     needs: ClassVar[Needs] = "trajectories"
@@ -60,6 +61,7 @@ class Objective(ABC):
     noise_draws: int = 0
     text_dropout: float = 0.0
     stores: ClassVar[tuple[Literal["mean"], ...]] = ()
+    several: ClassVar[bool] = True
 
     def check(self, settings: TrainingSettings) -> None:  # noqa: B027  # most go with any
         """Refuse training settings that do not go with the objective, before any work.

@@ -91,12 +91,11 @@ class KLTerm:
         return torch.randperm(count, generator=generator)[: after - before]
 
     @torch.no_grad()
-    def watch(self, policy: AdapterPolicy, transitions: Transitions, rows: Tensor | None) -> Watched:
-        """Run what the KL compares, of these rows of the transitions."""
-        chosen = transitions if rows is None else transitions.at(rows)
+    def watch(self, policy: AdapterPolicy, chosen: Transitions, rows: Tensor | None) -> Watched:
+        """Run what the KL compares, of transitions that are these rows of a micro-batch (None: all of it)."""
         if self.settings.precision == "model" or policy.in_float32(chosen.latents.device):
             return Watched(chosen, rows, None, policy.reference(chosen))
-        own = policy.output(chosen, policy.adapter, float32=True)
+        own = policy.watched(chosen)
         return Watched(chosen, rows, own, policy.reference(chosen, float32=True))
 
     def loss(

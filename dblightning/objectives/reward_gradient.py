@@ -110,6 +110,7 @@ class RewardGradient(Objective):
     clip_to_median: float | None = None
 
     needs = "gradients"
+    several = False
 
     def __post_init__(self) -> None:
         check_settings(vars(self), rules_of("objective"))

@@ -104,7 +104,7 @@ def test_the_loss_is_the_denoising_error_of_what_was_kept(tmp_path: Path) -> Non
     best = run.latest_images[2].view(2, 4).amax(1)  # type: ignore[index]
     assert sorted(run.replay.facts[:2, 0].tolist()) == sorted(best.tolist())
     finals = run.replay.latents[: run.replay.size, -1]
-    transitions = next(run._batches(16, "policy"))
+    transitions = next(run._batches(run.learners[0], 16, "policy"))
     assert len(transitions.step_index.unique()) == 4  # every noise level
     assert all((finals == row).flatten(1).all(1).any() for row in transitions.next_latents)
     alpha = run.solver.schedule.alphas[transitions.step_index].view(-1, 1, 1, 1)
@@ -119,7 +119,7 @@ def test_the_loss_is_the_denoising_error_of_what_was_kept(tmp_path: Path) -> Non
 def test_a_share_of_the_rows_is_trained_without_its_prompt(tmp_path: Path) -> None:
     run = module(BestOfN(text_dropout=0.25))
     fit(tmp_path, run)
-    batches = islice(run._batches(16, "policy"), 250)
+    batches = islice(run._batches(run.learners[0], 16, "policy"), 250)
     dropped = torch.cat([transitions.prompt_id == NO_PROMPT for transitions in batches]).float().mean()
     assert dropped.item() == pytest.approx(0.25, abs=0.035)  # five deviations of a share of 4,000
     assert run._texts(torch.tensor([NO_PROMPT, 0])) == ["", run.prompts[0]]

@@ -157,8 +157,8 @@ def test_nft_finds_its_fixed_point(tmp_path: Path, weight: float, adaptive: bool
 def test_a_samples_draws_go_through_all_levels_and_their_noise_is_new(tmp_path: Path) -> None:
     run = quick(objective=NFT(noise_draws=2), optimisation={"epochs": 2})
     seen: list[Any] = []
-    loss = run.policy_loss
-    run.policy_loss = lambda rows, *rest: (seen.append(rows), loss(rows, *rest))[1]  # type: ignore
+    losses = run._losses
+    run._losses = lambda parts, *rest: (seen.append(parts[0][1]), losses(parts, *rest))[1]  # type: ignore
     trainer(tmp_path, max_epochs=1).fit(run, datamodule=data(tmp_path, samples_per_prompt=2, rollouts_per_epoch=1))
     rows = {
         name: torch.cat([getattr(each, name) for each in seen]) for name in ("latents", "next_latents", "step_index")

@@ -125,8 +125,8 @@ def test_a_pass_of_two_ranks_is_that_of_one_process_with_both_shares() -> None:
 def test_each_epoch_takes_the_optimiser_steps_that_a_pass_needs(tmp_path: Path) -> None:
     run = quick(**QUICK, optimisation={"epochs": 3}, gradient_accumulation=2, policy_batch_size=3)
     sizes: list[int] = []
-    loss, step = run.policy_loss, run._step
-    run.policy_loss = lambda transitions, *rest: (sizes.append(len(transitions.reward)), loss(transitions, *rest))[1]  # type: ignore
+    losses, step = run._losses, run._step
+    run._losses = lambda parts, *rest: (sizes.append(len(parts[0][1].reward)), losses(parts, *rest))[1]  # type: ignore
     steps: list[None] = []
     run._step = lambda *given: (steps.append(None), step(*given))[1]  # type: ignore
     trainer(tmp_path, max_epochs=1).fit(run, datamodule=data(tmp_path, samples_per_prompt=2, rollouts_per_epoch=1))
@@ -142,7 +142,7 @@ def test_every_transition_of_a_pass_counts_alike(tmp_path: Path) -> None:
         run = quick(**QUICK, optimisation={"epochs": 1}, policy_batch_size=batch_size, kl_weight=0.3)
         found: list[float] = []
 
-        def step(optimizer: Any, parameters: Any, share: float) -> None:
+        def step(optimizer: Any, parameters: Any) -> None:
             (parameter,) = parameters
             found.append(float(parameter.grad.sum()))
             parameter.grad = None

@@ -115,8 +115,8 @@ def rolled_out(folder: Path, objective: Any) -> tuple[Any, Any]:
     """A run, and its first rollout's transitions before any update."""
     run = quick(objective=objective, advantage=GROUP, buffer_size=None, clip_grad_norm=1e6)
     kept: list[Any] = []
-    loss = run.policy_loss
-    run.policy_loss = lambda transitions, *rest: (kept.append(transitions), loss(transitions, *rest))[1]  # type: ignore
+    losses = run._losses
+    run._losses = lambda parts, *rest: (kept.append(parts[0][1]), losses(parts, *rest))[1]  # type: ignore
     trainer(folder, max_epochs=1).fit(run, datamodule=data(folder, samples_per_prompt=2, rollouts_per_epoch=1))
     run.backbone.shifts[run.adapter_name].data.zero_()  # as it sampled
     return run, kept[0]
