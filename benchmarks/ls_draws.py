@@ -1,9 +1,13 @@
 """Distance of DB-MPA-LS from DB-MPA by the order of its draws: final latents and rewards on the miniature.
 
     python benchmarks/ls_draws.py --json benchmarks/results/ls_draws.json
+    python benchmarks/ls_draws.py --strengths 0.5 1.5 2 --images 100 --json benchmarks/results/ls_strengths.json
 
 Same prompts and the same noise for all. The distance is that of an image's final latents to DB-MPA's, averaged over
 images and divided by the exact Rewarded Soup's, another method at the cost of one denoiser row a step.
+
+With strengths λ, LS draws the base too (λ < 1) or scales its gates (λ > 1); its distance is to DB-KLA's (one adapter)
+or DB-MPA's of that λ, divided by theirs to the base model's.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from benchmarks.machine import describe, sentence
 from benchmarks.publish import publish
 from dblightning import miniature
 from dblightning.backbone import DiffusersBackbone
-from dblightning.blending import DBMPA, DBMPALS, Blend, RewardedSoup
+from dblightning.blending import DBMPA, DBMPALS, Base, Blend, RewardedSoup
 from dblightning.data import MiniatureDataModule
 from dblightning.draws import DRAWS
 from dblightning.miniature.rewards import ShapeAesthetic, ShapeAlignment
@@ -61,9 +65,16 @@ def final_latents(backbone: DiffusersBackbone, blend: Blend, prompts: list[str],
 
 
 def measure(
-    names: tuple[str, ...], values: tuple[float, ...], steps: int, options: argparse.Namespace
+    names: tuple[str, ...],
+    values: tuple[float, ...],
+    steps: int,
+    options: argparse.Namespace,
+    strength: float | None = None,
 ) -> dict[str, Any]:
-    """Distances over the soup's, and mean weighted rewards less DB-MPA's with their 95 % half width, by method."""
+    """Distances over the soup's, and mean weighted rewards less DB-MPA's with their 95 % half width, by method.
+
+    With a ``strength`` λ they are over the base model's instead.
+    """
     backbone = DiffusersBackbone("miniature")
     for name in names:
         backbone.adapters.load(name, miniature.adapters()[name], backbone.pipeline)
@@ -72,7 +83,9 @@ def measure(
     found: dict[str, dict[str, float]] = {}
     reference: Tensor | None = None
     scores: dict[str, Tensor] = {}
-    for method, blend in methods(dict(zip(names, values, strict=True))).items():
+    weights = dict(zip(names, values, strict=True))
+    compared = methods(weights) if strength is None else with_strength(weights, strength)
+    for method, blend in compared.items():
         started = time.process_time()
         with torch.no_grad():
             latents = final_latents(backbone, blend, prompts, steps, options.batch)
@@ -90,10 +103,34 @@ def measure(
             "half_width": float(1.96 * gap.std() / len(gap) ** 0.5),
             "cpu_seconds": round(time.process_time() - started, 1),
         }
-    soup = found["exact soup"]["distance"]
+    yardstick = "exact soup" if strength is None else "base"
+    unit, kind = found[yardstick]["distance"], "over_the_soups" if strength is None else "over_the_bases"
     for each in found.values():
-        each["over_the_soups"] = each.pop("distance") / soup
-    return {"adapters": names, "weights": values, "steps": steps, "images": len(prompts), "methods": found}
+        each[kind] = each.pop("distance") / unit
+    case = {"adapters": names, "weights": values, "steps": steps, "images": len(prompts), "methods": found}
+    return case if strength is None else case | {"strength": strength}
+
+
+#: (adapters, weights) of the strengths
+STRENGTH_CASES = [(("aesthetic",), (1.0,)), (("alignment",), (1.0,)), (TWO, (0.5, 0.5))]
+
+
+def with_strength(weights: dict[str, float], strength: float) -> dict[str, Blend]:
+    """DB-MPA with λ, which is DB-KLA where it has one adapter, the base, and LS with that λ."""
+    ordered = {f"LS, {name}": DBMPALS(weights, name, kl_scale=strength) for name in ("iid", "rotation")}
+    return {"DB-MPA": DBMPA(weights, kl_scale=strength), "base": Base(), **ordered}
+
+
+def strengths_to_markdown(cases: list[dict[str, Any]]) -> str:
+    """One row per adapters and λ."""
+    lines = ["| adapters | λ | LS, iid | LS, rotation |", "|---|---|---|---|"]
+    for case in cases:
+        cells = [
+            f"{each['over_the_bases']:.2f} ({each['reward_less_db_mpa']:+.3f} ± {each['half_width']:.3f})"
+            for each in (case["methods"][name] for name in ("LS, iid", "LS, rotation"))
+        ]
+        lines.append(f"| {', '.join(case['adapters'])} | {case['strength']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def to_markdown(cases: list[dict[str, Any]]) -> str:
@@ -116,11 +153,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200, help="test prompts, one image each")
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--json", type=Path, help="record; the table goes beside it")
+    parser.add_argument("--strengths", type=float, nargs="+", help="λ of LS, against DB-KLA's and DB-MPA's, T = 20")
     options = parser.parse_args()
     torch.set_num_threads(1)
     machine = describe()
-    cases = [measure(*case, options) for case in CASES]
-    publish({"machine": machine, "cases": cases}, to_markdown(cases) + f"\n\n{sentence(machine)}", options.json)
+    if options.strengths:
+        cases = [measure(*case, 20, options, each) for case in STRENGTH_CASES for each in options.strengths]
+        table = strengths_to_markdown(cases)
+    else:
+        cases = [measure(*case, options) for case in CASES]
+        table = to_markdown(cases)
+    publish({"machine": machine, "cases": cases}, f"{table}\n\n{sentence(machine)}", options.json)
 
 
 if __name__ == "__main__":

@@ -193,12 +193,16 @@ def _one_hot(adapter: str | Sequence[str]) -> BatchWeights:
 class DBMPALS(_Weighted):
     """DB-MPA-LS (Algorithm 3, Prop. 2): one adapter per step and image, drawn with probability w. The base's cost.
 
+    With DB-KLA's λ on top, which the paper leaves out. For λ ≤ 1 the base is one more draw, of probability 1 − λ, so
+    each step's expected prediction is exactly (1−λ) ε_pre + λ Σᵢ wᵢ εᵢ. For λ > 1 that is no mixture, and the adapter
+    that is drawn runs with its ΔW scaled by λ: the same to first order in ΔW.
+
     Args:
         weights, normalize: preference weights; per image, or (not for ``systematic``) as a function of the step.
         schedule: "iid", the paper's independent draw at each step; "rotation", in which every adapter's share is met
             along the whole path, and "golden", nearly so; or "systematic", which gives each adapter its share of all
             steps in random order. Each step's marginal is exactly w in all; see :mod:`dblightning.draws`.
-        kl_scale: must be 1: with λ ≠ 1 the base's coefficient 1 − λ may be negative and is then no probability.
+        kl_scale: λ ≥ 0, one for all images or one each; 1 is plain, 0 the base model.
     """
 
     needs_noise = True
@@ -213,16 +217,12 @@ class DBMPALS(_Weighted):
         super().__init__(weights, normalize)
         if schedule not in DRAWS:
             raise ValueError(f"schedule must be one of {', '.join(map(repr, DRAWS))}, got {schedule!r}")
-        if not is_one(kl_scale):
-            raise ValueError(
-                f"DB-MPA-LS draws adapters with probability w, and with kl_scale {kl_scale} the coefficients can be "
-                "negative, which no probability is; use DB-MPA for kl_scale other than 1"
-            )
         if schedule == "systematic" and callable(weights):
             raise ValueError(
                 "systematic draws share out one set of weights over all steps; use rotation for a schedule"
             )
         self.schedule = schedule
+        self.kl_scale = kl_scale
 
     def start(
         self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
@@ -230,11 +230,22 @@ class DBMPALS(_Weighted):
         table = self.table(adapters, batch, num_steps)
         if generators is not None and len(generators) != batch:
             raise ValueError(f"got {len(generators)} generators for a batch of {batch} images")
-        draw = DRAWS[self.schedule]
-        columns = [draw(table[:, b], None if generators is None else generators[b]) for b in range(batch)]
-        gates = torch.nn.functional.one_hot(torch.stack(columns, dim=1), len(adapters)).float()  # (T, B, m)
+        scales = kl_scales(self.kl_scale, batch).tolist()
+        columns = [
+            self._gates(table[:, b], scales[b], None if generators is None else generators[b]) for b in range(batch)
+        ]
+        gates = torch.stack(columns, dim=1)  # (T, B, m)
         ones = _ones(batch)
         return lambda step_index: BlendStep(gates[step_index][None], ones)
+
+    def _gates(self, weights: Tensor, scale: float, generator: torch.Generator | None) -> Tensor:
+        """Gates of one image at every step, (T, m), from its weights (T, m) and λ."""
+        draw = DRAWS[self.schedule]
+        if scale >= 1:
+            return scale * torch.nn.functional.one_hot(draw(weights, generator), weights.shape[1]).float()
+        base = torch.full((len(weights), 1), 1 - scale, dtype=weights.dtype)
+        drawn = draw(torch.cat([base, scale * weights], dim=1), generator)
+        return torch.nn.functional.one_hot(drawn, 1 + weights.shape[1]).float()[:, 1:]  # the base's gates are zero
 
 
 class RewardedSoup(_Weighted):

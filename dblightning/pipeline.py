@@ -215,12 +215,12 @@ class DiffusionBlendPipeline(FileMethods):
         Args:
             prompt: one text, or a list; or give ``prompt_embeds``.
             weights: adapter → weight, each ≥ 0, sum 1; a list with one per image; or a function (step_index,
-                num_steps) → either. For ``code`` and ``rgg`` the names are those of ``rewards``.
-            kl_scale: λ ≥ 0 of ``db-mpa`` and ``db-kla``, one for all images or one each; 0 the base, 1 the adapters,
-                more extrapolates.
-            method: base, single, db-mpa, db-kla, db-mpa-ls, rewarded-soup, rewarded-soup-factors, code or rgg; or the
-                dotted path of a ``Blend`` or ``Steering`` class. None is db-mpa with ``weights``; without, the adapters
-                :meth:`set_adapters` made active, or the base model where no adapters are loaded.
+                num_steps) → either. For ``code``, ``rgg``, ``best-of-n`` the names are those of ``rewards``.
+            kl_scale: λ ≥ 0 of ``db-mpa``, ``db-mpa-ls`` and ``db-kla``, one for all images or one each; 0 the base, 1
+                the adapters, more extrapolates.
+            method: base, single, db-mpa, db-kla, db-mpa-ls, rewarded-soup, rewarded-soup-factors, code, rgg or
+                best-of-n; or the dotted path of a ``Blend`` or ``Steering`` class. None is db-mpa with ``weights``;
+                without, the adapters :meth:`set_adapters` made active, or the base model where no adapters are loaded.
             num_inference_steps: denoising steps.
             guidance_scale: classifier-free guidance; 1 turns it off; None is diffusers' default, 7.5 (SDXL: 5).
             eta: DDIM's η, 0 deterministic … 1; schedulers that have none refuse it. None is diffusers' default 0, and 1

@@ -8,7 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -163,6 +163,7 @@ class State(NamedTuple):
 
     latents: Tensor  # (B · copies, C, h, w), an image's copies side by side
     output: Tensor | None = None  # the prediction for these latents, where a look-ahead has made it already
+    shift: Tensor | None = None  # what a steering added to the mean of the step that led here, of latents' shape
 
 
 class Steering(ABC):
@@ -170,6 +171,10 @@ class Steering(ABC):
 
     A steering of your own is a subclass in any module, named by its dotted path like a blend.
     """
+
+    #: why its steps have no KL to the base model's; None where each is the solver's Gaussian, its mean moved by
+    #: ``State.shift``
+    no_kl: ClassVar[str | None] = "its steps are not known to be Gaussians"
 
     @classmethod
     def from_preference(
@@ -214,6 +219,8 @@ class Steering(ABC):
 class Unsteered(Steering):
     """Predict, then let the solver step."""
 
+    no_kl = None
+
     def step(self, run: Run, step_index: int, state: State) -> tuple[Tensor, State]:
         output = run.predict(state.latents, step_index)
         return output, State(run.solver.step(output, state.latents, step_index, run.noise))
@@ -235,6 +242,7 @@ class StepRecord(NamedTuple):
     latents: Tensor  # before the step
     output: Tensor  # the model output it took, of latents' shape
     next_latents: Tensor
+    shift: Tensor | None = None  # what a steering added to the step's mean
 
 
 #: called after each step; may return latents to continue with, or a :class:`Change`
@@ -299,7 +307,8 @@ def denoise_loop(
         before = state.latents
         output, state = steering.step(run, step_index, state)
         if on_step is not None:
-            record = StepRecord(step_index, solver.timesteps[step_index], before, output, state.latents)
+            timestep = solver.timesteps[step_index]
+            record = StepRecord(step_index, timestep, before, output, state.latents, state.shift)
             change = on_step(record)
             state = run.changed(state, Change(latents=change) if isinstance(change, Tensor) else change)
     return state.latents

@@ -1,45 +1,34 @@
-"""CoDe and RGG: what modifies a step. Rewards steer the trajectory at inference; no fine-tuned model is needed.
-
-Both work on top of any blend (the paper runs them on the base model) and score x̂₀, Tweedie's estimate of the image.
-"""
+"""RGG, and every steering by name: what modifies a step at inference; no fine-tuned model is needed."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dblightning.backbone import Backbone
 from dblightning.blending import METHODS, Blend
-from dblightning.methods import check_options, load_method, weights_tensor
+from dblightning.methods import check_options, load_method
 from dblightning.sampling import Run, State, Steering
-from dblightning.settings import Number, check_settings, count
-from dblightning.solvers import GaussianSolver
+from dblightning.search import RULES, BestOfN, CoDe, Reward, RewardSteering
+from dblightning.settings import check_settings
 from dblightning.weights import BatchWeights
 
-#: of the numeric settings below
-RULES = {
-    "candidates": count(remedy="the paper's is 20"),
-    "block_size": count(remedy="the paper's is 5"),
-    "score_batch_size": count(words=(None,), remedy="null takes the backbone's decode_batch_size"),
-    "kl_weight": Number(above=0, remedy="it is α: the smaller, the stronger the guidance"),
-    "gamma": Number(least=0, words=(None,), remedy="the paper's is 0.024; null is no ramp"),
-}
-
-
-class Reward(Protocol):
-    """The interface of a reward that steers; every ``RewardMetric`` has it."""
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether scores have a gradient with respect to images."""
-
-    def score(self, images: Tensor, prompts: Any) -> Tensor:
-        """One score per image, (B,), of images (B, 3, H, W) in [0, 1]; higher is better."""
+__all__ = [
+    "RGG",
+    "STEERING",
+    "BestOfN",
+    "CoDe",
+    "Reward",
+    "make_steering",
+    "method_class",
+    "resolve_steering",
+    "reward_gradients",
+    "steers",
+]
 
 
 def reward_gradients(
@@ -61,135 +50,7 @@ def reward_gradients(
         yield score.detach(), gradient
 
 
-class _RewardSteering(Steering):
-    """Base class for CoDe and RGG: rewards and preference weights.
-
-    Args:
-        rewards: name → reward.
-        weights: name → weight of each reward, ≥ 0, sum 1; or a list of such, one per image. None weights a single
-            reward with 1.
-        normalize: divide weights by their sum.
-    """
-
-    def __init__(
-        self, rewards: Mapping[str, Reward], weights: BatchWeights | None = None, normalize: bool = False
-    ) -> None:
-        if not rewards:
-            raise ValueError(f"{type(self).__name__} needs at least one reward, for example {{'jpeg': JPEG...()}}")
-        if weights is None and len(rewards) > 1:
-            raise ValueError(f"{type(self).__name__} has the rewards {list(rewards)}; give each a weight")
-        self.rewards = dict(rewards)
-        self.weights: BatchWeights = weights if weights is not None else dict.fromkeys(rewards, 1.0)
-        self.normalize = normalize
-
-    def start(self, run: Run) -> None:
-        name = type(self).__name__
-        if not isinstance(run.solver, GaussianSolver):
-            raise ValueError(f"{name} needs DDIM steps, whose distribution is known; got {type(run.solver).__name__}")
-        if run.solver.eta == 0:
-            raise ValueError(f"{name} needs steps with noise, got eta 0; set eta to 1")
-        if run.prompts is None or len(run.prompts) != run.batch:
-            got = "none" if run.prompts is None else len(run.prompts)
-            raise ValueError(f"{name} scores images against {run.batch} prompts, got {got}")
-        table = weights_tensor(self.weights, list(self.rewards), run.batch, self.normalize, kind="rewards")
-        self._table = table.float()  # (B, rewards)
-        self._used = [(i, name) for i, name in enumerate(self.rewards) if bool(self._table[:, i].any())]
-
-    @abstractmethod
-    def step(self, run: Run, step_index: int, state: State) -> tuple[Tensor, State]: ...
-
-
-class CoDe(_RewardSteering):
-    """CoDe (Singh et al. 2025): of N candidates keep the one whose x̂₀ scores best, again and again; no gradients.
-
-    Two forms:
-
-    * ``"block"``, CoDe itself: every ``block_size`` steps each image is copied N times, all copies continue with noise
-      of their own, and at the block's end a look-ahead prediction scores them; the last block scores the images.
-    * ``"lookahead"``, what the Diffusion Blend paper ran: candidates live for one step, every ``block_size`` steps.
-
-    The look-ahead's prediction is the survivor's next prediction, and a block's copies share their first one, so
-    neither is computed twice: 1 + (T − 1) N rows per image for ``block`` with T steps, T + (N − 1) ⌈T / B⌉ for
-    ``lookahead`` (one block less where a block starts at the last step).
-
-    Args:
-        rewards, weights, normalize: what to raise; any reward, differentiable or not.
-        candidates: N (paper: 20).
-        block_size: B, steps from one choice to the next (paper: 5).
-        form: "block" or "lookahead".
-        score_batch_size: candidates decoded and scored at once; None takes the backbone's ``decode_batch_size``.
-
-    The run's ``max_rows`` limits the rows of a denoiser call.
-
-    Raises:
-        ValueError: an argument out of range.
-    """
-
-    def __init__(
-        self,
-        rewards: Mapping[str, Reward],
-        weights: BatchWeights | None = None,
-        candidates: int = 20,
-        block_size: int = 5,
-        form: str = "block",
-        normalize: bool = False,
-        score_batch_size: int | None = None,
-    ) -> None:
-        super().__init__(rewards, weights, normalize)
-        if form not in ("block", "lookahead"):
-            raise ValueError(f"form must be 'block' or 'lookahead', got {form!r}")
-        check_settings(
-            {"candidates": candidates, "block_size": block_size, "score_batch_size": score_batch_size}, RULES
-        )
-        self.candidates = candidates
-        self.block_size = block_size
-        self.form = form
-        self.score_batch_size = score_batch_size
-
-    @torch.no_grad()
-    def step(self, run: Run, step_index: int, state: State) -> tuple[Tensor, State]:
-        output = state.output if state.output is not None else run.predict(state.latents, step_index)
-        copies = len(state.latents) // run.batch
-        last = step_index == run.num_steps - 1
-        latents, taken = state.latents, output
-        if step_index % self.block_size == 0 and not (last and self.form == "lookahead"):
-            copies = self.candidates
-            # copies of one image share the prediction; their noise parts them
-            latents, taken = latents.repeat_interleave(copies, 0), output.repeat_interleave(copies, 0)
-        following = State(run.solver.step(taken, latents, step_index, run.noise, copies))
-        ends = self.form == "lookahead" or (step_index + 1) % self.block_size == 0 or last
-        if copies > 1 and ends:
-            following = self._best(run, step_index, following.latents)
-        return output, following
-
-    def _best(self, run: Run, step_index: int, latents: Tensor) -> State:
-        """Each image's best candidate, with the prediction that looked ahead from it."""
-        ahead = None
-        originals = latents
-        if step_index + 1 < run.num_steps:
-            ahead = run.predict(latents, step_index + 1)
-            originals = run.solver.original(ahead, latents, step_index + 1)  # type: ignore[attr-defined]
-        scores = self._score(run, originals).nan_to_num(nan=-torch.inf).view(run.batch, -1)
-        chosen = scores.argmax(1) + torch.arange(run.batch, device=scores.device) * scores.shape[1]
-        return State(latents[chosen], None if ahead is None else ahead[chosen])
-
-    def _score(self, run: Run, originals: Tensor) -> Tensor:
-        """Weighted reward of B · N latents, (B · N,)."""
-        assert run.prompts is not None
-        copies = len(originals) // run.batch
-        prompts = [prompt for prompt in run.prompts for _ in range(copies)]
-        weights = self._table.repeat_interleave(copies, 0).to(originals.device)
-        size: int = self.score_batch_size or getattr(run.backbone, "decode_batch_size", None) or 16
-        scores = []
-        for start in range(0, len(originals), size):
-            part = slice(start, start + size)
-            images = run.backbone.decode(originals[part])
-            parts = [self.rewards[name].score(images, prompts[part]) * weights[part, i] for i, name in self._used]
-            scores.append(torch.stack(parts).sum(0))
-        return torch.cat(scores)
-
-
-class RGG(_RewardSteering):
+class RGG(RewardSteering):
     """Reward-gradient guidance, paper eqs. (12)-(14): the mean of a step moves by λ σ_t² / α · ∇_{x_t} r(x̂₀(x_t)).
 
     Args:
@@ -200,6 +61,9 @@ class RGG(_RewardSteering):
         kl_weight: α > 0, the smaller the stronger.
         gamma: γ ≥ 0 of the ramp λ_i = min((1 + γ)^i − 1, 1) at step i (0 … T − 1); None is λ = 1 throughout. The paper
             prints (1 + γ)^(t−1) and its code computes the former, with γ = 0.024.
+        reference_steps: number of denoising steps that γ was chosen for (paper: 50), so that a run of T steps has
+            (1 + γ)^(``reference_steps`` / T) − 1 in its place and the same ramp over the whole of it; None leaves γ as
+            it is.
         through_denoiser: back-propagate through the denoiser as well (as DAS does; much memory); otherwise ε is a
             constant, as in the paper's code.
 
@@ -208,6 +72,8 @@ class RGG(_RewardSteering):
     Raises:
         ValueError: a reward without a gradient, named; or an argument out of range.
     """
+
+    no_kl = None  # its steps are Gaussians of a shifted mean
 
     def __init__(
         self,
@@ -218,6 +84,7 @@ class RGG(_RewardSteering):
         gamma: float | None = 0.024,
         through_denoiser: bool = False,
         normalize: bool = False,
+        reference_steps: int | None = None,
     ) -> None:
         super().__init__(rewards, weights, normalize)
         stuck = [name for name, reward in self.rewards.items() if not reward.differentiable]
@@ -226,25 +93,29 @@ class RGG(_RewardSteering):
             raise ValueError(f"RGG follows gradients, and the reward {stuck[0]!r} ({kind}) has none; use CoDe for it")
         if normalization not in ("global", "pixel", "none"):
             raise ValueError(f"normalization must be 'global', 'pixel' or 'none', got {normalization!r}")
-        check_settings({"kl_weight": kl_weight, "gamma": gamma}, RULES)
+        check_settings({"kl_weight": kl_weight, "gamma": gamma, "reference_steps": reference_steps}, RULES)
         if not isinstance(through_denoiser, bool):
             raise ValueError(f"through_denoiser must be true or false, got {through_denoiser!r}")
         self.normalization = normalization
         self.kl_weight = kl_weight
         self.gamma = gamma
         self.through_denoiser = through_denoiser
+        self.reference_steps = reference_steps
 
-    def ramp(self, step_index: int) -> float:
-        """λ_i."""
-        # in logarithms first: (1 + γ)^i overflows
-        if self.gamma is None or step_index * math.log1p(self.gamma) >= math.log(2):
+    def ramp(self, step_index: int, num_steps: int | None = None) -> float:
+        """λ_i of a run of ``num_steps``, which counts only with ``reference_steps``."""
+        if self.gamma is None:
             return 1.0
-        return float((1 + self.gamma) ** step_index - 1)
+        pace = 1.0 if self.reference_steps is None or num_steps is None else self.reference_steps / num_steps
+        # in logarithms first: (1 + γ)^i overflows
+        if step_index * pace * math.log1p(self.gamma) >= math.log(2):
+            return 1.0
+        return float((1 + self.gamma) ** (step_index * pace) - 1)
 
     def step(self, run: Run, step_index: int, state: State) -> tuple[Tensor, State]:
         solver: Any = run.solver
         latents = state.latents
-        scale = self.ramp(step_index)
+        scale = self.ramp(step_index, run.num_steps)
         if scale == 0:
             with torch.no_grad():
                 output = run.predict(latents, step_index)
@@ -254,7 +125,8 @@ class RGG(_RewardSteering):
             alpha = 1.0 if self.normalization == "pixel" else self.kl_weight
             variance = solver.gaussian(output, latents, step_index).std.square()
             following = solver.step(output, latents, step_index, run.noise)
-            return output, State(following + scale * variance / alpha * gradient)
+            shift = scale * variance / alpha * gradient
+            return output, State(following + shift, shift=shift)
 
     def _gradient(self, run: Run, step_index: int, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Prediction and Σ_i w_i g_i for all images, some at a time."""
@@ -294,7 +166,7 @@ class RGG(_RewardSteering):
 
 
 #: method name → class, for the command line and the pipeline; a name added here works wherever a method is named
-STEERING: dict[str, type[Steering]] = {"code": CoDe, "rgg": RGG}
+STEERING: dict[str, type[Steering]] = {"code": CoDe, "rgg": RGG, "best-of-n": BestOfN}
 
 
 def method_class(method: str) -> type[Blend] | type[Steering]:
@@ -346,7 +218,7 @@ def resolve_steering(
         raise ValueError(f"method {steering!r} takes weights per image, not a function of the step")
     if kl_scale != 1:
         raise ValueError(f"method {steering!r} has no kl_scale, got {kl_scale}; use db-kla, or a kl_weight where it is")
-    if not rewards and issubclass(kind, _RewardSteering):
+    if not rewards and issubclass(kind, RewardSteering):
         raise ValueError(f"method {steering!r} needs rewards={{name: reward}}, whose names the weights use")
     further = check_options(options, ("rewards", "weights", "normalize"))
     return kind.from_preference(rewards, weights, normalize, **further)

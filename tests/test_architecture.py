@@ -25,8 +25,8 @@ LAYERS: dict[str, str] = {
     "lightning_internals scoring storing learners manual_updates reward_gradients data evaluation.module",
     "evaluation": "evaluation",
     "pipeline": "pipeline pipeline_call pipeline_files pipeline_inputs pipeline_lora",
-    "algorithm": "rollout sampling execution blending methods draws steering policy_gradient replay value batch_size "
-    "average objectives training_settings rollout_sampler same_run window learner basis",
+    "algorithm": "rollout sampling execution blending methods draws search steering policy_gradient replay value "
+    "batch_size average objectives training_settings rollout_sampler same_run window learner basis",
     "model": "backbone adapters solvers schedule ddim flow flow_solver gaussian_step ode noise prompt_cache "
     "gaussian_mixture",
     "rewards and miniature": "rewards miniature",

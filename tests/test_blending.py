@@ -22,6 +22,7 @@ from dblightning.blending import (
     resolve_blend,
     weights_tensor,
 )
+from dblightning.draws import DRAWS
 from dblightning.evaluation.specs import BlendSpec
 
 NAMES = ["a", "b", "c"]
@@ -161,10 +162,57 @@ def test_ls_follows_a_schedule_of_weights() -> None:
     assert [plan(step).gates[0, 0].argmax().item() for step in range(4)] == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("scale", [0.5, 1.5, 0, [1, 2], float("nan")])
-def test_ls_refuses_lambda_because_weights_may_be_negative(scale) -> None:
-    with pytest.raises(ValueError, match=r"coefficients can be negative.*DB-MPA"):
-        make_blend("db-mpa-ls", {"a": 1.0}, kl_scale=scale)
+@pytest.mark.parametrize("schedule", list(DRAWS))
+@pytest.mark.parametrize("scale", [0.25, 0.8, 1.0, 1.6])
+def test_the_expected_coefficients_of_ls_are_those_of_db_mpa_with_lambda(schedule: str, scale: float) -> None:
+    """λ wᵢ of each adapter at every step; for λ ≤ 1 a step is one whole adapter or the base, with probability 1 − λ."""
+    weights = {"a": 0.2, "b": 0.5, "c": 0.3}
+    count, steps = 4000, 6
+    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    plan = DBMPALS(weights, schedule, kl_scale=scale).start(NAMES, count, steps, generators)
+    largest = max(scale, 1.0)
+    for step in range(steps):
+        gates, mix, _ = plan(step)
+        assert gates.shape == (1, count, 3) and (mix == 1).all()
+        assert set(gates.unique().tolist()) <= {0.0, torch.tensor(largest).item()}
+        assert ((gates != 0).sum(-1) <= 1).all()
+        expected = scale * torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+        # 4.5 standard errors of a draw of size λ or 1: one false alarm in about 7000 runs over each case's 18 shares
+        share = expected / largest
+        bound = largest * 4.5 * (share * (1 - share) / count).sqrt()
+        assert ((gates[0].double().mean(0) - expected).abs() < bound).all()
+
+
+def test_lambda_of_ls_is_each_images_own_and_1_is_the_plain_draw() -> None:
+    def gates(scale: float | list[float], count: int = 3) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+        plan = DBMPALS({"a": 0.4, "b": 0.6}, "rotation", kl_scale=scale).start(NAMES, count, 20, generators)
+        return torch.stack([plan(step).gates[0] for step in range(20)])
+
+    plain, mixed = gates(1.0), gates([1.0, 0.0, 1.5])
+    assert torch.equal(mixed[:, 0], plain[:, 0])
+    assert not mixed[:, 1].any()  # the base model
+    assert torch.equal(mixed[:, 2], 1.5 * plain[:, 2])
+    assert plain.sum(-1).eq(1).all()
+    # in rotation the base has its share of the path, to the steps of a cut into three
+    for scale in (0.3, 0.7):
+        base = (gates(scale, 50) == 0).all(-1).sum(0)
+        assert (base - 20 * (1 - scale)).abs().max() <= 1 + math.log2(3)
+
+
+def test_lambda_of_ls_follows_a_schedule_of_weights() -> None:
+    blend = DBMPALS(lambda step, steps: {"a": 1.0} if step < 2 else {"b": 1.0}, "rotation", kl_scale=0.5)
+    plan = blend.start(NAMES, 40, 4, [torch.Generator().manual_seed(seed) for seed in range(40)])
+    for step in range(4):
+        drawn = plan(step).gates[0]
+        assert not drawn[:, 1 if step < 2 else 0].any() and not drawn[:, 2].any()
+        assert 5 < drawn.sum() < 35  # half of forty, but for chance
+
+
+@pytest.mark.parametrize("scale", [-0.5, float("nan"), [1.0, 2.0, 3.0]])
+def test_ls_refuses_a_lambda_that_is_none(scale) -> None:
+    with pytest.raises(ValueError, match="kl_scale"):
+        make_blend("db-mpa-ls", {"a": 1.0}, kl_scale=scale).start(NAMES, 2, 4)
 
 
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,13 +9,13 @@ from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 from dblightning.blending import DBMPA, Base
-from dblightning.noise import ImageNoise
+from dblightning.noise import ImageNoise, image_seed
 from dblightning.rewards.base import RewardMetric
 from dblightning.rewards.jpeg import JPEGCompressibility
 from dblightning.sampling import denoise_loop
 from dblightning.schedule import DDIMSchedule
 from dblightning.solvers import DDIMSolver, DiffusersSolver, make_solver
-from dblightning.steering import RGG, CoDe, make_steering
+from dblightning.steering import RGG, BestOfN, CoDe, make_steering
 from tests.conftest import randomize
 
 STEPS = 6
@@ -157,10 +157,73 @@ def test_code_computes_no_prediction_twice(backbone: Any, form: str, rows: int) 
     assert sum(rows_run(backbone, steering, prompts=PROMPTS[:1])) == rows
 
 
-def test_one_candidate_is_the_plain_walk(backbone: Any) -> None:
+def test_one_candidate_is_the_plain_trajectory(backbone: Any) -> None:
     for form in ("block", "lookahead"):
         steering = CoDe({"bright": Brightness()}, candidates=1, form=form)
         assert torch.equal(sample(backbone, steering), sample(backbone, None))
+
+
+def test_blocks_are_scaled_to_the_steps(backbone: Any) -> None:
+    code = CoDe({"bright": Brightness()}, block_size=5, reference_steps=50)
+    assert [code.block(steps) for steps in (50, 100, 20, 10, 5)] == [5, 10, 2, 1, 1]
+    assert CoDe({"bright": Brightness()}, block_size=5).block(20) == 5
+    reward = {"taste": PromptTaste()}
+    scaled = CoDe(reward, candidates=3, block_size=50 // STEPS * 2, reference_steps=50 // STEPS * STEPS)
+    plain = CoDe(reward, candidates=3, block_size=2)
+    assert torch.equal(sample(backbone, scaled), sample(backbone, plain))
+    with pytest.raises(ValueError, match="reference_steps must be a whole number >= 1"):
+        CoDe({"bright": Brightness()}, reference_steps=0)
+
+
+# ── best of N ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_best_of_n_keeps_the_best_of_independent_images(backbone: Any) -> None:
+    """Each candidate made alone, from the noise that its image's generator gives it."""
+    reward, count = PromptTaste(), 3
+    finals = []
+    for image, prompt in enumerate(PROMPTS):
+        schedule = DDIMSchedule(backbone.scheduler_config, STEPS)
+        text = backbone.encode([prompt])
+        key = int(torch.randint(2**62, (), generator=ImageNoise([image]).draws[0]))
+        seeds = [image, *(image_seed(key, 0, number, "candidate") for number in range(1, count))]
+        made = []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(1, *SHAPE, generator=generator)
+            for i in range(STEPS):
+                with torch.no_grad():
+                    gaussian = schedule.step(
+                        backbone.denoise(x, schedule.timesteps[i : i + 1], text, GUIDANCE), x, i, 1.0
+                    )
+                x = gaussian.mean + gaussian.std * torch.randn(1, *SHAPE, generator=generator)
+            made.append(x)
+        with torch.no_grad():
+            finals.append(max(made, key=lambda x: float(reward.score(backbone.decode(x), [prompt]))))
+    got = sample(backbone, BestOfN({"taste": reward}, candidates=count))
+    torch.testing.assert_close(got, torch.cat(finals), rtol=0, atol=1e-4)  # batched float32 against rows of one
+
+
+def test_best_of_n_costs_n_times_the_rows_and_one_is_the_plain_trajectory(backbone: Any) -> None:
+    assert sum(rows_run(backbone, BestOfN({"bright": Brightness()}, candidates=4), prompts=PROMPTS[:1])) == 4 * STEPS
+    assert max(rows_run(backbone, BestOfN({"bright": Brightness()}, candidates=4), max_rows=3)) <= 3
+    for eta in (0.0, 1.0):  # no step of it needs noise
+        plain = sample(backbone, None, solver=solver_of(backbone, eta))
+        one = sample(backbone, BestOfN({"bright": Brightness()}, candidates=1), solver=solver_of(backbone, eta))
+        assert torch.equal(one, plain)
+
+
+def test_best_of_n_is_a_method_by_name_on_any_blend(backbone: Any) -> None:
+    steering = make_steering("best-of-n", {"bright": Brightness()}, candidates=3)
+    assert isinstance(steering, BestOfN)
+    backbone.adapters.add("a", seed=0)
+    randomize(backbone.adapters, "a", 0)
+    reward, prompts, blend = Brightness(), [PROMPTS[0]] * 8, DBMPA({"a": 1.0})
+    with torch.no_grad():
+        best, plain = (
+            reward.score(backbone.decode(sample(backbone, each, blend, prompts)), prompts) for each in (steering, None)
+        )
+    assert (best >= plain - 1e-4).all() and (best > plain + 1e-4).any()  # the plain image is among the candidates
 
 
 @pytest.mark.parametrize("form", ["block", "lookahead"])
@@ -261,6 +324,27 @@ def test_the_ramp_is_that_of_the_papers_code() -> None:
     # values computed from the published code's formula
     assert [round(ramp(step), 2) for step in (0, 10, 29, 30, 49)] == [0.0, 0.27, 0.99, 1.0, 1.0]
     assert RGG({"bright": Brightness()}, gamma=None).ramp(0) == 1
+
+
+def test_the_ramp_is_scaled_to_the_steps() -> None:
+    """γ becomes (1 + γ)^(50/T) − 1, so the ramp is the same function of the share of the steps."""
+    plain, scaled = RGG({"bright": Brightness()}).ramp, RGG({"bright": Brightness()}, reference_steps=50).ramp
+    for steps in (10, 20, 50, 100):
+        gamma = 1.024 ** (50 / steps) - 1
+        for step in range(steps):
+            assert scaled(step, steps) == pytest.approx(min((1 + gamma) ** step - 1, 1.0), abs=1e-12)
+    assert [scaled(step, 50) for step in range(50)] == [plain(step, 50) for step in range(50)]
+    assert scaled(8, 20) == pytest.approx(plain(20)) and plain(8, 20) == plain(8)
+
+
+def test_rgg_runs_the_scaled_ramp(backbone: Any) -> None:
+    gamma, reference = 0.5, 3 * STEPS
+    own = (1 + gamma) ** 3 - 1
+    one, other = (
+        sample(backbone, RGG({"bright": Brightness()}, kl_weight=0.05, gamma=each, reference_steps=steps))
+        for each, steps in ((gamma, reference), (own, None))
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)  # one number by two formulas
 
 
 def test_normalised_gradients_do_not_depend_on_a_rewards_scale(backbone: Any) -> None:

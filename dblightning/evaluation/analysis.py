@@ -39,6 +39,8 @@ from dblightning.evaluation.scores import (
 __all__ = ["Estimates", "bootstrap", "compare", "diversity", "estimate", "held_out_rewards", "oracle_shares", "summary"]
 
 GAIN, MISSING = "gain/", "missing/"
+#: path KL to the base model in nats, a column of the score table and a quantity
+KL = "kl"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Estimates:
     """Every quantity of every blend, with the bootstrap draws behind it.
 
     Quantities: ``reward/<name>``; ``gain/<name>``, the paired gain over the base; ``weighted``, r(w) = Σ wᵢ rᵢ of the
-    blend's own weights; ``weighted_gain``; ``diversity``.
+    blend's own weights; ``weighted_gain``; ``kl``, where it was measured; ``diversity``.
 
     The rows are the evaluated blends, then the baselines of every preference (:mod:`dblightning.evaluation.baselines`).
     """
@@ -143,6 +145,8 @@ def estimate(frame: pd.DataFrame, samples: int = SAMPLES, seed: int = 0, level: 
     base = _base_row(rows)
     gains = scores - (scores[base] if base is not None else np.nan)
     columns = [scores, gains, weighted[..., None], (weighted - weighted_base)[..., None]]
+    if KL in frame and np.isfinite(frame[KL].astype(float)).any():
+        columns.append(_with_mixtures(frame[KL].to_numpy(dtype=float)[images.rows][..., None], mixtures))
     means = unit_means(np.concatenate(columns, axis=-1), images.starts)
     one_prompt = len(np.unique(images.prompts)) == 1
     distances = _of_parts(_distances(frame, images), mixtures)
@@ -156,7 +160,7 @@ def estimate(frame: pd.DataFrame, samples: int = SAMPLES, seed: int = 0, level: 
     draws = weighted_means(resampled, means)
     low, high = interval(draws, units, level)
     quantities = [REWARD + name for name in rewards] + [GAIN + name for name in rewards]
-    quantities += ["weighted", "weighted_gain", "diversity"]
+    quantities += ["weighted", "weighted_gain", *([KL] if len(columns) > 4 else []), "diversity"]
     rows[[MISSING + name for name in rewards]] = np.isnan(scores).sum(axis=1)
     seconds = rows["seconds"].to_numpy()[:evaluated, None, None]
     denoiser_rows = rows["denoiser_rows"].to_numpy(dtype=float)[:evaluated, None, None]

@@ -78,7 +78,7 @@ def paired_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
     cells = {
         (each.variant, each.weights): cell((-each.value, -each.high, -each.low), digits, sign=True) for each in found
     }
-    return _by_weights("paired", f"r(w) less that of {reference}, paired", rewards, cells)
+    return by_weights("paired", f"r(w) less that of {reference}, paired", rewards, cells)
 
 
 def win_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
@@ -90,7 +90,7 @@ def win_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
         rate = estimates.win_rate(points[each.variant][each.weights], points[str(reference)][each.weights])
         cells[each.variant, each.weights] = cell(rate, 2)
     caption = f"Share of images whose r(w) is above that of {reference} with the same noise, ties counted half"
-    return _by_weights("win_rates", caption, rewards, cells)
+    return by_weights("win_rates", caption, rewards, cells)
 
 
 def adapters_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
@@ -103,7 +103,7 @@ def adapters_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
         if min(weights) > 0
     }
     caption = "r(w) of one adapter alone and of an adapter drawn with probability w for each image"
-    return _by_weights("adapters_alone", caption, rewards, cells)
+    return by_weights("adapters_alone", caption, rewards, cells)
 
 
 def category_column(frame: pd.DataFrame) -> str | None:
@@ -135,9 +135,10 @@ def category_table(frame: pd.DataFrame, rewards: Sequence[str], samples: int, le
     return Table("categories", caption, decorate(table.set_axis(columns, axis=1), labels, "category"), marks)
 
 
-def _by_weights(
+def by_weights(
     name: str, caption: str, rewards: Sequence[str], cells: dict[tuple[str, tuple[float, ...]], str]
 ) -> Table:
+    """A table of preferences by variants from its cells, (variant, weights) → text."""
     rows = sorted({weights for _, weights in cells})
     columns = list(dict.fromkeys(variant for variant, _ in cells))
     frame = pd.DataFrame([[cells.get((variant, row), EMPTY) for variant in columns] for row in rows], dtype=object)
@@ -173,9 +174,9 @@ def verdict(estimates: Estimates, rewards: Sequence[str]) -> Verdict:
     singles = adapter_names(estimates, points.get(BEST_SINGLE, {}))
     total = len(mixed(points[reference]))
     lines = [
-        (f"{reference} loses to", _listed(lost, total, singles)),
-        (f"{reference} beats", _listed(won, total, singles)),
-        ("Not distinguishable from", _listed(open_, total, {})),
+        (f"{reference} loses to", listed(lost, total, singles)),
+        (f"{reference} beats", listed(won, total, singles)),
+        ("Not distinguishable from", listed(open_, total, {})),
         ("Best without retraining", _best(estimates, points, oracles)),
         (f"{reference} against a model retrained for the preference", _against_oracle(found, oracles, total)),
     ]
@@ -188,7 +189,7 @@ def verdict(estimates: Estimates, rewards: Sequence[str]) -> Verdict:
     return Verdict(title, lines)
 
 
-def _listed(found: Sequence[Comparison], total: int, adapters: dict[tuple[float, ...], str]) -> str:
+def listed(found: Sequence[Comparison], total: int, adapters: dict[tuple[float, ...], str]) -> str:
     """Comparisons as "CoDe at w = 0.5, 0.8 (by 0.15, 0.15); …", the baselines first, then by size."""
     groups: dict[str, list[Comparison]] = {}
     for each in found:

@@ -59,13 +59,14 @@ class BlendEvaluationModule(L.LightningModule):
         sweeps: methods × weights × λ to run after them.
         adapters: name → folder of an exported LoRA. The miniature's shipped ones are added when the backbone is the
             miniature, under their own names, unless a name is given here.
-        rewards: name → reward, for ``test``, and for code and rgg. Those a preference names are its axes; the others
+        rewards: name → reward, for ``test``, code, rgg and best-of-n. Those a preference names are its axes; the others
             show what a method does to rewards that nobody requested.
         num_inference_steps, eta, guidance_scale, negative_prompt: sampling settings.
         seed: of the noise.
         out: folder for what is written.
         grid_prompts: how many prompts' first image is kept, for the report's image grid; those that come first.
         noise: of a flow-matching model's steps where eta > 0: "flow_sde", "dance_sde" or "cps"; null is "cps".
+        kl: measure each image's path KL to the base model beside its rewards: one denoiser row more per image and step.
 
     Raises:
         ValueError, FileNotFoundError: settings out of range, adapters or blends that do not fit, before anything is
@@ -93,6 +94,7 @@ class BlendEvaluationModule(L.LightningModule):
         out: str = "runs/blend",
         grid_prompts: int = 4,
         noise: Literal["flow_sde", "dance_sde", "cps"] | None = None,
+        kl: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone", "rewards"])
@@ -112,6 +114,7 @@ class BlendEvaluationModule(L.LightningModule):
             negative_prompt,
             seed,
             noise,
+            kl,
         )
         self.sampler.check(self.blends)  # wrong weights stop here, not after an hour of sampling
         self.store = RowStore(self.out / "rows")
@@ -204,6 +207,7 @@ class BlendEvaluationModule(L.LightningModule):
             {name: facts["sha256"] for name, facts in self.adapter_facts.items()},
             self.blends,
             {} if prompts is None else dict(zip(prompts.prompt_ids, prompts.prompts, strict=True)),
+            ["kl"] if self.sampler.kl else [],
         )
         self._shown = set(range(self.grid_prompts) if prompts is None else prompts.prompt_ids[: self.grid_prompts])
         self.done = set() if self._dry_run else self._open(evaluation)
@@ -287,10 +291,18 @@ class BlendEvaluationModule(L.LightningModule):
             print(f"limit_test_batches: {len(images)} of {available} images with each blend")
         scores = self.table(images)
         path = self.out / "scores.parquet"
-        write_scores(path, scores, self.record() | {"images": {"scored": len(images), "available": available}})
+        counted = {"images": {"scored": len(images), "available": available}}
+        write_scores(path, scores, self.record() | counted | self._kl_record())
         write_report(path, self.out, self.out / "images", show=True)
         self._save_grid(scores)
         print(f"scores, tables and report.html: {self.out}")
+
+    def _kl_record(self) -> dict[str, Any]:
+        """What the column of the KL is, and which blends have none."""
+        if not self.sampler.kl:
+            return {}
+        none = {spec.label: reason for spec in self.blends if (reason := self.sampler.no_kl(spec)) is not None}
+        return {"kl": {"what": "path KL to the base model along each image's own steps, nats", "none": none}}
 
     def _save_grid(self, scores: pd.DataFrame) -> None:
         """``grid.png``: the kept images, one row per prompt and one column per blend."""

@@ -13,10 +13,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from dblightning.evaluation.analysis import Estimates
+from dblightning.evaluation.analysis import KL, Estimates
 from dblightning.evaluation.baselines import BEST_SINGLE, RANDOM, single_blends
 from dblightning.evaluation.cells import preference_points
 from dblightning.evaluation.comparisons import mixed, reference_variant
+from dblightning.evaluation.equal_terms import families, has_kl
 from dblightning.evaluation.fronts import pareto
 from dblightning.evaluation.paper_tables import kl_points
 from dblightning.evaluation.scores import front, weights_label, weights_of, within
@@ -205,8 +206,7 @@ def cost_figure(estimates: Estimates, rewards: Sequence[str], panels: int = 4) -
         seconds[each[weights]] > 0 for each in points.values() for weights in shown if weights in each
     ):
         return None
-    figure = Figure(figsize=(2.6 * len(shown) + 2.4, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
+    figure, axes = _gain_panels(shown)
     for axis, weights in zip(axes, shown, strict=True):
         for variant, blends in points.items():
             blend = blends.get(weights)
@@ -221,13 +221,60 @@ def cost_figure(estimates: Estimates, rewards: Sequence[str], panels: int = 4) -
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.axhline(0, color="#000000", linewidth=0.8)
-        axis.set_title(f"w = {weights_label(weights)}", fontsize=9)
         axis.set_xlabel("seconds / image")
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("gain in r(w) over the base")
     _shared_legend(figure, axes)
     return figure
+
+
+def kl_figure(estimates: Estimates, rewards: Sequence[str], panels: int = 4) -> Figure | None:
+    """Gain in weighted reward against the path KL to the base, one panel per preference; None without KL.
+
+    A line joins the base and the points of a method, one per λ. The axis is linear in √KL, as the gain is near the
+    base.
+
+    Args:
+        estimates: of the evaluation, with a base.
+        rewards: measured names.
+        panels: preferences shown at most: those that the most variants have, the evenest first.
+    """
+    if not has_kl(estimates):
+        return None
+    found, styles = families(preference_points(estimates, rewards)), variant_styles(estimates)
+    shown = _preferences(found, panels)
+    if not shown:
+        return None
+    figure, axes = _gain_panels(shown)
+    for axis, weights in zip(axes, shown, strict=True):
+        for variant, blends in found.items():
+            values = np.array([[*estimates.of(each, KL), *estimates.of(each, "weighted_gain")]
+                               for each in blends.get(weights, [])]).reshape(-1, 6)  # fmt: skip
+            values = values[np.isfinite(values[:, [0, 3]]).all(axis=1)]
+            if not len(values):
+                continue
+            values = values[np.argsort(values[:, 0])]
+            named = [each for each in styles if each == variant or each.startswith(f"{variant} λ=")]
+            colour, marker = styles[named[0]]
+            half = np.abs(np.stack([values[:, 3] - values[:, 4], values[:, 5] - values[:, 3]]))
+            axis.plot([0, *values[:, 0]], [0, *values[:, 3]], "-", color=colour, linewidth=0.8, alpha=0.6)
+            axis.errorbar(values[:, 0], values[:, 3], None if np.isnan(half).all() else half, fmt=marker, color=colour,
+                          markersize=5, elinewidth=0.8, label=figure_text(variant))  # fmt: skip
+        axis.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
+        axis.set_xlim(left=0)
+        axis.set_xlabel("path KL to the base, nats")
+    _shared_legend(figure, axes)
+    return figure
+
+
+def _gain_panels(shown: Sequence[tuple[float, ...]]) -> tuple[Figure, Any]:
+    """A figure of the gain in r(w) over the base, one panel per preference, and its axes."""
+    figure = Figure(figsize=(2.6 * len(shown) + 2.4, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
+    for axis, weights in zip(axes, shown, strict=True):
+        axis.axhline(0, color="#000000", linewidth=0.8)
+        axis.set_title(f"w = {weights_label(weights)}", fontsize=9)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("gain in r(w) over the base")
+    return figure, axes
 
 
 def _preferences(points: dict[str, Any], panels: int) -> list[tuple[float, ...]]:

@@ -19,7 +19,8 @@ from dblightning.arguments import CommandParser
 from dblightning.evaluation import plots
 from dblightning.evaluation.analysis import Estimates, estimate, summary
 from dblightning.evaluation.cells import cell, readable_labels
-from dblightning.evaluation.comparisons import category_column, category_table, compare_all, verdict
+from dblightning.evaluation.comparisons import category_column, category_table, compare_all
+from dblightning.evaluation.equal_terms import has_kl, whole_verdict
 from dblightning.evaluation.intervals import SAMPLES
 from dblightning.evaluation.merge import read_all
 from dblightning.evaluation.paper_tables import all_tables
@@ -73,7 +74,7 @@ def write_report(
     page.write_text(content, encoding="utf-8")
     if show:
         print_summary(estimates)
-        for each in (verdict(estimates, rewards) for rewards in sets):
+        for each in (whole_verdict(estimates, rewards) for rewards in sets):
             print(
                 f"\n{each.title}: differences of r(w), paired",
                 *(f"  {what}: {text}" for what, text in each.lines),
@@ -148,6 +149,8 @@ def _figures(
             curves[f"gain_by_weight{ending}"] = draw(estimates, rewards)
             cost = plots.cost_figure(estimates, rewards)
             curves |= {f"gain_by_cost{ending}": cost} if cost is not None else {}
+            kl = plots.kl_figure(estimates, rewards)
+            curves |= {f"gain_by_kl{ending}": kl} if kl is not None else {}
     strength = plots.strength_figure(estimates) if has_base else None
     return fronts, curves | ({"gain_by_strength": strength} if strength is not None else {})
 
@@ -195,8 +198,8 @@ def _page(
         commands=[command for command in commands.values() if command],
         facts=facts,
         interval_note=_interval_note(estimates, prompts),
-        notes=_missing_notes(estimates),
-        verdicts=[verdict(estimates, rewards) for rewards in sets],
+        notes=_missing_notes(estimates) + _kl_notes(estimates, record),
+        verdicts=[whole_verdict(estimates, rewards) for rewards in sets],
         chance_note=_chance_note(estimates, sets),
         absent=_absent(frame, estimates, tables),
         fronts=fronts,
@@ -208,7 +211,7 @@ def _page(
 
 
 #: tables that answer "which method?", in the order of the page; the others follow
-_LEADING = ("paired", "win_rates", "weighted", "adapters_alone", "categories")
+_LEADING = ("paired", "equal_kl", "best_by_cost", "win_rates", "weighted", "adapters_alone", "categories")
 
 
 def _first(name: str) -> int:
@@ -219,6 +222,7 @@ def _first(name: str) -> int:
 _CAPTIONS = {
     "weight": "Gain over the base by preference; bands and bars are intervals.",
     "cost": "Gain over the base in weighted reward against the seconds an image takes, by preference.",
+    "kl": "Gain over the base in weighted reward against the path KL to it, by preference; lines begin at the base.",
     "strength": "Gain over the base by strength λ of one adapter; bands are intervals.",
 }
 
@@ -254,9 +258,19 @@ def _absent(frame: pd.DataFrame, estimates: Estimates, tables: Sequence[Table]) 
     }
     found = [text for name, text in lines.items() if name not in names]
     found += ["Gains: no base was evaluated; add {method: base}."] if "base" not in methods else []
+    if not has_kl(estimates):
+        found.append("KL to the base, and methods at equal KL: it was not measured; set --model.kl true.")
     if "morl" not in methods:
         found.append("Share of the oracle's gain: no retrained model (morl) was evaluated.")
     return found
+
+
+def _kl_notes(estimates: Estimates, record: dict[str, Any]) -> list[str]:
+    """One sentence for every reason why blends have no path KL."""
+    labels, found = readable_labels(estimates), dict[str, list[str]]()
+    for blend, reason in ((record.get("kl") or {}).get("none") or {}).items():
+        found.setdefault(reason, []).append(labels.get(blend, blend))
+    return [f"No path KL of {', '.join(blends)}: {reason}." for reason, blends in found.items()]
 
 
 def _missing_notes(estimates: Estimates) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from dblightning.adapters import find_file
 from dblightning.backbone import Backbone
+from dblightning.blending import Base
+from dblightning.evaluation.path_kl import check_noise, path_kl
 from dblightning.evaluation.record import INTERNAL
 from dblightning.evaluation.specs import BlendSpec
 from dblightning.flow import FlowNoise
 from dblightning.noise import ImageNoise
 from dblightning.rewards.base import RewardMetric
-from dblightning.sampling import denoise_loop
+from dblightning.sampling import OnStep, StepRecord, denoise_loop
 from dblightning.solvers import solver_of
 from dblightning.steering import resolve_steering
 
@@ -45,10 +48,13 @@ class BlendSampler:
 
     Args:
         backbone: the base model with its adapters.
-        rewards: name → reward; also what code and rgg steer by.
+        rewards: name → reward; also what code, rgg and best-of-n steer by.
         num_inference_steps, eta, guidance_scale, negative_prompt: sampling settings.
         seed: of the noise.
         noise: of a flow's steps, see ``solvers.make_solver``.
+        kl: measure the path KL of every image's policy to the base model. It runs the base once more at every step,
+            one denoiser row per image and step (none for ``base`` and ``rgg``), which ``seconds`` and
+            ``denoiser_rows`` do not count; the images stay the same to the bit.
     """
 
     backbone: Backbone
@@ -59,6 +65,7 @@ class BlendSampler:
     negative_prompt: str | None
     seed: int
     noise: FlowNoise | None = None
+    kl: bool = False
 
     def __post_init__(self) -> None:
         self.solver = solver_of(self.backbone, self.num_inference_steps, self.eta, self.noise)
@@ -67,8 +74,11 @@ class BlendSampler:
         """Refuse what would fail later; draws nothing from torch's global generator. Adapters need not be loaded yet.
 
         Raises:
-            ValueError: wrong weights, a reward that is not there, settings a method refuses.
+            ValueError: wrong weights, a reward that is not there, settings a method refuses; steps without noise where
+                the KL is to be measured.
         """
+        if self.kl:
+            check_noise(self.solver)
         for spec in specs:
             spec.blend().start(spec.adapters, 1, self.num_inference_steps, [torch.Generator()])
             self._steering(spec)
@@ -87,8 +97,8 @@ class BlendSampler:
         return resolve_steering(spec.method, used, weights or None, spec.kl_scale, options=spec.options)
 
     @torch.no_grad()
-    def generate(self, batch: Mapping[str, Any], spec: BlendSpec) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] of a prompt batch."""
+    def generate(self, batch: Mapping[str, Any], spec: BlendSpec, on_step: OnStep | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of a prompt batch; ``on_step`` sees every step."""
         ids, seeds = batch["prompt_id"].tolist(), batch["seed"].tolist()
         noise = ImageNoise.of(self.seed, ids, seeds, self.backbone.device, stream="evaluation")
         with self.backbone.adapters.only(spec.adapters):
@@ -99,6 +109,7 @@ class BlendSampler:
                 spec.blend(),
                 noise,
                 guidance_scale=self.guidance_scale,
+                on_step=on_step,
                 steering=self._steering(spec),
                 prompts=batch["prompt"],
             )
@@ -109,12 +120,14 @@ class BlendSampler:
         """Generate a prompt batch and score it with every reward."""
         device = self.backbone.device
         self.backbone.rows_run = 0
+        steps: list[StepRecord] = []
         start = _now(device)
-        images = self.generate(batch, spec)
+        images = self.generate(batch, spec, steps.append if self.kl and self.no_kl(spec) is None else None)
         seconds = (_now(device) - start) / len(images)
         denoiser_rows = self.backbone.rows_run / len(images)
         scores = {name: reward.score(images, batch["prompt"]).tolist() for name, reward in self.rewards.items()}
         thumbnails = thumbnail(images)
+        measured = {"kl": self._path_kl(batch, spec, steps)} if self.kl else {}
         rows = []
         for index, prompt in enumerate(batch["prompt"]):
             row = spec.columns() | {
@@ -125,9 +138,30 @@ class BlendSampler:
                 "denoiser_rows": denoiser_rows,
                 "thumbnail": thumbnails[index].numpy().tobytes(),
                 **_category(batch, index),
+                **{name: values[index] for name, values in measured.items()},
             }
             rows.append(row | {f"reward/{name}": values[index] for name, values in scores.items()})
         return Scored(images, rows)
+
+    def no_kl(self, spec: BlendSpec) -> str | None:
+        """Why a method's images have no path KL; None where they have one."""
+        steering = self._steering(spec)
+        return None if steering is None else type(steering).no_kl
+
+    def _path_kl(self, batch: Mapping[str, Any], spec: BlendSpec, steps: Sequence[StepRecord]) -> list[float]:
+        """Path KL of each image in nats, from the steps that made it; NaN where there is none."""
+        if self.no_kl(spec) is not None:
+            return [math.nan] * len(batch["prompt"])
+        conditioning = self.backbone.encode(batch["prompt"], self.negative_prompt)
+
+        def base(step: StepRecord) -> Tensor:
+            if isinstance(spec.blend(), Base):
+                return step.output
+            scaled = self.solver.scale(step.latents, step.step_index)
+            timesteps = step.timestep.to(scaled.device).expand(len(scaled))
+            return self.backbone.denoise(scaled, timesteps, conditioning, self.guidance_scale)
+
+        return path_kl(self.solver, steps, base).tolist()
 
 
 def _category(batch: Mapping[str, Any], index: int) -> dict[str, str]:

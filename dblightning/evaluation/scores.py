@@ -1,8 +1,9 @@
 """The score table, one row per image: its file, its checks, and what its blends are.
 
 Columns: ``order``, ``blend``, ``method``, ``kl_scale``, ``ls_schedule``, ``adapter``, ``options`` (JSON),
-``weight/<name>``, ``prompt_id``, ``prompt``, ``seed``, ``seconds``, ``denoiser_rows``, ``reward/<name>`` and
-``thumbnail`` (bytes of an 8×8×3 uint8 image). What made the table, the record, is JSON in the file's metadata.
+``weight/<name>``, ``prompt_id``, ``prompt``, ``seed``, ``seconds``, ``denoiser_rows``, ``kl`` (path KL to the base,
+nats; where it was measured), ``reward/<name>`` and ``thumbnail`` (bytes of an 8×8×3 uint8 image). What made the table,
+the record, is JSON in the file's metadata.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ NAMES = {
     "rewarded-soup-factors": "Rewarded Soup (factors)",
     "code": "CoDe",
     "rgg": "RGG",
+    "best-of-n": "best of N",
     "morl": "MORL (oracle)",
 }
 #: methods that are the single adapter itself where one weight is 1

@@ -26,8 +26,8 @@ class BlendSpec:
     """One method with its preference.
 
     Args:
-        method: base, single, db-mpa, db-kla, db-mpa-ls, rewarded-soup, rewarded-soup-factors, code, rgg or morl; or
-            the dotted path of a ``Blend`` or ``Steering`` class of your own, such as my_package.MyBlend.
+        method: base, single, db-mpa, db-kla, db-mpa-ls, rewarded-soup, rewarded-soup-factors, code, rgg, best-of-n or
+            morl; or the dotted path of a ``Blend`` or ``Steering`` class of your own, such as my_package.MyBlend.
         weights: reward → weight, each ≥ 0, sum 1; none for base. Adapters carry the names of the rewards they were
             trained on. For morl it is the preference its adapter was trained for.
         kl_scale: λ of DB-KLA; 1 is plain. For morl: the λ its adapter was retrained for, with KL weight α/λ.

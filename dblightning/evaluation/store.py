@@ -36,12 +36,14 @@ class Evaluation:
         adapters: name → SHA-256 of the weights of every adapter some blend runs.
         blends: what runs.
         prompts: prompt_id → text of the prompts it visits, as far as they are known beforehand.
+        columns: what every row must have beside its scores; images whose rows lack one are made again.
     """
 
     settings: Mapping[str, Any]
     adapters: Mapping[str, str] = field(default_factory=dict)
     blends: Sequence[BlendSpec] = ()
     prompts: Mapping[int, str] = field(default_factory=dict)
+    columns: Sequence[str] = ()
 
 
 class RowStore:
@@ -79,7 +81,7 @@ class RowStore:
         self._check_adapters(rows, adapters, evaluation)
         self._check_blends(rows, evaluation.blends)
         self._check_prompts(rows, evaluation.prompts)
-        return {key_of(row) for row in rows}
+        return {key_of(row) for row in rows if all(name in row for name in evaluation.columns)}
 
     def open(self, evaluation: Evaluation, rank: int = 0) -> set[Key]:
         """:meth:`check`, then start this process's file; rank 0 also writes down what the rows depend on."""
@@ -102,6 +104,8 @@ class RowStore:
     def read(self) -> list[dict[str, Any]]:
         """Every row of every process, in no order that means something; one row per image, the latest.
 
+        A column that one row of an image has and another lacks is in its row.
+
         Raises:
             ValueError: a line that is not a row; the file and the line are named.
         """
@@ -113,7 +117,7 @@ class RowStore:
             for number, line in enumerate(lines, start=1):
                 try:
                     row = _decoded(json.loads(line))
-                    rows[key_of(row)] = row
+                    rows[key_of(row)] = rows.get(key_of(row), {}) | row
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise ValueError(
                         f"{file}, line {number} is not a row of scores ({error!r}); delete that line, and its image is "

@@ -1,0 +1,234 @@
+"""Methods on equal terms: r(w) at equal KL to the base model, and the best within a cost.
+
+A blend of larger λ has more reward and a larger KL, so methods of one preference are compared where both have the same.
+Between the points of a method, which begin at the base, the gain is taken as linear in √KL: near the base the gain
+grows as λ and the KL as λ².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from dblightning.evaluation.analysis import KL, Estimates
+from dblightning.evaluation.baselines import BEST_SINGLE
+from dblightning.evaluation.cells import (
+    Points,
+    adapter_names,
+    best_blends,
+    cell,
+    decimals,
+    oracle_variants,
+    preference_points,
+)
+from dblightning.evaluation.comparisons import (
+    Comparison,
+    Verdict,
+    by_weights,
+    listed,
+    mixed,
+    reference_variant,
+    verdict,
+)
+from dblightning.evaluation.intervals import interval
+from dblightning.evaluation.scores import weights_label
+from dblightning.evaluation.table_formats import Table
+
+Weights = tuple[float, ...]
+
+
+def has_kl(estimates: Estimates) -> bool:
+    """Whether the evaluation measured the KL to the base."""
+    return KL in estimates.quantities
+
+
+def families(points: Mapping[str, Points]) -> dict[str, dict[Weights, list[str]]]:
+    """Variants that differ in λ alone as one: name → weights → labels."""
+    found: dict[str, dict[Weights, list[str]]] = {}
+    for variant, blends in points.items():
+        family = found.setdefault(variant.partition(" λ=")[0], {})
+        for weights, blend in mixed(blends).items():
+            family.setdefault(weights, []).append(blend)
+    return found
+
+
+def gains_at(kl: np.ndarray, gains: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Gains at a KL between a method's points and the base, linear in √KL.
+
+    >>> gains_at(np.array([[4.0, 1.0]]), np.array([[3.0, 2.0]]), np.array([2.25]))  # halfway from 1 to 2 in √KL
+    array([2.5])
+
+    Args:
+        kl: of the points, ≥ 0, (samples, points).
+        gains: of the points, (samples, points).
+        at: ≤ the largest KL of each sample, (samples,).
+    """
+    order = np.argsort(kl, axis=1)
+    start = np.zeros((len(kl), 1))
+    x = np.concatenate([start, np.sqrt(np.take_along_axis(kl, order, 1))], axis=1)
+    y = np.concatenate([start, np.take_along_axis(gains, order, 1)], axis=1)
+    right = np.clip((x < np.sqrt(at)[:, None]).sum(axis=1), 1, x.shape[1] - 1)
+    rows = np.arange(len(x))
+    x0, x1, y0, y1 = x[rows, right - 1], x[rows, right], y[rows, right - 1], y[rows, right]
+    width = x1 - x0
+    return y0 + (y1 - y0) * np.divide(np.sqrt(at) - x0, width, out=np.ones_like(width), where=width > 0)
+
+
+def compare_at_equal_kl(estimates: Estimates, rewards: Sequence[str]) -> list[Comparison]:
+    """r(w) of the reference variant less another's where both have the KL that the lesser one reaches, by preference.
+
+    Empty without KL or base. The points of every λ that was run are a method's curve from the base on.
+    """
+    points = preference_points(estimates, rewards)
+    reference = reference_variant(estimates, points)
+    if reference is None or not has_kl(estimates):
+        return []
+    found = families(points)
+    own = found.pop(reference.partition(" λ=")[0])
+    compared = []
+    for variant, blends in found.items():
+        for weights in own.keys() & blends.keys():
+            difference = _at_equal_kl(estimates, own[weights], blends[weights])
+            if np.isfinite(difference[0]):
+                compared.append(Comparison(variant, weights, *difference))
+    order = {variant: rank for rank, variant in enumerate(found)}
+    return sorted(compared, key=lambda each: (order[each.variant], each.weights))
+
+
+def _at_equal_kl(estimates: Estimates, first: Sequence[str], second: Sequence[str]) -> tuple[float, float, float]:
+    """Gain of one curve less another's at the KL that both reach, with the ends of the paired interval."""
+    columns = [estimates.quantities.index(name) for name in (KL, "weighted_gain")]
+    curves = []
+    for blends in (first, second):
+        rows = [estimates.row(blend) for blend in blends]
+        rows = [row for row in rows if np.isfinite(estimates.values[row, columns]).all()]
+        if not rows:
+            return np.nan, np.nan, np.nan
+        values, draws = estimates.values[rows][:, columns], estimates.draws[:, rows][:, :, columns]
+        curves.append(np.concatenate([values[None], draws]))  # the estimate, then the draws
+    at = np.minimum(*(curve[:, :, 0].max(axis=1) for curve in curves))
+    one, two = (gains_at(curve[:, :, 0], curve[:, :, 1], at) for curve in curves)
+    low, high = interval((one - two)[1:], estimates.units, estimates.level)
+    return float(one[0] - two[0]), float(low), float(high)
+
+
+def equal_kl_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
+    """r(w) less the reference variant's at equal KL, paired image by image; positive is better than it."""
+    found = compare_at_equal_kl(estimates, rewards)
+    reference = reference_variant(estimates, preference_points(estimates, rewards))
+    digits = decimals([(each.high - each.low) / 2 for each in found])
+    cells = {
+        (each.variant, each.weights): cell((-each.value, -each.high, -each.low), digits, sign=True) for each in found
+    }
+    caption = f"r(w) less that of {reference} at the KL to the base that both reach, paired"
+    return by_weights("equal_kl", caption, rewards, cells)
+
+
+def kl_values_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
+    """Path KL to the base by preference and method."""
+    points = preference_points(estimates, rewards) if has_kl(estimates) else {}
+    found = {
+        (variant, weights): estimates.of(blend, KL)
+        for variant, blends in points.items()
+        for weights, blend in blends.items()
+    }
+    found = {key: value for key, value in found.items() if np.isfinite(value[0])}
+    digits = decimals([(high - low) / 2 for _, low, high in found.values()])
+    cells = {key: cell(value, digits) for key, value in found.items()}
+    return by_weights("path_kl", "Path KL to the base model, nats", rewards, cells)
+
+
+# ── at equal cost ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def costs(estimates: Estimates) -> tuple[str, dict[str, float]]:
+    """What an image costs by blend, and in what: denoiser rows where they were counted, else seconds."""
+    rows = estimates.rows
+    unit = "denoiser_rows" if rows["denoiser_rows"].notna().any() else "seconds"
+    return unit, dict(zip(rows["blend"], rows[unit].astype(float), strict=True))
+
+
+def best_by_cost(estimates: Estimates, rewards: Sequence[str]) -> dict[Weights, list[tuple[float, list[str]]]]:
+    """By preference: each cost from which on other methods than before are best, and which; oracles take no part.
+
+    The methods are those of the highest r(w) among all that cost no more, and those that are not distinguishable from
+    it.
+    """
+    points, oracles = preference_points(estimates, rewards), oracle_variants(estimates)
+    _, cost = costs(estimates)
+    found: dict[Weights, list[tuple[float, list[str]]]] = {}
+    for weights in sorted({weights for blends in points.values() for weights in mixed(blends)}):
+        here = {
+            blends[weights]: variant
+            for variant, blends in points.items()
+            if weights in blends and variant not in oracles and np.isfinite(cost[blends[weights]])
+        }
+        levels: list[tuple[float, list[str]]] = []
+        # a method's rows differ by parts of a percent between batches
+        for budget in sorted({float(f"{cost[blend]:.3g}") for blend in here}):
+            within = [blend for blend in here if float(f"{cost[blend]:.3g}") <= budget]
+            best = best_blends(estimates, within, "weighted")
+            names = [here[blend] for blend in within if blend in best]
+            if names and (not levels or levels[-1][1] != names):
+                levels.append((budget, names))
+        if levels:
+            found[weights] = levels
+    return found
+
+
+def cost_best_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
+    """The best methods within a cost, by preference."""
+    unit = costs(estimates)[0].replace("_", " ")
+    rows = [
+        (f"w = {weights_label(weights)}", f"{budget:g}", ", ".join(names))
+        for weights, levels in best_by_cost(estimates, rewards).items()
+        for budget, names in levels
+    ]
+    frame = pd.DataFrame([row[1:] for row in rows], columns=[f"{unit} / image, at most", "best r(w)"], dtype=object)
+    frame = frame.set_axis(pd.Index([row[0] for row in rows], name=" / ".join(rewards)), axis=0)
+    caption = f"The best without retraining among all that cost no more; w weighs {rewards[0]}"
+    return Table("best_by_cost", caption, frame)
+
+
+# ── in words ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def whole_verdict(estimates: Estimates, rewards: Sequence[str]) -> Verdict:
+    """The verdict on these rewards, then who wins at equal KL and within a cost."""
+    title, lines = verdict(estimates, rewards)
+    return Verdict(title, lines + _kl_lines(estimates, rewards) + _cost_lines(estimates, rewards))
+
+
+def _kl_lines(estimates: Estimates, rewards: Sequence[str]) -> list[tuple[str, str]]:
+    points, oracles = preference_points(estimates, rewards), oracle_variants(estimates)
+    reference = reference_variant(estimates, points)
+    found = [each for each in compare_at_equal_kl(estimates, rewards) if np.isfinite(each.low)]
+    fair = [each for each in found if each.variant not in oracles]
+    singles = adapter_names(estimates, points.get(BEST_SINGLE, {}))
+    total = len(mixed(points[reference])) if reference is not None else 0
+    kinds = {
+        "loses to": [each for each in fair if each.high < 0],
+        "beats": [each for each in fair if each.low > 0],
+        "is not distinguishable from": [each for each in fair if each.low <= 0 <= each.high],
+    }
+    return [(f"At equal KL {reference} {kind}", listed(part, total, singles)) for kind, part in kinds.items() if part]
+
+
+def _cost_lines(estimates: Estimates, rewards: Sequence[str]) -> list[tuple[str, str]]:
+    text = cost_sentence(estimates, rewards)
+    return [("Best within a cost, without retraining", text)] if text else []
+
+
+def cost_sentence(estimates: Estimates, rewards: Sequence[str]) -> str:
+    """The best methods within a cost, in words; empty for more than six preferences, which the table has."""
+    found, unit = best_by_cost(estimates, rewards), costs(estimates)[0].replace("_", " ")
+    if len(found) > 6 or all(len(levels) < 2 for levels in found.values()):
+        return ""
+    texts = [
+        f"at w = {weights_label(weights)} "
+        + ", then ".join(f"{' or '.join(names)} from {budget:g}" for budget, names in levels)
+        for weights, levels in found.items()
+    ]
+    return f"{'; '.join(texts)} {unit} per image."
