@@ -144,10 +144,19 @@ def kl_values_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
 
 
 def costs(estimates: Estimates) -> tuple[str, dict[str, float]]:
-    """What an image costs by blend, and in what: denoiser rows where they were counted, else seconds."""
+    """Cost of an image by blend, and its unit: denoiser rows where they were counted, else seconds.
+
+    RGG's gradients through decoder and reward are no rows: it costs the base's rows times its seconds over the base's.
+    """
     rows = estimates.rows
     unit = "denoiser_rows" if rows["denoiser_rows"].notna().any() else "seconds"
-    return unit, dict(zip(rows["blend"], rows[unit].astype(float), strict=True))
+    cost = dict(zip(rows["blend"], rows[unit].astype(float), strict=True))
+    base = rows[rows["method"] == "base"]
+    if unit == "denoiser_rows" and len(base) and base["seconds"].iloc[0] > 0:
+        per_second = float(base["denoiser_rows"].iloc[0] / base["seconds"].iloc[0])
+        for blend, seconds in rows.loc[rows["method"] == "rgg", ["blend", "seconds"]].itertuples(index=False):
+            cost[blend] = float(np.fmax(cost[blend], per_second * seconds))
+    return unit, cost
 
 
 def best_by_cost(estimates: Estimates, rewards: Sequence[str]) -> dict[Weights, list[tuple[float, list[str]]]]:
@@ -170,8 +179,9 @@ def best_by_cost(estimates: Estimates, rewards: Sequence[str]) -> dict[Weights, 
         for budget in sorted({float(f"{cost[blend]:.3g}") for blend in here}):
             within = [blend for blend in here if float(f"{cost[blend]:.3g}") <= budget]
             best = best_blends(estimates, within, "weighted")
-            names = [here[blend] for blend in within if blend in best]
-            if names and (not levels or levels[-1][1] != names):
+            order = sorted(best, key=lambda blend: -estimates.of(blend, "weighted")[0])
+            names = [here[blend] for blend in order]
+            if names and (not levels or set(levels[-1][1]) != set(names)):
                 levels.append((budget, names))
         if levels:
             found[weights] = levels
@@ -228,7 +238,14 @@ def cost_sentence(estimates: Estimates, rewards: Sequence[str]) -> str:
         return ""
     texts = [
         f"at w = {weights_label(weights)} "
-        + ", then ".join(f"{' or '.join(names)} from {budget:g}" for budget, names in levels)
+        + ", then ".join(f"{_one_of(names)} from {budget:g}" for budget, names in levels)
         for weights, levels in found.items()
     ]
     return f"{'; '.join(texts)} {unit} per image."
+
+
+def _one_of(names: Sequence[str], most: int = 3) -> str:
+    """Methods that are not distinguishable, the best first: all of a few, else the first and a number."""
+    if len(names) <= most:
+        return " or ".join(names)
+    return f"{names[0]} (or {len(names) - 1} others, not distinguishable)"

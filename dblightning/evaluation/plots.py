@@ -244,6 +244,7 @@ def kl_figure(estimates: Estimates, rewards: Sequence[str], panels: int = 4) -> 
     if not shown:
         return None
     figure, axes = _gain_panels(shown)
+    largest = 0.0
     for axis, weights in zip(axes, shown, strict=True):
         for variant, blends in found.items():
             values = np.array([[*estimates.of(each, KL), *estimates.of(each, "weighted_gain")]
@@ -252,6 +253,7 @@ def kl_figure(estimates: Estimates, rewards: Sequence[str], panels: int = 4) -> 
             if not len(values):
                 continue
             values = values[np.argsort(values[:, 0])]
+            largest = max(largest, values[-1, 0])
             named = [each for each in styles if each == variant or each.startswith(f"{variant} λ=")]
             colour, marker = styles[named[0]]
             half = np.abs(np.stack([values[:, 3] - values[:, 4], values[:, 5] - values[:, 3]]))
@@ -259,8 +261,8 @@ def kl_figure(estimates: Estimates, rewards: Sequence[str], panels: int = 4) -> 
             axis.errorbar(values[:, 0], values[:, 3], None if np.isnan(half).all() else half, fmt=marker, color=colour,
                           markersize=5, elinewidth=0.8, label=figure_text(variant))  # fmt: skip
         axis.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
-        axis.set_xlim(left=0)
         axis.set_xlabel("path KL to the base, nats")
+    axes[0].set_xlim(0, 1.05 * largest or None)
     _shared_legend(figure, axes)
     return figure
 

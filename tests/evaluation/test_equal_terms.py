@@ -14,6 +14,7 @@ from dblightning.evaluation.equal_terms import (
     best_by_cost,
     compare_at_equal_kl,
     cost_best_table,
+    costs,
     equal_kl_table,
     gains_at,
     kl_values_table,
@@ -113,6 +114,16 @@ def test_the_best_within_a_cost_is_the_best_of_all_that_cost_no_more() -> None:
     assert cost_best_table(estimates, NAMES).cells["best r(w)"].tolist() == [
         "Rewarded Soup (exact)", "DB-MPA λ=2", "CoDe",
     ]  # fmt: skip
+
+
+def test_gradients_cost_time_that_rows_do_not_show() -> None:
+    frame = table()
+    steered = frame["blend"] == "code"
+    frame.loc[steered, ["method", "denoiser_rows", "seconds"]] = ["rgg", 10.0, 4.7]
+    frame.loc[~steered, "seconds"] = 1.0
+    unit, cost = costs(estimate(frame))
+    assert unit == "denoiser_rows" and cost["code"] == pytest.approx(47.0) and cost["mpa"] == 20.0
+    assert best_by_cost(estimate(frame), NAMES)[W][-1] == (47.0, ["RGG"])
 
 
 def test_an_oracle_is_not_the_best_within_a_cost() -> None:
