@@ -38,7 +38,7 @@ def sampler(folder: Path, kl: bool = True, eta: float = 1.0) -> BlendSampler:
     for seed, name in enumerate(("a", "b")):
         backbone.adapters.add(name, seed=seed)
         randomize(backbone.adapters, name, seed)
-    return BlendSampler(backbone, {"a": Brightness(), "b": Redness()}, STEPS, eta, GUIDANCE, None, 7, kl)
+    return BlendSampler(backbone, {"a": Brightness(), "b": Redness()}, STEPS, eta, GUIDANCE, None, 7, kl=kl)
 
 
 def ddim(alpha: Tensor, before: Tensor, epsilon: Tensor, x: Tensor) -> Normal:
