@@ -14,11 +14,13 @@ from dblightning.objectives.advantages import PromptStatistics, advantages
 from dblightning.objectives.base import Objective
 from dblightning.objectives.kl import KLTerm
 from dblightning.objectives.old_policy import OldPolicy
+from dblightning.objectives.per_reward import Judged, per_reward_advantages
 from dblightning.objectives.value import ValueFunction
 from dblightning.replay import ReplayBuffer, Transitions
 from dblightning.rewards.base import RewardMetric
 from dblightning.rollout import Trajectory
 from dblightning.settings import check
+from dblightning.training_rules import parts_problem
 from dblightning.training_settings import TrainingSettings
 
 #: vectors of prompts, (B, P), by their ids, int64 (B,)
@@ -64,6 +66,9 @@ class Learner(nn.Module):
         self.texts = texts
         self.place = place
         self.suffix = "" if alone else f"/{name}"
+        if settings.advantage.per_reward:
+            for problem in parts_problem(type(reward).__name__, len(reward.part_names)):
+                raise ValueError(problem)
         self.kl = KLTerm(settings.kl, seed)
         self.old = old
         self.statistics = PromptStatistics.of(settings.advantage)
@@ -94,12 +99,37 @@ class Learner(nn.Module):
 
     # ── what is stored ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def chosen(self, prompt_ids: Tensor, rewards: Tensor) -> Tensor:
+    def judged(self, prompt_ids: Tensor, parts: Tensor, finite: Tensor) -> Judged | None:
+        """Samples of all ranks by each part of the reward, where the advantage is per reward; None elsewhere.
+
+        Args:
+            prompt_ids: int64 (N,).
+            parts: (N, parts).
+            finite: which have a finite reward, bool (N,); the others get NaN.
+        """
+        if not self.settings.advantage.per_reward:
+            return None
+        reward: Any = self.reward
+        named = dict(zip(reward.part_names, parts[finite].T, strict=False))
+        deviation = self.settings.advantage.deviation
+        return per_reward_advantages(prompt_ids[finite], named, reward.weights, deviation).among(finite)
+
+    def chosen(self, prompt_ids: Tensor, rewards: Tensor, judged: Judged | None = None) -> Tensor:
         """Which of a rollout's samples of all ranks are trained on, bool (B,), besides a finite reward."""
         chosen = self.objective.kept(prompt_ids, rewards)
-        return chosen & self.statistics.varied(prompt_ids) if self.settings.advantage.drop_flat_groups else chosen
+        if not self.settings.advantage.drop_flat_groups:
+            return chosen
+        return chosen & (self.statistics.varied(prompt_ids) if judged is None else judged.varied)
 
-    def store(self, trajectory: Trajectory, prompt_ids: Tensor, reward: Tensor, kept: Tensor, num_steps: int) -> None:
+    def store(
+        self,
+        trajectory: Trajectory,
+        prompt_ids: Tensor,
+        reward: Tensor,
+        kept: Tensor,
+        num_steps: int,
+        advantage: Tensor | None = None,
+    ) -> None:
         """Put samples into the buffer, with their prompts' statistics.
 
         Args:
@@ -108,10 +138,13 @@ class Learner(nn.Module):
             reward: (B,).
             kept: which of them, bool (B,), on the CPU.
             num_steps: stored steps of a trajectory.
+            advantage: in place of the reward's own, (B,), on the CPU.
         """
         rows, kept = kept.nonzero().flatten(), kept.to(reward.device)
         scores = reward[kept]
         baseline, scale = self.statistics(prompt_ids[rows]) if len(rows) else (scores, scores)
+        if advantage is not None:
+            baseline, scale = scores - advantage[rows].to(scores), torch.ones_like(scores)
         buffer = self.buffer(len(reward), num_steps, trajectory.latents)
         if self.settings.replay.buffer_size is None:
             buffer.clear()
@@ -133,7 +166,7 @@ class Learner(nn.Module):
     def allocate(self, capacity: int, steps: int, latent_shape: Sequence[int], device: torch.device) -> ReplayBuffer:
         """A new replay buffer."""
         means = "mean" in self.objective.stores
-        self.replay = ReplayBuffer(capacity, steps, latent_shape, device, means, self.place)
+        self.replay = ReplayBuffer(capacity, steps, latent_shape, device, means, self.settings.kl.to_go, self.place)
         return self.replay
 
     def held(self) -> tuple[int, list[int]]:
@@ -157,12 +190,12 @@ class Learner(nn.Module):
         return value
 
     @torch.no_grad()
-    def advantages(self, transitions: Transitions) -> Tensor:
-        """Advantage of each transition, (B,)."""
-        settings = self.settings.advantage
+    def advantages(self, transitions: Transitions, rollout: int) -> Tensor:
+        """Advantage of each transition, (B,), after so many rollouts."""
+        settings, alpha = self.settings.advantage, self.kl.weight_at(rollout) / self.settings.optimisation.reward_weight
         with torch.autocast(transitions.latents.device.type, enabled=False):
             value = self.value(transitions) if self.uses_value else None
-        return advantages(transitions, settings.baseline, value, settings.normalize, settings.clip)
+        return advantages(transitions, settings.baseline, value, settings.normalize, settings.clip, alpha)
 
     # ── an update that fails ─────────────────────────────────────────────────────────────────────────────────────────
 

@@ -136,7 +136,8 @@ class RewardRLModule(RewardGradients):
         sampling, backbone, names = self.settings.sampling, self.backbone, self.adapter_names
         steps = sampling.num_inference_steps
         self.solver = solver_of(backbone, steps, sampling.eta, sampling.noise)
-        means, old = "mean" in self.objective.stores, [each.old.name for each in self.learners if each.old.name]
+        means = "mean" in self.objective.stores or self.settings.kl.to_go
+        old = [each.old.name for each in self.learners if each.old.name]
         evaluation = solver_of(backbone, sampling.eval_steps or steps, sampling.eta, sampling.noise)
         run = (backbone, self.solver, names, sampling, self.seed, rank_zero_info)
         self.sampler = RolloutSampler(*run, means, old or None, evaluation)
@@ -174,18 +175,18 @@ class RewardRLModule(RewardGradients):
 
     def _policy_round(self, batch: dict[str, Any]) -> Round:
         """One rollout and the updates that follow it, by score function."""
-        trajectory, images, reward, sampled = self._scored_rollout(batch)
-        scored = time.perf_counter()
+        trajectory, images, scores, sampled = self._scored_rollout(batch)
+        reward, scored = scores[:, 0], time.perf_counter()
         for learner in self.learners:
             own = learner.rows(len(batch["prompt"]))
             learner.latest_images = (images[own], list(batch["prompt"]), reward[own])
-        self._store(trajectory, batch, reward)
+        self._store(trajectory, batch, scores)
         with self._no_ddp_sync(), self._profile("update"):
             updates = [*([self.update_value()] if self.uses_value else []), self.update_policy()]
         return Round(updates, reward, sampled, scored)
 
     def _scored_rollout(self, batch: dict[str, Any]) -> tuple[Trajectory, Tensor, Tensor, float]:
-        """Trajectories, images, rewards (m · B,), and when sampling ended (``time.perf_counter``)."""
+        """Trajectories, images, their scores (m · B, 1 + parts), and when sampling ended (``time.perf_counter``)."""
         with (
             self.ranks.together("a rollout or its reward"),
             self._until_all_know() as given_up,
@@ -202,10 +203,11 @@ class RewardRLModule(RewardGradients):
             sampled = time.perf_counter()
             with self._profile("reward"):
                 waited = [part.result() for part in parts]
-                reward = torch.cat(waited) if parts else self.score_rows(images, self.sampler.rows(batch))
-                reward = reward.where(torch.isfinite(trajectory.log_probs).all(0).to(reward.device), torch.nan)
+                scores = torch.cat(waited) if parts else self.score_rows(images, self.sampler.rows(batch))
+                finite = torch.isfinite(trajectory.log_probs).all(0).to(scores.device)
+                scores = scores.where(finite[:, None], torch.nan)
         self._stop_if_unavailable(given_up)
-        return trajectory, images, reward, sampled
+        return trajectory, images, scores, sampled
 
     def roll_out(self, batch: dict[str, Any], take: Take | None = None) -> tuple[Trajectory, Tensor]:
         """Sample the batch's B prompts with each of the m adapters as it is: trajectories and images (m · B, …)."""
@@ -302,7 +304,9 @@ class RewardRLModule(RewardGradients):
         """
         policy, losses, metrics = self.policy, [], []
         watched = self._watch(parts, kl_rows)
-        parts = [(learner, each._replace(advantage=learner.advantages(each))) for learner, each in parts]
+        parts = [
+            (learner, each._replace(advantage=learner.advantages(each, self.rollouts_done))) for learner, each in parts
+        ]
         policy.expect([transitions for _, transitions in parts])
         for (learner, transitions), seen in zip(parts, watched, strict=True):
             loss, own = learner.objective.loss(policy, transitions)
@@ -348,7 +352,7 @@ class RewardRLModule(RewardGradients):
 
     def advantages(self, transitions: Transitions) -> Tensor:
         """Advantage of each transition of the (first) adapter, (B,)."""
-        return self.learners[0].advantages(transitions)
+        return self.learners[0].advantages(transitions, self.rollouts_done)
 
     def _vectors(self, prompt_ids: Tensor) -> Tensor:
         return self.backbone.encode(self._texts(prompt_ids), self.settings.sampling.negative_prompt).pooled

@@ -25,6 +25,7 @@ from dblightning.training_rules import (
     gradient_problems,
     group_problem,
     group_size_problem,
+    parts_problem,
 )
 from dblightning.weights import check_kl_scale, check_weights
 
@@ -97,6 +98,11 @@ def _check_together(model: Mapping[str, Any], data: Any) -> None:
     path = str(objective.get("class_path", ""))
     if path.removeprefix("dblightning.objectives.") == "RewardGradient":
         found += gradient_problems(groups, {**(objective.get("init_args") or {}), **objective})
+    reward = groups.get("reward") or {}
+    kind = str(reward.get("class_path", "")).rpartition(".")[2]
+    own = str(reward.get("class_path", "")).startswith("dblightning.")
+    if own and kind != "WeightedReward" and (groups.get("advantage") or {}).get("per_reward") is True:
+        found += parts_problem(kind, 0)
     if path.removeprefix("dblightning.objectives.") in FORWARD_OBJECTIVES:
         found += forward_problems(path.rpartition(".")[2], groups)
     if path.removeprefix("dblightning.objectives.") in GROUP_OBJECTIVES:

@@ -33,6 +33,7 @@ class Transitions(NamedTuple):
     age: Tensor  # (N,) int64, rollouts since it was sampled (0: the latest)
     advantage: Tensor = ABSENT  # (N,), filled in for an objective's loss
     mean: Tensor = ABSENT  # (N, C, h, w) of the step under the policy that sampled it, where it is stored
+    kl_to_go: Tensor = ABSENT  # (N,) nats, KL of the trajectory's later steps less its mean, where it is stored
     adapter: Tensor = ABSENT  # int64 (N,), on the CPU: place of the adapter that sampled it; absent: the run's only one
 
     def at(self, rows: Tensor) -> Transitions:
@@ -61,6 +62,7 @@ class ReplayBuffer:
         latent_shape: (C, h, w).
         device: where the latents are kept.
         keep_means: store each step's mean too, about as much memory again.
+        keep_kl_to_go: store each step's KL to go too.
         adapter: place, among the adapters in training, of the one whose trajectories these are.
     """
 
@@ -73,6 +75,7 @@ class ReplayBuffer:
         latent_shape: Sequence[int],
         device: torch.device | str = "cpu",
         keep_means: bool = False,
+        keep_kl_to_go: bool = False,
         adapter: int = 0,
     ) -> None:
         if capacity < 1:
@@ -90,7 +93,10 @@ class ReplayBuffer:
         self.born = torch.zeros(capacity, dtype=torch.long)
         self.rows = torch.zeros(capacity, dtype=torch.long)
         self.starts = torch.zeros(capacity, dtype=torch.long)  # index of its first stored step in the solver's schedule
-        self.tensors = (*TENSORS, "means") if keep_means else TENSORS
+        wanted = {"means": keep_means, "kl_to_go": keep_kl_to_go}
+        self.tensors = (*TENSORS, *(name for name, kept in wanted.items() if kept))
+        if keep_kl_to_go:
+            self.kl_to_go = torch.zeros(capacity, num_steps, device=device)
         if keep_means:
             self.means = torch.zeros(capacity, num_steps, *latent_shape, device=device)
         self.size = 0  # trajectories held
@@ -128,6 +134,8 @@ class ReplayBuffer:
         self.log_probs[at] = trajectory.log_probs.T[keep].to(self.log_probs)
         if trajectory.means is not None and "means" in self.tensors:
             self.means[at] = trajectory.means.transpose(0, 1)[keep].to(self.means)
+        if trajectory.kl_to_go is not None and "kl_to_go" in self.tensors:
+            self.kl_to_go[at] = trajectory.kl_to_go.T[keep].to(self.kl_to_go)
         self.facts[at] = facts[keep].to(self.facts)
         self.prompt_ids[slots] = prompt_ids[keep].cpu()
         self.born[slots] = self.rollouts
@@ -154,6 +162,8 @@ class ReplayBuffer:
         }
         if "means" in self.tensors:
             gathered["mean"] = self.means[rows, steps]
+        if "kl_to_go" in self.tensors:
+            gathered["kl_to_go"] = self.kl_to_go[rows, steps]
         moved = {name: part.to(device, non_blocking=True) for name, part in gathered.items()}
         step_index = step_index + self.starts[trajectory]
         adapter = torch.full_like(trajectory, self.adapter)
@@ -270,11 +280,15 @@ class ReplayBuffer:
         Raises:
             ValueError: trajectories of another shape, or without the means that are stored here.
         """
-        if "means" in self.tensors and "means" not in state and state["size"] > 0:
-            raise ValueError(
-                "the checkpoint's replay buffer holds no means of its steps, and this run's objective needs them; "
-                "resume with the objective that it was trained with, or start a new run from its exported adapter"
-            )
+        for name, what, who in (
+            ("means", "means", "objective needs them"),
+            ("kl_to_go", "KL to go", "kl.to_go needs it"),
+        ):
+            if name in self.tensors and name not in state and state["size"] > 0:
+                raise ValueError(
+                    f"the checkpoint's replay buffer holds no {what} of its steps, and this run's {who}; "
+                    "resume with the settings that it was trained with, or start a new run from its exported adapter"
+                )
         if state["latents"].shape[1:] != self.latents.shape[1:]:
             raise ValueError(
                 f"the checkpoint's replay buffer holds trajectories of shape {tuple(state['latents'].shape[1:])}, this "

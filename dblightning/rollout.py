@@ -26,6 +26,7 @@ class Trajectory(NamedTuple):
     start: int = 0  # index of the first of them in the solver's schedule
     final: Tensor | None = None  # (B, C, h, w), where the image is not latents[T]
     means: Tensor | None = None  # (T, B, C, h, w) of each step's Gaussian, where an objective asks for them
+    kl_to_go: Tensor | None = None  # (T, B), nats, less its mean over images, where the advantage is to subtract it
 
     @property
     def image(self) -> Tensor:
@@ -36,7 +37,8 @@ class Trajectory(NamedTuple):
         """Some of its images: ``rows`` is bool (B,), int64 (n,) or a slice."""
         final = None if self.final is None else self.final[rows]
         means = None if self.means is None else self.means[:, rows]
-        return Trajectory(self.latents[:, rows], self.log_probs[:, rows], self.start, final, means)
+        to_go = None if self.kl_to_go is None else self.kl_to_go[:, rows]
+        return Trajectory(self.latents[:, rows], self.log_probs[:, rows], self.start, final, means, to_go)
 
     @staticmethod
     def joined(parts: Sequence[Trajectory]) -> Trajectory:

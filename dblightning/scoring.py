@@ -70,14 +70,22 @@ class Scoring(RunState):
             return self.sampler.generate(prompts, prompt_ids, seeds, blend, self.device)
 
     def score_rows(self, images: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Rewards (B,) of a rollout's images (B, 3, H, W), each by its own adapter's reward."""
+        """Rewards of a rollout's images (B, 3, H, W), each by its own adapter's: (B, 1 + parts).
+
+        The first column is the reward; those of its parts follow, where a reward has any, NaN where one has fewer.
+        """
+        most = max(len(learner.reward.part_names) for learner in self.learners)
         scores: list[Tensor] = []
         for learner in self.learners:
             own = [index for index, (place, _) in enumerate(rows) if place == learner.place]
             if own:
                 whole = len(own) == len(rows)
-                scores.append(learner.reward.score(images if whole else images[own], [rows[each][1] for each in own]))
-        return torch.cat(scores).detach() if len(scores) > 1 else scores[0].detach()
+                given = images if whole else images[own]
+                total, parts = learner.reward.score_with_parts(given, [rows[each][1] for each in own])
+                columns = [total, *parts.values()]
+                columns += [torch.full_like(total, torch.nan)] * (1 + most - len(columns))
+                scores.append(torch.stack(columns, dim=1))
+        return torch.cat(scores).detach()
 
     # ── a reward that is unavailable, or scores in the background ────────────────────────────────────────────────────
 
@@ -133,12 +141,14 @@ class Scoring(RunState):
             found |= self.ranks.mean(own, learner.share, [learner.tag(name) for name in WORST])
         return found
 
-    def _log_rewards(self, learner: Learner, prompt_ids: Tensor, rewards: Tensor) -> None:
+    def _log_rewards(self, learner: Learner, prompt_ids: Tensor, rewards: Tensor, parts: Tensor | None = None) -> None:
         finite = torch.isfinite(rewards)
         scores, size, tag = rewards[finite], len(rewards), learner.tag
         self.log(tag("train/dropped_samples"), float(size - len(scores)), reduce_fx="sum", batch_size=size)
         self.log(tag("reward"), scores.mean(), prog_bar=True, logger=False, batch_size=size)
         values = {tag("train/reward"): scores.mean(), tag("train/reward_std"): scores.std(correction=0)}
+        for name, part in zip(learner.reward.part_names, [] if parts is None else parts.T, strict=False):
+            values[tag(f"train/reward/{name}")] = part[finite].mean()
         self.log_dict(values, batch_size=size)
         by_prompt = {
             self.prompts[prompt_id]: scores[prompt_ids[finite] == prompt_id].mean().item()

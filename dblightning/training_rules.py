@@ -9,10 +9,10 @@ from typing import Any
 DEFAULTS: dict[str, dict[str, Any]] = {
     "sampling": {"num_inference_steps": 50, "overlap_reward": False},
     "optimisation": {"policy_steps": 5, "epochs": None, "skip_last_steps": 0},
-    "kl": {"form": "exact", "share": 1.0},
+    "kl": {"form": "exact", "share": 1.0, "weight": 0.1, "to_go": False},
     "replay": {"buffer_size": 1000},
     "window": {"size": None},
-    "advantage": {"baseline": "value", "drop_flat_groups": False},
+    "advantage": {"baseline": "value", "drop_flat_groups": False, "per_reward": False},
 }
 #: objectives that compare the images of a prompt with each other
 GROUP_OBJECTIVES = ("GRPO", "GRPOGuard")
@@ -36,6 +36,13 @@ def conflicts(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     baseline = given["advantage"]["baseline"]
     if given["advantage"]["drop_flat_groups"] and baseline != "group":
         yield f"advantage.drop_flat_groups leaves out groups, and advantage.baseline is {baseline!r}; set it to group"
+    if given["advantage"]["per_reward"] and baseline != "group":
+        yield f"advantage.per_reward compares within groups, and advantage.baseline is {baseline!r}; set it to group"
+    kl = given["kl"]
+    if kl["to_go"] and kl["form"] != "exact":
+        yield f"kl.to_go is of the exact KL, got kl.form {kl['form']!r}; set kl.form to exact"
+    if kl["to_go"] and kl["weight"] == 0:
+        yield "kl.to_go needs a kl.weight > 0, got 0; set kl.to_go to false"
 
 
 def _with_defaults(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -61,6 +68,8 @@ def gradient_problems(groups: Mapping[str, Mapping[str, Any]], objective: Mappin
         yield f"{name} makes one update per rollout, got optimisation.epochs {epochs}; set it to null"
     if kl["form"] != "exact":
         yield f"{name} takes the exact KL, got kl.form {kl['form']!r}; set it to exact"
+    if kl["to_go"]:
+        yield f"{name} differentiates the KL of every step as it is; set kl.to_go to false"
     if kl["share"] != 1:
         yield f"{name} takes the KL of every step that it trains, got kl.share {kl['share']}; set it to 1"
     if sampling["overlap_reward"]:
@@ -95,10 +104,21 @@ def forward_problems(objective: str, groups: Mapping[str, Mapping[str, Any]]) ->
             f"{objective} has no value function, which would see noised samples, and advantage.baseline is "
             f"{baseline!r}; set it to group or prompt"
         )
+    if given["kl"]["to_go"]:
+        yield f"{objective} trains on noised samples, which have no later steps; set kl.to_go to false"
     if size is not None and objective != "BestOfN":  # which has no old policy
         yield (
             f"{objective} trains on the latest rollout, of its old policy, and replay.buffer_size {size} keeps earlier "
             "ones too; set replay.buffer_size to null"
+        )
+
+
+def parts_problem(reward: str, parts: int) -> Iterator[str]:
+    """A sentence where ``advantage.per_reward`` has no parts to normalise."""
+    if parts == 0:
+        yield (
+            f"advantage.per_reward normalises the parts of a WeightedReward, and {reward} has none; set "
+            "advantage.per_reward to false, or take a WeightedReward"
         )
 
 

@@ -135,6 +135,9 @@ class KLSettings:
             (``schedule.mean_sensitivity(...)**2 / 2`` converts).
         weight: of the KL in the loss (paper: α = 0.1). With 0 the base model is not run but for the first micro-batch
             of a rollout, whose KL is logged.
+        to_go: subtract from a step's advantage α times the KL of the trajectory's later steps, which DPOK leaves out of
+            the gradient of eq. (4): a step is to blame for where it leads. It costs one row of the base model per
+            stored step and image, but for the first.
         target: path KL in nats, as logged in ``train/kl``; ``weight`` starts at its value and is steered there by the
             controller of Ziegler et al. 2019. null keeps the weight (paper).
         warmup: rollouts before the KL term sets in.
@@ -146,6 +149,7 @@ class KLSettings:
 
     form: KLForm = "exact"
     weight: float = 0.1
+    to_go: bool = False
     target: float | None = None
     warmup: int = 0
     share: float = 1.0
@@ -163,6 +167,8 @@ class AdvantageSettings:
         normalize: divide by the prompt's reward standard deviation. α then is in those units.
         deviation: which one: "group", the prompt's, or "global", that of all rewards of the rollout.
         clip: largest absolute advantage; null leaves it (GRPO: 5).
+        per_reward: normalise the advantage of each part of a ``WeightedReward`` by itself, then sum by weight and
+            standardise over the rollout (GDPO); needs baseline "group". ``normalize`` has no say then.
         drop_flat_groups: leave out prompts whose images all have the same reward, which have no advantage; needs
             baseline "group".
         statistics_window: how many of a prompt's latest rewards its mean and deviation are taken over where the rollout
@@ -176,6 +182,7 @@ class AdvantageSettings:
     deviation: Deviation = "group"
     clip: float | None = None
     drop_flat_groups: bool = False
+    per_reward: bool = False
     statistics_window: int = 32
     value_learning_rate: float = 1e-4
     value_steps: int = 5

@@ -25,6 +25,7 @@ MODULES = [
     "methods",
     "objectives.best_of_n",
     "objectives.forward_process",
+    "objectives.kl_to_go",
     "objectives.policy_gradient",
     "objectives.reward_gradient",
     "objectives.stored_mean",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dblightning.replay import Transitions
+from dblightning.replay import ABSENT, Transitions
 from dblightning.settings import check, check_settings, count
 from dblightning.training_settings import AdvantageSettings, Baseline, Deviation
 
@@ -21,7 +21,12 @@ def value_target(transitions: Transitions, baseline: Baseline) -> Tensor:
 
 
 def advantages(
-    transitions: Transitions, baseline: Baseline, value: Tensor | None, normalize: bool, clip: float | None = None
+    transitions: Transitions,
+    baseline: Baseline,
+    value: Tensor | None,
+    normalize: bool,
+    clip: float | None = None,
+    alpha: float = 0.0,
 ) -> Tensor:
     """Advantage of each transition, (B,).
 
@@ -30,7 +35,8 @@ def advantages(
         baseline: "value", "prompt", "both" or "group".
         value: the value function's prediction of :func:`value_target`, (B,); None where the baseline is a mean alone.
         normalize: divide by the deviation in ``transitions.scale``.
-        clip: largest absolute value; None: no limit.
+        clip: largest absolute value, of the reward's part; None: no limit.
+        alpha: α of eq. (4), for the KL to go where transitions have it.
     """
     if value is None:
         advantage = transitions.reward - transitions.baseline
@@ -38,7 +44,9 @@ def advantages(
         advantage = value_target(transitions, baseline) - value
     if normalize:
         advantage = advantage / transitions.scale.clamp_min(LEAST_SCALE)
-    return advantage if clip is None else advantage.clamp(-clip, clip)
+    if clip is not None:
+        advantage = advantage.clamp(-clip, clip)
+    return advantage if transitions.kl_to_go is ABSENT else advantage - alpha * transitions.kl_to_go
 
 
 def explained_variance(predictions: Tensor, targets: Tensor) -> Tensor:

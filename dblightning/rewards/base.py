@@ -155,6 +155,11 @@ class RewardMetric(Metric):
         prompts = check_prompts(prompts, images.shape[0], self.name)
         return self._score_in_micro_batches(images, prompts).float().to(images.device)
 
+    @property
+    def part_names(self) -> list[str]:
+        """Names of the rewards that this one is made of; none of a plain reward."""
+        return []
+
     def score_with_parts(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """``score``, and each part's scores where a reward is made of several; a part is scored once.
 

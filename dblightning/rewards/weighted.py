@@ -63,6 +63,10 @@ class WeightedReward(RewardMetric):
         """Each basis reward by name, every one (B,)."""
         return {name: reward.score(images, prompts) for name, reward in self.rewards.items()}  # type: ignore[operator]
 
+    @property
+    def part_names(self) -> list[str]:
+        return list(self.weights)
+
     def score_with_parts(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         size = self.micro_batch_size or len(prompts)
         starts = range(0, len(prompts), max(size, 1))

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import lightning as L
 import pytest
 import torch
 from torch import Tensor
 
+from dblightning.module import RewardRLModule
 from dblightning.objectives.per_reward import per_reward_advantages
 from dblightning.rewards import WeightedReward
 from dblightning.rewards.base import RewardMetric
+from tests.toy_fit import data, trainer
+from tests.toy_fit import module as quick
 
 IDS = torch.tensor([1, 2, 1, 2, 1, 2])
 PARTS = {
@@ -80,3 +87,81 @@ def test_a_weighted_reward_scores_each_part_once_and_gives_the_same_sum(micro_ba
     alone, none = Channel(1).score_with_parts(images, prompts)
     assert torch.equal(alone, images[:, 1].mean((-2, -1)))
     assert none == {}
+
+
+class Sum(RewardMetric):
+    """A multiple of the sum of a picture that is any tensor."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def score(self, images: Tensor, prompts: Any) -> Tensor:
+        return self._score(images, list(prompts))
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.slope * images[:, 0].flatten(1).sum(1) + images[:, 1].flatten(1).sum(1).square() / self.slope
+
+
+def fitted(folder: Path, reward: RewardMetric, **settings: Any) -> tuple[RewardRLModule, dict[str, float]]:
+    run = quick(
+        reward,
+        adapter_name="mine",
+        **({"advantage": {"baseline": "group", "per_reward": True}, "buffer_size": None} | settings),
+    )
+    seen: dict[str, float] = {}
+
+    class Record(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            seen.update({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    fit = trainer(folder, max_epochs=1, callbacks=[Record()])
+    fit.fit(run, datamodule=data(folder, samples_per_prompt=4, batch_size=8, rollouts_per_epoch=1))
+    return run, seen
+
+
+def two(**options: Any) -> WeightedReward:
+    return WeightedReward({"up": Sum(100.0), "down": Sum(-0.01)}, {"up": 0.25, "down": 0.75}, **options)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"rollout_batch_size": 4, "overlap_reward": True}])
+def test_a_run_stores_the_advantage_and_logs_each_part(tmp_path: Path, sampling: dict[str, Any]) -> None:
+    run, seen = fitted(tmp_path, two(), **sampling)
+    replay = run.replay
+    assert replay is not None
+    images, ids = replay.latents[:8, -1], replay.prompt_ids[:8]
+    parts = two().score_parts(images, ["a"] * 8)
+    expected, _ = per_reward_advantages(ids, parts, {"up": 0.25, "down": 0.75})
+    rows = replay.transitions(torch.arange(8), torch.zeros(8, dtype=torch.long), "cpu")
+    # 1e-3: the reward is stored in float32, and the advantage is a difference to it
+    assert run.advantages(rows).tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+    assert seen["train/reward/up"] == pytest.approx(parts["up"].mean().item(), rel=1e-5)
+    assert seen["train/reward/down"] == pytest.approx(parts["down"].mean().item(), rel=1e-5)
+    assert seen["train/reward"] == pytest.approx((0.25 * parts["up"] + 0.75 * parts["down"]).mean().item(), rel=1e-5)
+
+
+def test_a_part_that_is_nan_drops_its_sample(tmp_path: Path) -> None:
+    class Broken(Sum):
+        def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+            scores = super()._score(images, prompts)
+            return torch.cat([scores[:1] * torch.nan, scores[1:]])
+
+    reward = WeightedReward({"up": Sum(100.0), "down": Broken(-0.01)}, {"up": 0.25, "down": 0.75})
+    run, seen = fitted(tmp_path, reward)
+    assert run.replay is not None
+    assert run.replay.size == 7
+    assert seen["train/dropped_samples"] == 1
+    rows = run.replay.transitions(torch.arange(7), torch.zeros(7, dtype=torch.long), "cpu")
+    assert torch.isfinite(run.advantages(rows)).all()
+
+
+@pytest.mark.parametrize(
+    ("reward", "advantage", "message"),
+    [
+        (Sum(1.0), {"baseline": "group", "per_reward": True}, "Sum has none"),
+        (two(), {"baseline": "prompt", "per_reward": True}, "per_reward compares within groups"),
+    ],
+)
+def test_per_reward_without_parts_or_groups_is_refused(reward: Any, advantage: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quick(reward, advantage=advantage)
