@@ -46,8 +46,16 @@ def reward_gradients(
     images = backbone.decode(latents)
     for index, reward in enumerate(rewards, start=1):
         score = reward.score(images, prompts)
+        if not score.requires_grad:
+            raise ValueError(
+                f"the reward {_name(reward)} says that it is differentiable, and its scores have no gradient"
+            )
         (gradient,) = torch.autograd.grad(score.sum(), x, retain_graph=index < len(rewards))
         yield score.detach(), gradient
+
+
+def _name(reward: Reward) -> str:
+    return str(getattr(reward, "name", type(reward).__name__))
 
 
 class RGG(RewardSteering):
@@ -89,7 +97,7 @@ class RGG(RewardSteering):
         super().__init__(rewards, weights, normalize)
         stuck = [name for name, reward in self.rewards.items() if not reward.differentiable]
         if stuck:
-            kind = getattr(self.rewards[stuck[0]], "name", type(self.rewards[stuck[0]]).__name__)
+            kind = _name(self.rewards[stuck[0]])
             raise ValueError(f"RGG follows gradients, and the reward {stuck[0]!r} ({kind}) has none; use CoDe for it")
         if normalization not in ("global", "pixel", "none"):
             raise ValueError(f"normalization must be 'global', 'pixel' or 'none', got {normalization!r}")

@@ -62,7 +62,7 @@ class TroubledReward(LinearReward):
                 raise RewardUnavailable("no answer from the scorer.")
             if self.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            return torch.full((len(prompts),), float("nan"))
+            return super()._score(images, prompts) * float("nan")
         return super()._score(images, prompts)
 
 
@@ -159,9 +159,10 @@ def run(
         key: {"reward": LinearReward(own["slope"]), **{name: value for name, value in own.items() if name != "slope"}}
         for key, own in (basis or {}).items()
     }
-    module = RewardRLModule(
-        GaussianBackbone(2), None if basis else reward, adapters=adapters or None, **(SETTINGS | (settings or {}))
-    )
+    given = SETTINGS | (settings or {})
+    if isinstance(given.get("objective"), dict):  # it has settings of its own
+        del given["clip_range"]
+    module = RewardRLModule(GaussianBackbone(2), None if basis else reward, adapters=adapters or None, **given)
     recorder = Recorder(module, signals or {})
     trainer = L.Trainer(
         accelerator="cpu", devices=world_size() // num_nodes, num_nodes=num_nodes, max_epochs=epochs,
@@ -183,7 +184,7 @@ def run(
     return {
         "trained": module.state_dict(),
         "optimizers": [optimizer.state_dict()["state"] for optimizer in trainer.optimizers],
-        "replay": held[0].state_dict() if basis is None else [each.state_dict() for each in held],
+        "replay": [each.state_dict() for each in held] if basis else held[0].state_dict() if held else None,
         "counts": [module.rollouts_done, module.images_done, trainer.current_epoch, trainer.global_step],
         "kl_weight": module.kl_weight if basis is None else [learner.kl.weight for learner in module.learners],
         "steps": torch.stack(recorder.adapters),
