@@ -94,7 +94,8 @@ def _check_together(model: Mapping[str, Any], data: Any) -> None:
     """Refuse training settings that do not go together, and groups of one image."""
     groups = {name: each for name, each in model.items() if isinstance(each, dict)}
     found = list(conflicts(groups))
-    objective = groups.get("objective") or {}
+    named = model.get("objective") or {}
+    objective = {"class_path": named} if isinstance(named, str) else groups.get("objective") or {}
     path = str(objective.get("class_path", ""))
     if path.removeprefix("dblightning.objectives.") == "RewardGradient":
         found += gradient_problems(groups, {**(objective.get("init_args") or {}), **objective})

@@ -597,10 +597,19 @@ def test_the_short_name_and_the_class_path_are_one() -> None:
         run_of(objective="reward_gradient", policy_steps=2)
 
 
+NEEDED = [
+    "--model.backbone", "dblightning.backbone.DiffusersBackbone", "--model.backbone.pretrained", "miniature",
+    "--model.reward", "dblightning.miniature.rewards.ShapeAlignment",
+]  # fmt: skip
+
+
 def test_the_command_line_refuses_it_before_any_work() -> None:
     options = ["--config", "configs/quickstart.yaml", "--model.objective", "reward_gradient"]
     with pytest.raises(Refused, match=r"policy_steps 8; set it to 1"):
         check_command("fit", options)
+    data = ["--data", "dblightning.data.MiniatureDataModule"]
+    with pytest.raises(Refused, match=r"policy_steps 5; set it to 1"):
+        check_command("fit", ["--model.objective", "reward_gradient", *NEEDED, *data])
     check_command("fit", [*options, "--model.optimisation.policy_steps", "1"])
     with pytest.raises(Refused, match="objective.steps must be at most the 10 steps"):
         check_command("fit", [*options, "--model.optimisation.policy_steps", "1", "--model.objective.steps", "12"])
