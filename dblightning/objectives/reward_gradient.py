@@ -170,7 +170,7 @@ class RewardGradient(Objective):
         if self.variant == "draft_lv":
             return 1
         whole = max(1, trained_steps // 4) if self.variant == "refl" else trained_steps
-        return whole if self.steps is None else self.steps
+        return whole if self.steps is None else min(self.steps, trained_steps)
 
     def _chance(self, step_index: int, trained_steps: int) -> float:
         """How likely a step is among those with a gradient, for those that can be."""
