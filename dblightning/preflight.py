@@ -95,7 +95,7 @@ def _check_together(model: Mapping[str, Any], data: Any) -> None:
     groups = {name: each for name, each in model.items() if isinstance(each, dict)}
     found = list(conflicts(groups))
     named = model.get("objective") or {}
-    objective = {"class_path": named} if isinstance(named, str) else groups.get("objective") or {}
+    objective: dict[str, Any] = {"class_path": named} if isinstance(named, str) else groups.get("objective") or {}
     path = str(objective.get("class_path", ""))
     if path.removeprefix("dblightning.objectives.") == "RewardGradient":
         found += gradient_problems(groups, {**(objective.get("init_args") or {}), **objective})

@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dblightning.adapters import Gating
-from dblightning.backbone import Conditioning
 from dblightning.checkpointing import Preempted
 from dblightning.data import PromptFileDataModule
 from dblightning.module import RewardRLModule
@@ -24,7 +22,7 @@ from dblightning.preflight import Refused, check_command
 from dblightning.rewards import JPEGCompressibility, RewardMetric, WeightedReward
 from dblightning.solvers import DDIMSolver, make_solver
 from dblightning.training_settings import SamplingSettings
-from tests import distributed_fit, launching, toy_fit, toy_optimum
+from tests import distributed_fit, launching, test_flow_training, toy_fit, toy_optimum
 from tests.toy import SCHEDULER, GaussianBackbone, LinearReward
 
 STEPS, DIMS, COUNT = 5, 3, 4
@@ -34,16 +32,8 @@ ALPHA, WEIGHT = 0.3, 2.0
 class Bent(GaussianBackbone):
     """An adapter whose effect depends on x_t, so that the KL has a gradient by way of the states too."""
 
-    def denoise(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
-        guidance_scale: float = 1.0,
-        gates: Gating | Tensor | None = None,
-    ) -> Tensor:
-        shifted = super().denoise(latents, timesteps, conditioning, guidance_scale, gates)
-        base = super().denoise(latents, timesteps, conditioning, guidance_scale, None)
+    def epsilon(self, latents: Tensor, timesteps: Tensor, gates: Tensor | None) -> Tensor:
+        shifted, base = super().epsilon(latents, timesteps, gates), super().epsilon(latents, timesteps, None)
         return base.tanh() + (shifted - base) * latents.sin()
 
 
@@ -344,6 +334,20 @@ def test_the_whole_chain_converges_to_the_known_optimum(tmp_path: Path, alpha: f
     expected = toy_optimum.optimal_shift(run.backbone, run.solver, 0.5, alpha)  # type: ignore[arg-type]
     # 1 %: this gradient has no noise here, Adam's steps have not quite died down
     assert moved.tolist() == pytest.approx([expected] * dims, rel=0.01)
+
+
+@pytest.mark.parametrize(("noise", "eta", "alpha"), [("flow_sde", 0.7, 1.0), ("cps", 0.8, 1.0), ("cps", 0.8, 0.5)])
+def test_the_whole_chain_converges_to_the_optimum_on_the_flow_path(
+    tmp_path: Path, noise: str, eta: float, alpha: float
+) -> None:
+    """The last step, to σ = 0, has no noise: the gradient passes through it and it is not trained."""
+    run = run_of(
+        test_flow_training.FlowBackbone(1), kl_weight=alpha, learning_rate=0.02, eta=eta, sampling={"noise": noise}
+    )
+    moved = toy_optimum.converged(tmp_path, run, rollouts=120, average=30, batch_size=32)
+    expected = test_flow_training.optimal_shift(run.solver, 0.7, 0.5, alpha)  # type: ignore[arg-type]
+    # 3 %: at high σ the velocity's shift moves x₀ little, and has not quite arrived
+    assert moved.tolist() == pytest.approx([expected], rel=0.03)
 
 
 def test_the_reward_weight_divides_alpha(tmp_path: Path) -> None:
