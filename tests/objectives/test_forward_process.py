@@ -104,13 +104,17 @@ def test_the_gain_of_x0_is_its_derivative() -> None:
 # ── the fixed point ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def nfts_shift(backbone: GaussianBackbone, solver: Any, slope: float, weight: float, adaptive: bool) -> float:
+def fixed_shift(
+    backbone: GaussianBackbone, solver: Any, slope: float, weight: float, adaptive: bool, awm: bool = False
+) -> float:
     """Shift of x₀ where NFT's gradient and the KL's cancel, the old policy being the current one.
 
     The policy adds δ_t to ε at level t, so u = −k_t δ_t with k_t = √((1−ᾱ)/ᾱ). At u = 0 NFT's gradient in u is
     −2 E[A e], e = x₀ − x̂₀, or −2 E[A sign e] with weights W = |e|; A = slope (x₀ − mean) and (x₀, e) is Gaussian, so
     E[A e] = slope · Cov(x₀, e) and E[A sign e] = slope · Cov(x₀, e) · 2 φ(m/s)/s for e ~ N(m, s²). The KL's gradient in
     δ_t is weight · g_t² δ_t / σ_t². The mean of e moves with the shift, so the equations are iterated.
+
+    AWM's gradient at its old policy is that of A · ℓ, ℓ = (ε_θ − ε)² = (x̂₀ − x₀)² / k_t²: NFT's without W, over k_t².
     """
     alphas, after = solver.schedule.alphas.tolist(), solver.schedule.alphas_next.tolist()
     data_variance = backbone.std**2
@@ -132,6 +136,7 @@ def nfts_shift(backbone: GaussianBackbone, solver: Any, slope: float, weight: fl
                 m = (1 - kept) * (mean + shift - backbone.mean) + k * deltas[index]
                 s = (variance * (1 - kept) ** 2 + kept**2 * (1 - a) / a) ** 0.5
                 signal = covariance * 2 * math.exp(-((m / s) ** 2) / 2) / (2 * math.pi) ** 0.5 / s
+            signal /= k**2 if awm else 1
             wanted = -2 * slope * signal * k * v / (weight * gain**2)
             deltas[index] += 0.2 * (wanted - deltas[index])  # damped, or the iteration swings
         shift = sum(c * gain * delta for (_, _, c, gain, _, _), delta in zip(coefficients, deltas, strict=True))
@@ -144,11 +149,20 @@ def test_nft_finds_its_fixed_point(tmp_path: Path, weight: float, adaptive: bool
     backbone = GaussianBackbone()
     objective = NFT(adaptive=adaptive, decay_rate=0.0)
     run = module(backbone, objective=objective, kl_weight=weight, advantage=GROUP, learning_rate=0.01)
-    expected = nfts_shift(backbone, run.solver, 0.5, weight, adaptive)
+    expected = fixed_shift(backbone, run.solver, 0.5, weight, adaptive)
     assert expected > 0.05
     found = converged(tmp_path, run, samples_per_prompt=64)
     # 5 %: the noise left after averaging, and 1/64 that a group's mean takes of each of its own rewards
     assert found.item() == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.4])
+def test_awm_finds_its_fixed_point(tmp_path: Path, weight: float) -> None:
+    backbone = GaussianBackbone()
+    run = module(backbone, objective=AWM(0.5), kl_weight=weight, advantage=GROUP, learning_rate=0.01)
+    expected = fixed_shift(backbone, run.solver, 0.5, weight, adaptive=False, awm=True)
+    assert expected > 0.01
+    assert converged(tmp_path, run, samples_per_prompt=64).item() == pytest.approx(expected, rel=0.05)  # as above
 
 
 # ── draws ────────────────────────────────────────────────────────────────────────────────────────────────────────────
