@@ -2,6 +2,9 @@
 
     python benchmarks/time_to_gain.py --peer-environment FOLDER --json benchmarks/results/time_to_gain.json
     python benchmarks/time_to_gain.py --tiny --only ours
+    python benchmarks/time_to_gain.py --only "ours, quickstart" "before, quickstart" --before CHECKOUT --rounds 16
+
+"before" is this package as it was: CHECKOUT is a clone of the repository at an earlier commit.
 
 The gain is paired: the adapter's images less the base model's, on the same held-out prompts, the same noise and by the
 same scorer, which is this package's sampler for every contestant. Rounds are interleaved, and every contestant's
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -49,6 +53,7 @@ TRL = dict(
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours": ("ours", {"config": "configs/miniature/aesthetic.yaml"}),
     "ours, quickstart": ("ours", {"config": "configs/quickstart.yaml"}),
+    "before, quickstart": ("ours", {"config": "configs/quickstart.yaml"}),
     "TRL, defaults": ("trl_ddpo", TRL),
     "TRL, lr 3e-3": ("trl_ddpo", {**TRL, "learning_rate": 3e-3}),
     "TRL, tuned": ("trl_ddpo", {**TRL, "learning_rate": 3e-3, "clip_range": 5e-3, "per_prompt": True}),
@@ -111,6 +116,13 @@ def seconds_to(target: float, points: list[dict[str, float]], clock: str) -> flo
     return next((point[clock] for point in points if point["gain"] >= target), None)
 
 
+def finished(gain: float, cpu_seconds: float, rounds: int, options: argparse.Namespace) -> bool:
+    """Whether a contestant stops: after its rounds where they are given, else at the gain or the seconds."""
+    if options.rounds is not None:
+        return rounds >= options.rounds
+    return gain >= max(options.gains) or cpu_seconds >= options.max_cpu_seconds
+
+
 def race(contestants: dict[str, Contestant], scorer: Scorer, options: argparse.Namespace) -> dict[str, list[dict]]:
     """Train all in turns; each one's learning curve: cumulative seconds, images and transitions against gain."""
     curves: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
@@ -129,7 +141,7 @@ def race(contestants: dict[str, Contestant], scorer: Scorer, options: argparse.N
                 gain, interval = scorer.gain(contestants[name].export(Path(folder) / "adapter"))
                 curves[name].append({**total, "reward": done["reward"], "gain": gain, "gain_ci": interval})
                 print(f"{name}: {json.dumps(curves[name][-1])}", file=sys.stderr, flush=True)
-                if gain >= max(options.gains) or total["cpu_s"] >= options.max_cpu_seconds:
+                if finished(gain, total["cpu_s"], len(curves[name]) * options.score_every, options):
                     open_.remove(name)
     return curves
 
@@ -145,7 +157,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for name in options.only:
                 program, chosen = CONTESTANTS[name]
                 settings = dataclasses.replace(Settings(**chosen), seed=seed)
-                running[name] = stack.enter_context(Contestant(program, settings, options.peer_environment))
+                root = options.before if name.startswith("before") else environment.ROOT
+                running[name] = stack.enter_context(Contestant(program, settings, options.peer_environment, root))
             curves = race(running, scorer, options)
             versions = {name: contestant.versions for name, contestant in running.items()}
         for name, curve in curves.items():
@@ -161,16 +174,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "prompts": options.prompts,
         "gains": options.gains,
         "max_cpu_seconds": options.max_cpu_seconds,
+        "before": commit(options.before),
         "runs": runs,
     }
+
+
+def commit(checkout: Path | None) -> str | None:
+    """The commit of a checkout."""
+    if checkout is None:
+        return None
+    asked = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def markdown(record: dict[str, Any]) -> str:
     """The record as a table."""
     gains = [f"{gain:g}" for gain in record["gains"]]
     heads = " | ".join(f"CPU s to +{gain} (images)" for gain in gains)
+    before = f' "before" is commit {record["before"]}.' if record["before"] else ""
     lines = [
-        f"{record['prompts']} held-out prompts; one thread each. {machine.sentence(record['machine'])}.",
+        f"{record['prompts']} held-out prompts; one thread each.{before} {machine.sentence(record['machine'])}.",
         "",
         f"| contestant | seed | {heads} | last gain | CPU s |",
         "|---|---|" + "---|" * (len(gains) + 2),
@@ -195,6 +218,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--peer-environment", type=Path, help="folder of TRL's environment; built there if missing")
     parser.add_argument("--gains", type=float, nargs="+", default=[0.3, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=int, help="of each contestant, whatever it gains and takes")
+    parser.add_argument("--before", type=Path, help='checkout of an earlier commit, for the contestant "before"')
     parser.add_argument("--score-every", type=int, default=1, help="rounds between two scorings")
     parser.add_argument("--prompts", type=int, default=128, help="held-out prompts to score on")
     parser.add_argument("--max-cpu-seconds", type=float, default=600.0, help="of training, after which one gives up")
@@ -202,9 +227,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="file to write; the Markdown table goes beside it")
     options = parser.parse_args(arguments)
     if options.tiny:
-        options.max_cpu_seconds, options.prompts = 0.0, 4
+        options.max_cpu_seconds, options.prompts, options.rounds = 0.0, 4, None
     if any(CONTESTANTS[name][0] == "trl_ddpo" for name in options.only):
         environment.prepare(parser, options.peer_environment)
+    if options.before is None and any(name.startswith("before") for name in options.only):
+        parser.error('"before" runs from a checkout of an earlier commit: add --before CHECKOUT')
     torch.set_num_threads(1)
     record = measure(options)
     publish(record, markdown(record), options.json)

@@ -27,8 +27,11 @@ from benchmarks.publish import publish
 
 ROOT = Path(__file__).parent.parent
 REPLAY = str(3 * 48 * 20)  # single steps: three rollouts of 48 images at 20 steps
-#: not the first half alone: value functions and replay see every step
-ALL_BUT_TWO = ["--model.optimisation.skip_last_steps", "2"]
+#: not the first steps alone: value functions and replay see every step
+ALL_BUT_TWO = [
+    "--model.window.size", "null", "--model.window.tail_steps", "null", "--model.optimisation.skip_last_steps", "2",
+    "--model.optimisation.policy_steps", "8",
+]  # fmt: skip
 #: name → options over configs/quickstart.yaml
 VARIANTS = {
     "prompt mean": ["--model.advantage.baseline", "prompt", "--model.replay.buffer_size", "null"],

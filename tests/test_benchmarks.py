@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import kl_precision, memory, time_to_gain, training
+from benchmarks import kl_precision, memory, profile_round, time_to_gain, training
 from benchmarks.peers import environment, trl_ddpo
 from benchmarks.peers.naive import NaiveTrainer, ddim_gaussian, log_density
 from benchmarks.peers.worker import Meter, Settings
@@ -202,6 +202,29 @@ def test_the_seconds_to_a_gain_are_those_of_the_first_point_there() -> None:
     points = [{"cpu_s": 1.0, "gain": 0.1}, {"cpu_s": 2.0, "gain": 0.5}, {"cpu_s": 3.0, "gain": 0.4}]
     assert time_to_gain.seconds_to(0.3, points, "cpu_s") == 2.0
     assert time_to_gain.seconds_to(0.6, points, "cpu_s") is None
+
+
+def test_a_contestant_stops_after_its_rounds_or_at_its_gain() -> None:
+    options = argparse.Namespace(rounds=None, gains=[0.3, 0.5], max_cpu_seconds=60.0)
+    assert not time_to_gain.finished(0.4, 59.0, 100, options)
+    assert time_to_gain.finished(0.5, 1.0, 1, options)
+    assert time_to_gain.finished(0.1, 60.0, 1, options)
+    options.rounds = 4
+    assert [time_to_gain.finished(0.6, 90.0, rounds, options) for rounds in (2, 4)] == [False, True]
+
+
+def test_before_needs_a_checkout(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        time_to_gain.main(["--only", "before, quickstart"])
+    assert "add --before CHECKOUT" in capsys.readouterr().err
+
+
+def test_operations_and_the_unet_alone_are_profiled() -> None:
+    record = profile_round.main(["--tiny"])
+    (found,) = record["updates"].values()
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    assert found["update"] > 0 < found["unet"]
+    assert "| 2 | " in profile_round.markdown(record)
 
 
 def test_an_adapter_without_effect_gains_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.environment import interpreter, variables
+from benchmarks.peers.environment import ROOT, interpreter, variables
 from benchmarks.peers.worker import Settings
 
 
@@ -20,12 +20,15 @@ class Contestant:
         program: "ours", "naive" or "trl_ddpo".
         settings: its work.
         peer_environment: folder of TRL's environment; needed by "trl_ddpo" alone.
+        root: checkout that it runs from.
 
     Raises:
         RuntimeError: it died; the message holds the end of what it printed.
     """
 
-    def __init__(self, program: str, settings: Settings, peer_environment: Path | None = None) -> None:
+    def __init__(
+        self, program: str, settings: Settings, peer_environment: Path | None = None, root: Path = ROOT
+    ) -> None:
         python = Path(sys.executable)
         if program == "trl_ddpo":
             if peer_environment is None:
@@ -38,7 +41,8 @@ class Contestant:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=variables(),
+            env=variables(root),
+            cwd=root,
             text=True,
         )
         self.versions: dict[str, str] = self._answer()["ready"]

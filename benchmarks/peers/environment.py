@@ -55,13 +55,13 @@ def prepare(parser: argparse.ArgumentParser, folder: Path | None) -> None:
         build(folder)
 
 
-def variables() -> dict[str, str]:
+def variables(root: Path = ROOT) -> dict[str, str]:
     """Environment variables of every contestant: one thread, no network, the checkout importable."""
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
 
 
