@@ -11,7 +11,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "optimisation": {"policy_steps": 5, "epochs": None, "skip_last_steps": 0},
     "kl": {"form": "exact", "share": 1.0, "weight": 0.1, "to_go": False},
     "replay": {"buffer_size": 1000},
-    "window": {"size": None},
+    "window": {"size": None, "position": "fixed", "first": 0, "last": None, "tail_steps": None},
     "advantage": {"baseline": "value", "drop_flat_groups": False, "per_reward": False},
 }
 #: objectives that compare the images of a prompt with each other
@@ -43,6 +43,30 @@ def conflicts(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield f"kl.to_go is of the exact KL, got kl.form {kl['form']!r}; set kl.form to exact"
     if kl["to_go"] and kl["weight"] == 0:
         yield "kl.to_go needs a kl.weight > 0, got 0; set kl.to_go to false"
+    yield from _window_problems(given["window"], given["sampling"], given["optimisation"])
+
+
+def _window_problems(
+    window: Mapping[str, Any], sampling: Mapping[str, Any], optimisation: Mapping[str, Any]
+) -> Iterator[str]:
+    """A sentence for a window that the schedule has no room for."""
+    size, first, last = window["size"], window["first"], window["last"]
+    steps, skipped = sampling["num_inference_steps"], optimisation["skip_last_steps"]
+    if window["position"] not in ("fixed", "random", "sliding"):
+        yield f"window.position must be fixed, random or sliding, got {window['position']!r}"
+    if size is None:
+        yield from (
+            f"window.{name} needs a window.size, got null" for name in ("first", "last", "tail_steps") if window[name]
+        )
+        return
+    room = steps - skipped - size
+    if room < 0:
+        yield f"window.size must be at most the {steps - skipped} trainable of {steps} steps, got {size}"
+    elif not first <= (room if last is None else last) <= room:
+        yield (
+            f"a window of {size} steps may begin at step 0 to {room} of {steps} ({skipped} skipped at the end), got "
+            f"window.first {first} and window.last {last}"
+        )
 
 
 def _with_defaults(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -233,32 +233,6 @@ class WindowSettings:
         latest = steps - skipped - self.size if self.last is None else self.last
         return range(self.first, latest + 1)
 
-    def check(self, steps: int, skipped: int) -> None:
-        """Refuse a window that the schedule has no room for.
-
-        Raises:
-            ValueError: naming the setting.
-        """
-        check(
-            self.position in ("fixed", "random", "sliding"),
-            f"window.position must be fixed, random or sliding, got {self.position!r}",
-        )
-        if self.size is None:
-            set_without = [name for name in ("first", "last", "tail_steps") if getattr(self, name)]
-            check(not set_without, f"window.{''.join(set_without[:1])} needs a window.size, got null")
-            return
-        trainable = steps - skipped
-        check(
-            self.size <= trainable,
-            f"window.size must be at most the {trainable} trainable of {steps} steps, got {self.size}",
-        )
-        starts, room = self.starts(steps, skipped), trainable - self.size
-        check(
-            len(starts) > 0 and starts[-1] <= room,
-            f"a window of {self.size} steps may begin at step 0 to {room} of {steps} ({skipped} skipped at the end), "
-            f"got window.first {self.first} and window.last {self.last}",
-        )
-
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -316,7 +290,6 @@ class TrainingSettings:
         target, weight, size = self.kl.target, self.kl.weight, self.replay.buffer_size
         check(target is None or weight > 0, f"kl.target {target} needs a kl.weight > 0 to start from, got 0")
         check(skipped < steps, f"skip_last_steps must leave a step to train on: got {skipped} of {steps}")
-        self.window.check(steps, skipped)
         check(
             size is None or size >= (self.window.size or steps),
             f"buffer_size counts single steps and must hold at least one trajectory of {self.window.size or steps}, "

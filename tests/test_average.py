@@ -78,8 +78,8 @@ def test_every_optimiser_step_is_taken_in_and_validation_sees_the_average(tmp_pa
     seen: list[Tensor] = []
     step_of = run._step
 
-    def recorded(optimizer: Any, parameters: Any) -> Tensor | None:
-        norm = step_of(optimizer, parameters)
+    def recorded(optimizer: Any, *arguments: Any) -> Tensor | None:
+        norm = step_of(optimizer, *arguments)
         if optimizer.param_groups[0]["params"][0] is run.policy_parameters[0]:
             seen.append(weights(run))
         return norm
