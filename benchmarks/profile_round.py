@@ -129,6 +129,11 @@ def updates(micro_batches: list[int], repeats: int) -> dict[str, dict[str, Any]]
     return found
 
 
+def rows(counts: dict[str, int], how: str) -> int:
+    """The denoiser's rows "with" or "without" gradients; an earlier commit calls them the UNet's."""
+    return sum(count for name, count in counts.items() if name.endswith(f"rows_{how}_grad"))
+
+
 def markdown(record: dict[str, Any]) -> str:
     """The record as two tables."""
     lines = [
@@ -141,7 +146,7 @@ def markdown(record: dict[str, Any]) -> str:
         phases, counts = each["phases"], each["counts"]
         lines.append(
             f"| {name} | {each['cpu_seconds']:.2f} | {phases['sampling']:.2f} | {phases['update']:.2f} | "
-            f"{phases['decoding']:.2f} | {counts['unet_rows_without_grad']} / {counts['unet_rows_with_grad']} |"
+            f"{phases['decoding']:.2f} | {rows(counts, 'without')} / {rows(counts, 'with')} |"
         )
     groups = [*GROUPS, "copies and the rest"]
     lines += [
