@@ -98,7 +98,8 @@ def _check_together(model: Mapping[str, Any], data: Any) -> None:
     objective: dict[str, Any] = {"class_path": named} if isinstance(named, str) else groups.get("objective") or {}
     path = str(objective.get("class_path", ""))
     if path.removeprefix("dblightning.objectives.") == "RewardGradient":
-        found += gradient_problems(groups, {**(objective.get("init_args") or {}), **objective})
+        own: Any = objective.get("init_args") or {}
+        found += gradient_problems(groups, {**own, **objective})
     reward = groups.get("reward") or {}
     kind = str(reward.get("class_path", "")).rpartition(".")[2]
     own = str(reward.get("class_path", "")).startswith("dblightning.")
