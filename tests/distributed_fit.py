@@ -184,11 +184,7 @@ def run(
     return {
         "trained": module.state_dict(),
         "optimizers": [optimizer.state_dict()["state"] for optimizer in trainer.optimizers],
-<<<<<<< HEAD
         "replay": [each.state_dict() for each in held] if basis else held[0].state_dict() if held else None,
-=======
-        "replay": (held[0].state_dict() if held else None) if basis is None else [each.state_dict() for each in held],
->>>>>>> c4057bf (Tests of the reward's gradient: closed forms, fits, two processes, resume)
         "counts": [module.rollouts_done, module.images_done, trainer.current_epoch, trainer.global_step],
         "kl_weight": module.kl_weight if basis is None else [learner.kl.weight for learner in module.learners],
         "steps": torch.stack(recorder.adapters),

@@ -11,11 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-=======
-from dblightning.adapters import Gating
-from dblightning.backbone import Conditioning
->>>>>>> c4057bf (Tests of the reward's gradient: closed forms, fits, two processes, resume)
 from dblightning.checkpointing import Preempted
 from dblightning.data import PromptFileDataModule
 from dblightning.module import RewardRLModule
@@ -27,11 +22,7 @@ from dblightning.preflight import Refused, check_command
 from dblightning.rewards import JPEGCompressibility, RewardMetric, WeightedReward
 from dblightning.solvers import DDIMSolver, make_solver
 from dblightning.training_settings import SamplingSettings
-<<<<<<< HEAD
 from tests import distributed_fit, launching, test_flow_training, toy_fit, toy_optimum
-=======
-from tests import distributed_fit, launching, toy_fit, toy_optimum
->>>>>>> c4057bf (Tests of the reward's gradient: closed forms, fits, two processes, resume)
 from tests.toy import SCHEDULER, GaussianBackbone, LinearReward
 
 STEPS, DIMS, COUNT = 5, 3, 4
@@ -41,21 +32,8 @@ ALPHA, WEIGHT = 0.3, 2.0
 class Bent(GaussianBackbone):
     """An adapter whose effect depends on x_t, so that the KL has a gradient by way of the states too."""
 
-<<<<<<< HEAD
     def epsilon(self, latents: Tensor, timesteps: Tensor, gates: Tensor | None) -> Tensor:
         shifted, base = super().epsilon(latents, timesteps, gates), super().epsilon(latents, timesteps, None)
-=======
-    def denoise(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
-        guidance_scale: float = 1.0,
-        gates: Gating | Tensor | None = None,
-    ) -> Tensor:
-        shifted = super().denoise(latents, timesteps, conditioning, guidance_scale, gates)
-        base = super().denoise(latents, timesteps, conditioning, guidance_scale, None)
->>>>>>> c4057bf (Tests of the reward's gradient: closed forms, fits, two processes, resume)
         return base.tanh() + (shifted - base) * latents.sin()
 
 
@@ -358,7 +336,6 @@ def test_the_whole_chain_converges_to_the_known_optimum(tmp_path: Path, alpha: f
     assert moved.tolist() == pytest.approx([expected] * dims, rel=0.01)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(("noise", "eta", "alpha"), [("flow_sde", 0.7, 1.0), ("cps", 0.8, 1.0), ("cps", 0.8, 0.5)])
 def test_the_whole_chain_converges_to_the_optimum_on_the_flow_path(
     tmp_path: Path, noise: str, eta: float, alpha: float
@@ -373,8 +350,6 @@ def test_the_whole_chain_converges_to_the_optimum_on_the_flow_path(
     assert moved.tolist() == pytest.approx([expected], rel=0.03)
 
 
-=======
->>>>>>> c4057bf (Tests of the reward's gradient: closed forms, fits, two processes, resume)
 def test_the_reward_weight_divides_alpha(tmp_path: Path) -> None:
     run = run_of(GaussianBackbone(1), kl_weight=0.8, reward_weight=2.0, learning_rate=0.02)
     moved = toy_optimum.converged(tmp_path, run, rollouts=100, average=30, batch_size=64)
@@ -569,18 +544,12 @@ def test_on_a_unet_the_gradient_is_that_of_one_graph_from_noise_to_reward(
         kl = kl + ((made.mean - reference.mean).square() / (2 * made.std**2)).flatten(1).sum(1)
         latents = made.mean + made.std * noise(backbone.latent_shape)
     loss = (0.3 * kl - Redness().score(backbone.decode(latents), batch["prompt"])).mean()
-<<<<<<< HEAD
     gradient, known = (torch.cat([each.flatten() for each in grads]) for grads in (
         found, torch.autograd.grad(loss, parameters)
     ))  # fmt: skip
     assert known.norm() > 1e-3
     # 1e-3: float32, and the rollout runs on merged weights
     assert (gradient - known).norm() <= 1e-3 * known.norm()
-=======
-    for grad, expected_grad in zip(found, torch.autograd.grad(loss, parameters), strict=True):
-        # 1e-3: float32, and the rollout runs on merged weights
-        assert (grad - expected_grad).norm() <= 1e-3 * expected_grad.norm()
->>>>>>> c4057bf (Tests of the reward's gradient: closed forms, fits, two processes, resume)
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -635,25 +604,19 @@ def test_the_short_name_and_the_class_path_are_one() -> None:
         run_of(objective="reward_gradient", policy_steps=2)
 
 
-<<<<<<< HEAD
 NEEDED = [
     "--model.backbone", "dblightning.backbone.DiffusersBackbone", "--model.backbone.pretrained", "miniature",
     "--model.reward", "dblightning.miniature.rewards.ShapeAlignment",
 ]  # fmt: skip
 
 
-=======
->>>>>>> c4057bf (Tests of the reward's gradient: closed forms, fits, two processes, resume)
 def test_the_command_line_refuses_it_before_any_work() -> None:
     options = ["--config", "configs/quickstart.yaml", "--model.objective", "reward_gradient"]
     with pytest.raises(Refused, match=r"policy_steps 8; set it to 1"):
         check_command("fit", options)
-<<<<<<< HEAD
     data = ["--data", "dblightning.data.MiniatureDataModule"]
     with pytest.raises(Refused, match=r"policy_steps 5; set it to 1"):
         check_command("fit", ["--model.objective", "reward_gradient", *NEEDED, *data])
-=======
->>>>>>> c4057bf (Tests of the reward's gradient: closed forms, fits, two processes, resume)
     check_command("fit", [*options, "--model.optimisation.policy_steps", "1"])
     with pytest.raises(Refused, match="objective.steps must be at most the 10 steps"):
         check_command("fit", [*options, "--model.optimisation.policy_steps", "1", "--model.objective.steps", "12"])
