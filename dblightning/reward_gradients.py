@@ -34,6 +34,12 @@ class Scored(NamedTuple):
     gradient: Tensor  # (N, C, h, w), ∂r/∂latents at the ends
 
 
+def _mean(updates: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of what each update logs, over those that log it."""
+    names = dict.fromkeys(name for each in updates for name in each)
+    return {name: torch.stack([each[name] for each in updates if name in each]).mean() for name in names}
+
+
 class RewardGradients(Storing, ManualUpdates):
     """The part of ``RewardRLModule`` that trains with objectives that need "gradients".
 
@@ -64,16 +70,31 @@ class RewardGradients(Storing, ManualUpdates):
         self.learners[0].latest_images = images, prompts, reward
         self._take_note(batch, reward)
         with self._no_ddp_sync(), self._profile("update"):
-            metrics = self._follow(scored, int(torch.isfinite(reward).sum()))
-        return Round([metrics], reward, sampled, ended)
+            updates = [self._follow(scored, int(torch.isfinite(reward).sum()))]
+            for visit in range(1, self.settings.optimisation.policy_steps):
+                with self.ranks.together("a reward's gradient"):
+                    scored = self._reward_gradients(batch, trajectory, images, visit, reward)[1]
+                updates.append(self._follow(scored, sum(len(part.gradient) for part in scored)))
+        return Round([_mean(updates)], reward, sampled, ended)
 
     def _reward_gradients(
-        self, batch: dict[str, Any], trajectory: Trajectory, images: Tensor
+        self,
+        batch: dict[str, Any],
+        trajectory: Trajectory,
+        images: Tensor,
+        visit: int = 0,
+        known: Tensor | None = None,
     ) -> tuple[Tensor, list[Scored]]:
-        """Rewards (B,), and micro-batches of the samples that have a finite one."""
+        """Rewards (B,), and micro-batches of the samples that have a finite one.
+
+        Args:
+            batch, trajectory, images: of the rollout.
+            visit: updates made of it before.
+            known: rewards of the images, where they are known.
+        """
         objective = self._objective
         reward = torch.full((len(images),), torch.nan, device=images.device)
-        every = Paths(trajectory.latents, batch["prompt_id"].cpu(), batch["seed"].cpu(), self.seed)
+        every = Paths(trajectory.latents, batch["prompt_id"].cpu(), batch["seed"].cpu(), self.seed, visit)
         rows = torch.isfinite(trajectory.log_probs).all(0).cpu().nonzero().flatten()
         found = []
         for part in rows.split(self.settings.optimisation.batch_size):
@@ -91,7 +112,8 @@ class RewardGradients(Storing, ManualUpdates):
             else:
                 own = [self.prompts[each] for each in paths.prompt_id.tolist()]
                 mean = scores.new_zeros(len(part)).index_add(0, ends.path.to(scores.device), scores)
-                reward[at] = self.reward.score(images[at], own).detach().where(torch.isfinite(mean), torch.nan)
+                score = self.reward.score(images[at], own).detach() if known is None else known[at]
+                reward[at] = score.where(torch.isfinite(mean), torch.nan)
             kept = torch.isfinite(reward[at]).cpu()
             chosen = kept[ends.path].nonzero().flatten()
             found.append(Scored(paths, ends.at(chosen), gradient[chosen.to(gradient.device)]))

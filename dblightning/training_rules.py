@@ -83,10 +83,10 @@ def gradient_problems(groups: Mapping[str, Mapping[str, Any]], objective: Mappin
     given, name = _with_defaults(groups), "RewardGradient"
     optimisation, kl, sampling = given["optimisation"], given["kl"], given["sampling"]
     updates, epochs, skipped = (optimisation[each] for each in ("policy_steps", "epochs", "skip_last_steps"))
-    if updates != 1:
+    if updates != 1 and objective.get("variant") != "refl":
         yield (
             f"{name} makes one update per rollout, got optimisation.policy_steps {updates}; set it to 1 and make more "
-            "and smaller rollouts"
+            "and smaller rollouts, or take the variant refl, which draws other steps for each update"
         )
     if epochs is not None:
         yield f"{name} makes one update per rollout, got optimisation.epochs {epochs}; set it to null"

@@ -40,6 +40,7 @@ class Paths(NamedTuple):
     prompt_id: Tensor  # (B,) int64, on the CPU
     seed: Tensor  # (B,) int64, on the CPU: of the image's noise
     run_seed: int = 0
+    visit: int = 0  # updates that were made of this rollout before
 
     def at(self, rows: Tensor) -> Paths:
         """Some of them: ``rows`` is int64 (n,), on the CPU."""
@@ -75,7 +76,7 @@ class Terms(NamedTuple):
 
 @dataclass
 class RewardGradient(Objective):
-    """The pathwise gradient of eq. (4), of a differentiable reward; one update per rollout, on its own images.
+    """The pathwise gradient of eq. (4), of a differentiable reward, on a rollout's own images.
 
     Variants differ in the steps that a gradient reaches:
 
@@ -84,7 +85,8 @@ class RewardGradient(Objective):
     * "draft_lv": the last step alone, averaged over ``draws`` fresh noises on the finished image (DRaFT-LV, same).
     * "alignprop": the last K, drawn for each image from 1 … ``steps`` (AlignProp, Prabhudesai et al. 2023).
     * "refl": one of the last ``steps`` drawn for each image, whose x̂₀ is scored: no chain (ReFL, Xu et al. 2023,
-      "ImageReward", section 3.3).
+      "ImageReward", section 3.3). Only here may a rollout make several updates (``optimisation.policy_steps``), each
+      of another step of every trajectory, which is that of the policy that sampled.
 
     The whole chain is an unbiased gradient of eq. (4). The others leave out what earlier steps could do about the
     reward, and the KL of steps without a gradient; α keeps its meaning for each step that has one.
@@ -181,8 +183,9 @@ class RewardGradient(Objective):
 
     def _generators(self, paths: Paths) -> list[torch.Generator]:
         """One per image, whatever the batch."""
+        stream = f"reward gradient {paths.visit}" if paths.visit else "reward gradient"
         keys = zip(paths.prompt_id.tolist(), paths.seed.tolist(), strict=True)
-        return [torch.Generator().manual_seed(image_seed(paths.run_seed, *key, "reward gradient")) for key in keys]
+        return [torch.Generator().manual_seed(image_seed(paths.run_seed, *key, stream)) for key in keys]
 
     def _draw(self, paths: Paths, count: int) -> Tensor:
         """A number in 0 … count − 1 for each image, int64 (B,)."""
