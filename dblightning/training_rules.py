@@ -43,15 +43,13 @@ def conflicts(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield f"kl.to_go is of the exact KL, got kl.form {kl['form']!r}; set kl.form to exact"
     if kl["to_go"] and kl["weight"] == 0:
         yield "kl.to_go needs a kl.weight > 0, got 0; set kl.to_go to false"
-    yield from _window_problems(given["window"], given["sampling"], given["optimisation"])
+    steps, skipped = given["sampling"]["num_inference_steps"], given["optimisation"]["skip_last_steps"]
+    yield from window_problems(given["window"], steps, skipped)
 
 
-def _window_problems(
-    window: Mapping[str, Any], sampling: Mapping[str, Any], optimisation: Mapping[str, Any]
-) -> Iterator[str]:
-    """A sentence for a window that the schedule has no room for."""
+def window_problems(window: Mapping[str, Any], steps: int, skipped: int) -> Iterator[str]:
+    """A sentence for a window that a schedule of ``steps`` has no room for, whose last ``skipped`` are not trained."""
     size, first, last = window["size"], window["first"], window["last"]
-    steps, skipped = sampling["num_inference_steps"], optimisation["skip_last_steps"]
     if window["position"] not in ("fixed", "random", "sliding"):
         yield f"window.position must be fixed, random or sliding, got {window['position']!r}"
     if size is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from dblightning.noise import ImageNoise, image_seed
 from dblightning.ode import Level, MultistepODE
 from dblightning.settings import check
 from dblightning.solvers import GaussianSolver
+from dblightning.training_rules import window_problems
 from dblightning.training_settings import WindowSettings
 
 
@@ -89,7 +92,8 @@ class Window:
             "the objective trains on final samples, and a window stores its own steps alone; leave window.size out, "
             f"got {settings.size}",
         )
-        settings.check(steps, skipped)  # a flow's last step is never trained
+        for problem in window_problems(asdict(settings), steps, skipped):  # a flow's last step is never trained
+            raise ValueError(problem)
         self.settings, self.seed = settings, seed
         self.stored = steps if settings.size is None else settings.size
         self.trained = steps - skipped if settings.size is None else settings.size

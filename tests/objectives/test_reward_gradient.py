@@ -196,6 +196,7 @@ def test_draws_are_an_images_own_and_reach_every_step() -> None:
     some = torch.tensor([150, 3])
     assert torch.equal(objective.ends(policy, paths.at(some), STEPS).first, first[some])
     assert not torch.equal(objective.ends(policy, paths._replace(run_seed=1), STEPS).first, first)
+    assert not torch.equal(objective.ends(policy, paths._replace(visit=1), STEPS).first, first)
 
 
 def one_step(backbone: Bent, solver: DDIMSolver, states: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -385,6 +386,23 @@ def test_every_variant_raises_the_reward(tmp_path: Path, variant: str) -> None:
 
     toy_fit.trainer(tmp_path, max_epochs=5, callbacks=[Record()]).fit(run, datamodule=toy_fit.data(tmp_path))
     assert seen[-1] > seen[0] + 0.1
+
+
+def test_refl_makes_several_updates_of_one_rollout_each_of_other_steps(tmp_path: Path) -> None:
+    drawn: list[Tensor] = []
+
+    class Recorded(RewardGradient):
+        def ends(self, policy: AdapterPolicy, paths: Paths, trained_steps: int) -> Ends:
+            found = super().ends(policy, paths, trained_steps)
+            drawn.append(found.first)
+            return found
+
+    run = run_of(objective=Recorded("refl", steps=4), policy_steps=5)
+    toy_fit.fit(tmp_path, run)  # three rollouts
+    assert len(drawn) == 15
+    assert len({tuple(each.tolist()) for each in drawn[:5]}) > 1
+    (state,) = run.optimizers()[0].state.values()  # type: ignore[index, union-attr]
+    assert int(state["step"]) == 15
 
 
 def test_micro_batches_make_the_update_of_one_batch(tmp_path: Path) -> None:
