@@ -36,7 +36,8 @@ def test_the_message_is_one_sentence_of_value_rule_and_remedy() -> None:
 
 
 def test_every_numeric_setting_of_the_training_module_has_a_rule() -> None:
-    from dblightning.training_settings import TrainingSettings
+    from dblightning.objectives import RewardGradient
+    from dblightning.training_settings import BasisAdapter, TrainingSettings
 
     numeric = [
         (group, name)
@@ -47,6 +48,8 @@ def test_every_numeric_setting_of_the_training_module_has_a_rule() -> None:
     assert len(numeric) > 20
     assert not [f"{group}.{name}" for group, name in numeric if name not in rules_of(group)]
     listed = [name.partition(".") for name in RULES if "." in name]
+    numeric += [("objective", name) for name in get_type_hints(RewardGradient)]
+    numeric += [("adapters", name) for name in get_type_hints(BasisAdapter)]
     assert all((group, name) in numeric for group, _, name in listed), "no rule is of a setting that is gone"
 
 

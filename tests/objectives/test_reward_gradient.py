@@ -629,12 +629,10 @@ NEEDED = [
 
 
 def test_the_command_line_refuses_it_before_any_work() -> None:
-    options = ["--config", "configs/quickstart.yaml", "--model.objective", "reward_gradient"]
-    with pytest.raises(Refused, match=r"policy_steps 8; set it to 1"):
-        check_command("fit", options)
-    data = ["--data", "dblightning.data.MiniatureDataModule"]
+    options = ["--model.objective", "reward_gradient", *NEEDED, "--data", "dblightning.data.MiniatureDataModule"]
+    options += ["--model.sampling.num_inference_steps", "20", "--model.optimisation.skip_last_steps", "10"]
     with pytest.raises(Refused, match=r"policy_steps 5; set it to 1"):
-        check_command("fit", ["--model.objective", "reward_gradient", *NEEDED, *data])
+        check_command("fit", options)
     check_command("fit", [*options, "--model.optimisation.policy_steps", "1"])
     with pytest.raises(Refused, match="objective.steps must be at most the 10 steps"):
         check_command("fit", [*options, "--model.optimisation.policy_steps", "1", "--model.objective.steps", "12"])
