@@ -81,7 +81,8 @@ class Window:
         trained: steps of them that are trained, the first ones.
 
     Raises:
-        ValueError: an objective that trains on final samples, which a window does not store.
+        ValueError: a window that the schedule has no room for, or an objective that trains on final samples, which a
+            window does not store.
     """
 
     def __init__(
