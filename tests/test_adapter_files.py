@@ -411,8 +411,8 @@ def test_the_convert_command(sd15_folder: Path, tmp_path: Path, capsys: pytest.C
         ("lora_unet_conv_in.lokr_w1", "LoKr"),
         ("lora_unet_conv_in.lora_mid.weight", "Tucker"),
         ("lora_unet_conv_in.diff", "full weight differences"),
-        ("lora_unet_conv_in.unknown", "no part of a LoRA"),
-        ("unet.conv_in.weight", "no part of a LoRA"),
+        ("lora_unet_conv_in.unknown", "not part of a LoRA"),
+        ("unet.conv_in.weight", "not part of a LoRA"),
     ],
 )
 def test_what_is_not_lora_is_refused_by_name(tmp_path: Path, key: str, message: str) -> None:

@@ -270,7 +270,7 @@ def test_missing_and_broken_files_are_named(backbone: Any, tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError, match="does not exist"):
         backbone.adapters.load("style", tmp_path / "nowhere", backbone.pipeline)
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"not a tensor file")
-    with pytest.raises(ValueError, match="no readable safetensors"):
+    with pytest.raises(ValueError, match="not a readable safetensors"):
         backbone.adapters.load("style", tmp_path, backbone.pipeline)
 
 
