@@ -13,6 +13,7 @@ from dblightning.manual_updates import ManualUpdates, set_options
 from dblightning.objectives.policy import AdapterPolicy
 from dblightning.objectives.reward_gradient import Ends, Paths, RewardGradient, Terms
 from dblightning.rollout import Trajectory
+from dblightning.scoring import Logged
 from dblightning.steering import reward_gradients
 from dblightning.storing import Storing
 
@@ -32,12 +33,6 @@ class Scored(NamedTuple):
     paths: Paths
     ends: Ends
     gradient: Tensor  # (N, C, h, w), ∂r/∂latents at the ends
-
-
-def _mean(updates: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of what each update logs, over those that log it."""
-    names = dict.fromkeys(name for each in updates for name in each)
-    return {name: torch.stack([each[name] for each in updates if name in each]).mean() for name in names}
 
 
 class RewardGradients(Storing, ManualUpdates):
@@ -70,12 +65,13 @@ class RewardGradients(Storing, ManualUpdates):
         self.learners[0].latest_images = images, prompts, reward
         self._take_note(batch, reward)
         with self._no_ddp_sync(), self._profile("update"):
-            updates = [self._follow(scored, int(torch.isfinite(reward).sum()))]
+            logged = Logged()
+            self._follow(scored, int(torch.isfinite(reward).sum()), logged)
             for visit in range(1, self.settings.optimisation.policy_steps):
                 with self.ranks.together("a reward's gradient"):
                     scored = self._reward_gradients(batch, trajectory, images, visit, reward)[1]
-                updates.append(self._follow(scored, sum(len(part.gradient) for part in scored)))
-        return Round([_mean(updates)], reward, sampled, ended)
+                self._follow(scored, sum(len(part.gradient) for part in scored), logged)
+        return Round([logged.summary()], reward, sampled, ended)
 
     def _reward_gradients(
         self,
@@ -131,13 +127,13 @@ class RewardGradients(Storing, ManualUpdates):
         self.learners[0].share = finite[self.ranks.rank] * len(finite) / sum(finite)
         self._log_rewards(self.learners[0], prompt_ids, rewards)
 
-    def _follow(self, scored: list[Scored], count: int) -> dict[str, Tensor]:
-        """One optimiser step along the gradient of micro-batches of ``count`` images in all."""
+    def _follow(self, scored: list[Scored], count: int, logged: Logged) -> None:
+        """One optimiser step along the gradient of micro-batches of ``count`` images in all; and log it."""
+        (learner,) = self.learners
         settings, optimizer, objective = self.settings.optimisation, self._optimizers()[0], self._objective
         set_options(optimizer, lr=self.learning_rate, weight_decay=settings.weight_decay)
         kl_weight = self.kl.weight_at(self.rollouts_done)
         terms = Terms(settings.reward_weight, kl_weight, 1.0, self.trained_steps, True, self._precise_kl)
-        logged: dict[str, list[Tensor]] = {}
         with self.ranks.together("the policy update"):
             terms = terms._replace(factor=self._loss_scale() / max(count, 1))
             for index, part in enumerate(scored):
@@ -145,16 +141,14 @@ class RewardGradients(Storing, ManualUpdates):
                 # without a weight the KL is watched, not paid for
                 part_terms = terms._replace(with_kl=kl_weight > 0 or index == 0)
                 metrics = objective.backward(self.policy, part.paths, part.ends, part.gradient, part_terms)
-                for name, value in metrics.items():
-                    logged.setdefault(name, []).append(value.detach())
+                logged.add(learner, metrics)
             if not scored:
                 self._backward_of_nothing(self.policy_parameters)
         norms = self._step(optimizer, self.policy_parameters)
         if norms is not None:
             self.average.update()
             objective.saw_norm(float(norms[0]))
-            logged["train/grad_norm"] = norms
-        return {name: torch.stack(values).mean() for name, values in logged.items()}
+            logged.add(learner, {"train/grad_norm": norms[0]})
 
     def norm_limit(self, learner: Learner) -> float:
         limit, objective = super().norm_limit(learner), learner.objective

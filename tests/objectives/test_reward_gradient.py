@@ -405,6 +405,14 @@ def test_refl_makes_several_updates_of_one_rollout_each_of_other_steps(tmp_path:
     assert int(state["step"]) == 15
 
 
+def test_a_basis_of_one_adapter_is_logged_by_its_name(tmp_path: Path) -> None:
+    given = toy_fit.SETTINGS | GRADIENT | {"buffer_size": None}
+    del given["clip_range"]
+    run = RewardRLModule(GaussianBackbone(2), adapters={"bright": {"reward": LinearReward(0.5)}}, **given)
+    trained = toy_fit.fit(tmp_path, run)
+    assert {"train/kl/bright", "train/grad_norm/bright", "train/reward/bright"} <= set(trained.callback_metrics)
+
+
 def test_micro_batches_make_the_update_of_one_batch(tmp_path: Path) -> None:
     ends = []
     for size in (1, 3, 4):
