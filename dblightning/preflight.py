@@ -17,14 +17,9 @@ from dblightning.command_tree import TRAINING, Refused, Unclear, hint, parse, sh
 from dblightning.settings import Number, check_reward_or_adapters, count, problems, rules_of
 from dblightning.signatures import NotFound, Parameter, alias, class_path, exports, signature
 from dblightning.training_rules import (
-    DEFAULTS,
-    FORWARD_OBJECTIVES,
-    GROUP_OBJECTIVES,
     conflicts,
-    forward_problems,
-    gradient_problems,
-    group_problem,
     group_size_problem,
+    objective_problems,
     parts_problem,
 )
 from dblightning.weights import check_kl_scale, check_weights
@@ -96,20 +91,15 @@ def _check_together(model: Mapping[str, Any], data: Any) -> None:
     found = list(conflicts(groups))
     named = model.get("objective") or {}
     objective: dict[str, Any] = {"class_path": named} if isinstance(named, str) else groups.get("objective") or {}
-    path = str(objective.get("class_path", ""))
-    if path.removeprefix("dblightning.objectives.") == "RewardGradient":
-        own: Any = objective.get("init_args") or {}
-        found += gradient_problems(groups, {**own, **objective})
+    name = str(objective.get("class_path", "")).removeprefix("dblightning.objectives.")
+    # an option stands beside init_args
+    found += objective_problems(name, groups, {**(objective.get("init_args") or {}), **objective})
     reward = groups.get("reward") or {}
-    kind = str(reward.get("class_path", "")).rpartition(".")[2]
-    own = str(reward.get("class_path", "")).startswith("dblightning.")
-    if own and kind != "WeightedReward" and (groups.get("advantage") or {}).get("per_reward") is True:
+    path = str(reward.get("class_path", ""))
+    kind = path.rpartition(".")[2]
+    ours = path.startswith("dblightning.")
+    if ours and kind != "WeightedReward" and (groups.get("advantage") or {}).get("per_reward") is True:
         found += parts_problem(kind, 0)
-    if path.removeprefix("dblightning.objectives.") in FORWARD_OBJECTIVES:
-        found += forward_problems(path.rpartition(".")[2], groups)
-    if path.removeprefix("dblightning.objectives.") in GROUP_OBJECTIVES:
-        baseline = (groups.get("advantage") or {}).get("baseline", DEFAULTS["advantage"]["baseline"])
-        found += group_problem(path.rpartition(".")[2], baseline)
     if isinstance(data, dict) and str(data.get("class_path", "")).startswith("dblightning."):
         given = {"samples_per_prompt": 1} | (data.get("init_args") or {}) | data  # an option stands beside init_args
         found += group_size_problem(groups, given["samples_per_prompt"])

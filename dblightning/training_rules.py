@@ -18,6 +18,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 GROUP_OBJECTIVES = ("GRPO", "GRPOGuard")
 #: objectives on noised final samples
 FORWARD_OBJECTIVES = ("NFT", "AWM", "BestOfN")
+#: those of them whose samples are of an old policy
+OLD_POLICY_OBJECTIVES = ("NFT", "AWM")
 
 
 def conflicts(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -108,8 +110,27 @@ def gradient_problems(groups: Mapping[str, Mapping[str, Any]], objective: Mappin
         )
 
 
-def group_problem(objective: str, baseline: str) -> Iterator[str]:
+def objective_problems(
+    objective: str, groups: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any]
+) -> Iterator[str]:
+    """A sentence for each setting that does not go with an objective of this package.
+
+    Args:
+        objective: name of its class.
+        groups: settings by group and name.
+        own: the objective's own settings by name.
+    """
+    if objective == "RewardGradient":
+        yield from gradient_problems(groups, own)
+    if objective in FORWARD_OBJECTIVES:
+        yield from forward_problems(objective, groups, objective in OLD_POLICY_OBJECTIVES)
+    if objective in GROUP_OBJECTIVES:
+        yield from group_problem(objective, groups)
+
+
+def group_problem(objective: str, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """A sentence where an objective that compares a prompt's images does not get their advantage."""
+    baseline = _with_defaults(groups)["advantage"]["baseline"]
     if baseline != "group":
         yield (
             f"{objective} compares the images of a prompt with each other, and advantage.baseline is {baseline!r}; set "
@@ -117,8 +138,14 @@ def group_problem(objective: str, baseline: str) -> Iterator[str]:
         )
 
 
-def forward_problems(objective: str, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """A sentence for each setting that does not go with an objective on noised final samples."""
+def forward_problems(objective: str, groups: Mapping[str, Mapping[str, Any]], keeps_old: bool) -> Iterator[str]:
+    """A sentence for each setting that does not go with an objective on noised final samples.
+
+    Args:
+        objective: its name.
+        groups: settings by group and name.
+        keeps_old: whether the samples are of an old policy.
+    """
     given = _with_defaults(groups)
     baseline, size = given["advantage"]["baseline"], given["replay"]["buffer_size"]
     if baseline not in ("prompt", "group"):
@@ -128,7 +155,7 @@ def forward_problems(objective: str, groups: Mapping[str, Mapping[str, Any]]) ->
         )
     if given["kl"]["to_go"]:
         yield f"{objective} trains on noised samples, which have no later steps; set kl.to_go to false"
-    if size is not None and objective != "BestOfN":  # which has no old policy
+    if size is not None and keeps_old:
         yield (
             f"{objective} trains on the latest rollout, of its old policy, and replay.buffer_size {size} keeps earlier "
             "ones too; set replay.buffer_size to null"
@@ -151,8 +178,7 @@ def group_size_problem(groups: Mapping[str, Mapping[str, Any]], samples_per_prom
         groups: settings by group and name.
         samples_per_prompt: of the prompts' data.
     """
-    baseline = (groups.get("advantage") or {}).get("baseline", DEFAULTS["advantage"]["baseline"])
-    if baseline == "group" and samples_per_prompt == 1:
+    if _with_defaults(groups)["advantage"]["baseline"] == "group" and samples_per_prompt == 1:
         yield (
             "advantage.baseline group compares the images of a prompt with each other, and data.samples_per_prompt is "
             "1, a group of one; set it to 2 or more"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dblightning.objectives.base import Metrics, Needs, Objective, Policy
-from dblightning.objectives.forward_process import original_gain
+from dblightning.objectives.base import Metrics, Policy
+from dblightning.objectives.forward_process import ForwardProcess, output_error
 from dblightning.replay import Transitions
 from dblightning.settings import check, check_settings
-from dblightning.training_rules import forward_problems
 from dblightning.training_settings import TrainingSettings
 
 
@@ -38,7 +36,7 @@ def best_of_groups(prompt_ids: Tensor, rewards: Tensor, keep: int) -> Tensor:
 
 
 @dataclass
-class BestOfN(Objective):
+class BestOfN(ForwardProcess):
     """Rejection sampling: of each prompt's n images of a rollout the best are kept, and the model is fitted to them.
 
     The loss is the one of pre-training, on the policy's own best images: x₀ is noised to the steps of the run's
@@ -61,7 +59,6 @@ class BestOfN(Objective):
             guidance starts, learns the same images; with ``sampling.guidance_scale`` above 1 it must be 0.
     """
 
-    needs: ClassVar[Needs] = "samples"
     keep: int = 1
     noise_draws: int = 4
     text_dropout: float = 0.1
@@ -70,8 +67,7 @@ class BestOfN(Objective):
         check_settings(vars(self))
 
     def check(self, settings: TrainingSettings) -> None:
-        for problem in forward_problems(type(self).__name__, dict(settings.groups())):
-            raise ValueError(problem)
+        super().check(settings)
         scale = settings.sampling.guidance_scale
         check(
             self.text_dropout == 0 or scale <= 1,
@@ -84,8 +80,5 @@ class BestOfN(Objective):
 
     def loss(self, policy: Policy, transitions: Transitions) -> tuple[Tensor, Metrics]:
         """Mean squared error of the model's output, of noised samples."""
-        solver, latents, at = policy.solver, transitions.latents, transitions.step_index
-        distance = (solver.original(policy.current(transitions), latents, at) - transitions.next_latents).flatten(1)
-        # x̂₀ is affine in the output: divided by its gain, its error is the output's
-        error = distance.square().mean(1) / original_gain(solver, at, latents).square()
+        error = output_error(policy.solver, policy.current(transitions), transitions)
         return error.mean(), {"train/denoising_error": error.mean(), "train/kept_reward": transitions.reward.mean()}

@@ -63,18 +63,33 @@ def original_gain(solver: GaussianSolver, step_index: Tensor, like: Tensor) -> T
     return (solver.original(zero + 1, zero, step_index) - solver.original(zero, zero, step_index)).abs().flatten()
 
 
+def output_error(solver: GaussianSolver, output: Tensor, transitions: Transitions) -> Tensor:
+    """mean((output − target)²) of noised samples, (B,): the target is the output that recovers the sample.
+
+    The error of x̂₀ divided by :func:`original_gain`, for x̂₀ is affine in the output: of any parametrisation.
+    """
+    latents, at = transitions.latents, transitions.step_index
+    distance = solver.original(output, latents, at) - transitions.next_latents
+    return distance.flatten(1).square().mean(1) / original_gain(solver, at, latents).square()
+
+
 class ForwardProcess(Objective):
-    """Base class of objectives on noised final samples, sampled by an old policy that follows the trained one."""
+    """Base class of objectives on noised final samples."""
 
     needs: ClassVar[Needs] = "samples"
+
+    def check(self, settings: TrainingSettings) -> None:
+        for problem in forward_problems(type(self).__name__, dict(settings.groups()), self.keeps_old):
+            raise ValueError(problem)
+
+
+class OldPolicyProcess(ForwardProcess):
+    """Base class of those whose samples are of an old policy that follows the trained one."""
+
     keeps_old: ClassVar[bool] = True
     decay_start: int
     decay_rate: float
     decay_max: float
-
-    def check(self, settings: TrainingSettings) -> None:
-        for problem in forward_problems(type(self).__name__, dict(settings.groups())):
-            raise ValueError(problem)
 
     def old_decay(self, rollouts: int) -> float:
         """η = min(rate · (rollouts − start), max), 0 before the start: θ_old ← η θ_old + (1 − η) θ."""
@@ -82,7 +97,7 @@ class ForwardProcess(Objective):
 
 
 @dataclass
-class NFT(ForwardProcess):
+class NFT(OldPolicyProcess):
     """DiffusionNFT (Zheng et al. 2025, 2509.16117): contrast of a good and a bad policy on noised samples.
 
     Rollouts are sampled by an old policy, a second adapter that follows the trained one. Its log-probs are not used.
@@ -125,7 +140,7 @@ class NFT(ForwardProcess):
 
 
 @dataclass
-class AWM(ForwardProcess):
+class AWM(OldPolicyProcess):
     """Advantage-weighted matching (2509.25050): PPO whose log-prob is minus the denoising loss of the sample.
 
     ρ = exp(ℓ_old − ℓ_θ) with ℓ = mean((output − target)²); the target is the output that is right for this sample and
@@ -147,15 +162,13 @@ class AWM(ForwardProcess):
         check_settings(vars(self))
 
     def loss(self, policy: Policy, transitions: Transitions) -> tuple[Tensor, Metrics]:
-        solver, latents, at = policy.solver, transitions.latents, transitions.step_index
-        gain = original_gain(solver, at, latents)
-        errors = []
-        for output in (policy.current(transitions), policy.old(transitions)):
-            error = solver.original(output, latents, at) - transitions.next_latents
-            errors.append(error.flatten(1).square().mean(1) / gain.square())
-        ratio = (errors[1] - errors[0]).exp()
+        current, old = (
+            output_error(policy.solver, output, transitions)
+            for output in (policy.current(transitions), policy.old(transitions))
+        )
+        ratio = (old - current).exp()
         return -ppo_objective(transitions.advantage, ratio, self.clip_range).mean(), {
             "train/ratio": ratio.mean(),
             "train/clip_fraction": clip_fraction(ratio, self.clip_range),
-            "train/denoising_error": errors[0].mean(),
+            "train/denoising_error": current.mean(),
         }

@@ -49,6 +49,15 @@ def clip_fraction(ratio: Tensor, clip_range: float) -> Tensor:
     return ((ratio - 1).abs() > clip_range).float().mean()
 
 
+def ratio_metrics(ratio: Tensor, transitions: Transitions) -> Metrics:
+    """What every objective with a ratio logs about it: its mean, and its error where it has to be 1."""
+    return {
+        "train/ratio": ratio.mean(),
+        # of the latest rollout's: until the first step of an update their policy is the one that sampled
+        "train/on_policy_ratio_error": torch.where(transitions.age == 0, (ratio - 1).abs(), 0).max(),
+    }
+
+
 @dataclass
 class PolicyGradient(Objective):
     """Base class of objectives that weigh a step's likelihood ratio with its advantage.
@@ -71,12 +80,7 @@ class PolicyGradient(Objective):
         log_prob = gaussian_log_prob(policy.step(transitions), transitions.next_latents)
         ratio = (log_prob - transitions.log_prob).exp()
         loss = -self.surrogate(transitions.advantage, ratio).mean()
-        return loss, {
-            "train/ratio": ratio.mean(),
-            "train/clip_fraction": clip_fraction(ratio, self.clip_range),
-            # of the latest rollout's: until the first step of an update their policy is the one that sampled
-            "train/on_policy_ratio_error": torch.where(transitions.age == 0, (ratio - 1).abs(), 0).max(),
-        }
+        return loss, ratio_metrics(ratio, transitions) | {"train/clip_fraction": clip_fraction(ratio, self.clip_range)}
 
 
 class DPOK(PolicyGradient):
@@ -101,5 +105,5 @@ class GRPO(PPO):
     """
 
     def check(self, settings: TrainingSettings) -> None:
-        for problem in group_problem(type(self).__name__, settings.advantage.baseline):
+        for problem in group_problem(type(self).__name__, dict(settings.groups())):
             raise ValueError(problem)

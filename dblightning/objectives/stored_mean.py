@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dblightning.objectives.base import Metrics, Objective, Policy
-from dblightning.objectives.policy_gradient import GRPO, clip_fraction
+from dblightning.objectives.policy_gradient import GRPO, clip_fraction, ratio_metrics
 from dblightning.replay import Transitions
 from dblightning.schedule import GaussianStep, gaussian_log_prob
 from dblightning.settings import check_settings
@@ -82,11 +82,7 @@ class GRPOGuard(GRPO):
         ratio = guarded_ratio(step, transitions.mean, transitions.next_latents)
         gain = output_gain(policy.solver, transitions.step_index, transitions.latents)
         loss = -(self.surrogate(transitions.advantage, ratio) / gain).mean()
-        return loss, {
-            "train/ratio": ratio.mean(),
-            "train/clip_fraction": clip_fraction(ratio, self.clip_range),
-            "train/on_policy_ratio_error": torch.where(transitions.age == 0, (ratio - 1).abs(), 0).max(),
-        }
+        return loss, ratio_metrics(ratio, transitions) | {"train/clip_fraction": clip_fraction(ratio, self.clip_range)}
 
 
 @dataclass
@@ -113,9 +109,7 @@ class FlowDPPO(Objective):
         ratio = (gaussian_log_prob(step, transitions.next_latents) - transitions.log_prob).exp()
         divergence = step_divergence(step, transitions.mean).detach()
         mask = divergence_mask(advantage, ratio.detach(), divergence, self.max_divergence)
-        return -(mask * advantage * ratio).mean(), {
-            "train/ratio": ratio.mean(),
+        return -(mask * advantage * ratio).mean(), ratio_metrics(ratio, transitions) | {
             "train/masked_fraction": 1 - mask.mean(),
             "train/divergence": divergence.mean(),
-            "train/on_policy_ratio_error": torch.where(transitions.age == 0, (ratio - 1).abs(), 0).max(),
         }
