@@ -138,7 +138,9 @@ class RewardRLModule(RewardGradients):
         self.solver = solver_of(backbone, steps, sampling.eta, sampling.noise)
         means = "mean" in self.objective.stores or self.settings.kl.to_go
         old = [each.old.name for each in self.learners if each.old.name]
-        evaluation = solver_of(backbone, sampling.eval_steps or steps, sampling.eta, sampling.noise)
+        evaluation = None
+        if sampling.eval_steps is not None:
+            evaluation = solver_of(backbone, sampling.eval_steps, sampling.eta, sampling.noise)
         run = (backbone, self.solver, names, sampling, self.seed, rank_zero_info)
         self.sampler = RolloutSampler(*run, means, old or None, evaluation)
         self.policy = AdapterPolicy(backbone, self.solver, names, sampling, self._texts, old or None)

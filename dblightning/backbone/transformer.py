@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -58,9 +57,9 @@ class FlowTransformer(Family):
         self.check_scheduler(self.pipeline.scheduler.config)
         return self.pipeline.scheduler
 
-    @abstractmethod
     def tokens(self, size: Size) -> int:
         """Number of image tokens that the transformer sees of an image of ``size`` in pixels."""
+        return (size[0] // self.size_unit) * (size[1] // self.size_unit)
 
     def grid(self, num_inference_steps: int) -> list[float] | None:
         """The plain pipeline's σ's before the shift; None leaves them to the scheduler."""
@@ -134,9 +133,6 @@ class StableDiffusion3(FlowTransformer):
     @property
     def size_unit(self) -> int:
         return int(self.pipeline.vae_scale_factor) * int(self.denoiser.config.patch_size)
-
-    def tokens(self, size: Size) -> int:
-        return (size[0] // self.size_unit) * (size[1] // self.size_unit)
 
     def check_size(self, size: Size) -> None:
         most = int(self.denoiser.config.pos_embed_max_size)
@@ -239,9 +235,6 @@ class Flux(FlowTransformer):
         encoder = self.pipeline.text_encoder_2
         dtype: torch.dtype = (self.denoiser if encoder is None else encoder).dtype
         return dtype
-
-    def tokens(self, size: Size) -> int:
-        return (size[0] // self.size_unit) * (size[1] // self.size_unit)
 
     def grid(self, num_inference_steps: int) -> list[float] | None:
         grid: list[float] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
