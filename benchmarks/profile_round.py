@@ -30,6 +30,7 @@ from benchmarks.peers.contestant import Contestant
 from benchmarks.peers.environment import ROOT
 from benchmarks.peers.worker import PHASES, Settings
 from benchmarks.publish import publish
+from benchmarks.training import interleaved
 from dblightning.backbone import DiffusersBackbone
 from dblightning.miniature.rewards import ShapeAesthetic
 from dblightning.module import RewardRLModule
@@ -53,12 +54,7 @@ def rounds(checkouts: dict[str, Path], repeats: int) -> dict[str, dict[str, Any]
             name: stack.enter_context(Contestant("ours", Settings(config=CONFIG, seed=1), root=root))
             for name, root in checkouts.items()
         }
-        for contestant in running.values():
-            contestant.round()
-        done: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
-        for _ in range(repeats):
-            for name, contestant in running.items():
-                done[name].append(contestant.round())
+        done = interleaved(running, repeats)
     return {
         name: {
             "cpu_seconds": statistics.median(each["cpu_seconds"] for each in records),

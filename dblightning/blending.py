@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from dblightning.draws import DRAWS
+from dblightning.draws import DEFAULT_DRAWS, DRAWS
 from dblightning.methods import check_options, construct, is_one, kl_scales, load_method, weights_tensor
 from dblightning.weights import BatchWeights, WeightSchedule
 from dblightning.weights import check_weights as check_weights  # where it was at first
@@ -199,9 +199,9 @@ class DBMPALS(_Weighted):
 
     Args:
         weights, normalize: preference weights; per image, or (not for ``systematic``) as a function of the step.
-        schedule: "iid", the paper's independent draw at each step; "rotation", in which every adapter's share is met
-            along the whole path, and "golden", nearly so; or "systematic", which gives each adapter its share of all
-            steps in random order. Each step's marginal is exactly w in all; see :mod:`dblightning.draws`.
+        schedule: "rotation", in which every adapter's share is met along the whole path, and "golden", nearly so;
+            "iid", the paper's independent draw at each step; or "systematic", which gives each adapter its share of
+            all steps in random order. Each step's marginal is exactly w in all; see :mod:`dblightning.draws`.
         kl_scale: λ ≥ 0, one for all images or one each; 1 is plain, 0 the base model.
     """
 
@@ -210,7 +210,7 @@ class DBMPALS(_Weighted):
     def __init__(
         self,
         weights: BatchWeights | WeightSchedule,
-        schedule: str = "iid",
+        schedule: str = DEFAULT_DRAWS,
         kl_scale: float | Sequence[float] = 1.0,
         normalize: bool = False,
     ) -> None:
@@ -291,7 +291,7 @@ def resolve_blend(
     weights: BatchWeights | WeightSchedule | None = None,
     kl_scale: float | Sequence[float] = 1.0,
     normalize: bool = False,
-    ls_schedule: str = "iid",
+    ls_schedule: str = DEFAULT_DRAWS,
     options: Mapping[str, Any] | None = None,
 ) -> Blend:
     """The blend that an object, a method's name or a class's dotted path means.
@@ -302,7 +302,7 @@ def resolve_blend(
         weights: adapter → weight; one mapping, one per image, or a function of the step.
         kl_scale: λ.
         normalize: divide weights by their sum.
-        ls_schedule: "iid" or "systematic", read by ``db-mpa-ls`` alone.
+        ls_schedule: "rotation", "golden", "iid" or "systematic", read by ``db-mpa-ls`` alone.
         options: further arguments of the class.
 
     Raises:
@@ -326,7 +326,7 @@ def make_blend(
     weights: BatchWeights | WeightSchedule | None = None,
     kl_scale: float | Sequence[float] = 1.0,
     normalize: bool = False,
-    ls_schedule: str = "iid",
+    ls_schedule: str = DEFAULT_DRAWS,
 ) -> Blend:
     """:func:`resolve_blend` of a method's name; ``single`` and ``db-kla`` take the adapter that has weight 1.
 

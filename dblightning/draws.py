@@ -98,6 +98,8 @@ def _by_points(weights: Tensor, points: Tensor) -> Tensor:
     return torch.minimum(drawn, last)
 
 
+#: name of the sequence that is drawn where none is named: the closest to DB-MPA (docs/methods.md)
+DEFAULT_DRAWS = "rotation"
 #: name → sequence of draws
 DRAWS: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {
     "iid": draw_iid,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -138,23 +137,9 @@ def predict(
         (B, C, h, w), float32.
     """
     guided_last = guidance_scale > 1 and not backbone.affine_guidance
-    if guided_last:
-        passes = _mixed(backbone.passes, latents, timesteps, conditioning, calls, guidance_scale)
-        return backbone.guide(passes[:, 0], passes[:, 1], guidance_scale, conditioning)
-    return _mixed(backbone.denoise, latents, timesteps, conditioning, calls, guidance_scale)
-
-
-def _mixed(
-    denoise: Callable[..., Tensor],
-    latents: Tensor,
-    timesteps: Tensor,
-    conditioning: Conditioning,
-    calls: Calls,
-    guidance_scale: float,
-) -> Tensor:
-    """What ``denoise`` returns for each call's rows, mixed."""
+    run = backbone.passes if guided_last else backbone.denoise
     outputs = [
-        denoise(
+        run(
             latents if call.images is None else latents[call.images],
             timesteps if call.images is None else timesteps[call.images],
             conditioning if call.images is None else conditioning.rows(call.images),
@@ -163,14 +148,22 @@ def _mixed(
         )
         for call in calls.calls
     ]
+    mixed = _mixed(outputs, calls, len(latents))
+    if guided_last:
+        return backbone.guide(mixed[:, 0], mixed[:, 1], guidance_scale, conditioning)
+    return mixed
+
+
+def _mixed(outputs: list[Tensor], calls: Calls, images: int) -> Tensor:
+    """Each call's outputs, put in the place of their images and mixed."""
     if calls.mix is None and len(outputs) == 1:
         return outputs[0]
     output = torch.cat(outputs)
     # scattered to (K, B) and summed over K, not index_add: atomics would make a GPU's sum depend on its order
     height = 1 if calls.mix is None else len(calls.mix)
-    rows = torch.zeros(height * len(latents), *output.shape[1:], dtype=output.dtype, device=output.device)
+    rows = torch.zeros(height * images, *output.shape[1:], dtype=output.dtype, device=output.device)
     rows = rows.index_copy(0, torch.cat([call.rows for call in calls.calls]), output)
     if calls.mix is None:
         return rows
-    shape = (height, len(latents), *[1] * (output.ndim - 1))
+    shape = (height, images, *[1] * (output.ndim - 1))
     return (calls.mix.to(output.dtype).view(shape) * rows.unflatten(0, shape[:2])).sum(0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dblightning.backbone import Conditioning, DiffusersBackbone, Size
 from dblightning.blending import Base, BatchWeights, Blend, WeightSchedule, resolve_blend
+from dblightning.draws import DEFAULT_DRAWS
 from dblightning.flow import FlowNoise
 from dblightning.noise import GeneratorNoise
 from dblightning.pipeline_call import CallbackTensors, CallSettings, RunningCalls
@@ -175,7 +176,7 @@ class DiffusionBlendPipeline(FileMethods):
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         normalize: bool = False,
-        ls_schedule: str = "iid",
+        ls_schedule: str = DEFAULT_DRAWS,
         rewards: Mapping[str, Reward] | None = None,
         method_options: Mapping[str, Any] | None = None,
         steering: Steering | None = None,
@@ -237,7 +238,7 @@ class DiffusionBlendPipeline(FileMethods):
                 candidates are N latents per image.
             callback_on_step_end_tensor_inputs: what the callback is given, of ``pipe._callback_tensor_inputs``.
             normalize: divide weights by their sum.
-            ls_schedule: "iid", "rotation", "golden" or "systematic", of ``db-mpa-ls``.
+            ls_schedule: "rotation", "golden", "iid" (the paper's) or "systematic", of ``db-mpa-ls``.
             rewards: name → reward, of ``code`` and ``rgg``.
             method_options: further arguments of the method's class, such as ``{"candidates": 8}`` of CoDe.
             steering: a CoDe or RGG of your own on top of any blend.

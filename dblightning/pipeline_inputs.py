@@ -155,9 +155,15 @@ def _from_embeddings(
     if call.guided and makes_negative and pipeline.tokenizer is None:
         raise ValueError("guidance needs negative_prompt_embeds, or a text encoder to make them; or guidance_scale=1")
     silence_text_adapters(pipeline)
+    options = {
+        "device": backbone.device,
+        "num_images_per_prompt": per_prompt,
+        "do_classifier_free_guidance": call.guided,
+        "clip_skip": call.clip_skip,
+    }
     with backbone.lock:
         embeds, pooled, negative_embeds, negative_pooled = backbone.family.complete(
-            texts, inputs.embeddings(backbone), backbone.device, per_prompt, call.guided, call.clip_skip
+            texts, inputs.embeddings(backbone), options
         )
     call.has_negatives = negative_embeds is not None
     if negative_embeds is None or negative_pooled is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from dblightning.adapters import AdapterBank, Gating
 
 #: height and width of an image in pixels
 Size = tuple[int, int]
+#: gates of a call's rows: whole, a gate vector per row, or None for the base model
+Gates: TypeAlias = Gating | Tensor | None
 #: what a model's output is: ε, v = √ᾱ ε − √(1−ᾱ) x₀, x₀, or the velocity ε − x₀ of a flow
 Prediction = Literal["epsilon", "v_prediction", "sample", "velocity"]
 
@@ -123,7 +125,7 @@ class Backbone(nn.Module, ABC):
         timesteps: Tensor,
         conditioning: Conditioning,
         guidance_scale: float = 1.0,
-        gates: Gating | Tensor | None = None,
+        gates: Gates = None,
     ) -> Tensor:
         """Model output of R rows with guidance applied.
 
@@ -149,12 +151,7 @@ class Backbone(nn.Module, ABC):
     affine_guidance: bool = True
 
     def passes(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
-        guidance_scale: float,
-        gates: Gating | Tensor | None = None,
+        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float, gates: Gates = None
     ) -> Tensor:
         """The unconditional and the conditional prediction of R rows before guidance, (R, 2, C, h, w), float32.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dblightning.adapters import Gating
-from dblightning.backbone.base import Backbone, Conditioning
+from dblightning.backbone.base import Backbone, Conditioning, Gates
 from dblightning.backbone.family import Family
 
 
@@ -26,52 +28,31 @@ class Denoising(Backbone):
         self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float, gating: Gating
     ) -> Tensor:
         if guidance_scale > 1 and self.family.guidance == "classifier-free":
-            unconditional, conditional = self._both(latents, timesteps, conditioning, guidance_scale, gating)
-            return self.guide(unconditional, conditional, guidance_scale, conditioning)
-        gating = gating.scaled(conditioning.lora_scale)
-        return self._forward(latents, timesteps, conditioning, guidance_scale, gating, len(latents))
+            passes = self.passes(latents, timesteps, conditioning, guidance_scale, gating)
+            return self.guide(passes[:, 0], passes[:, 1], guidance_scale, conditioning)
+        with self._ready(gating.scaled(conditioning.lora_scale), len(latents)):
+            return self.family.forward(latents, timesteps, conditioning, guidance_scale).float()
 
-    def _both(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
-        guidance_scale: float,
-        gating: Gating,
-    ) -> tuple[Tensor, ...]:
-        """The unconditional and the conditional prediction, (R, C, h, w) each."""
-        gating = gating.scaled(conditioning.lora_scale).repeated(2)
-        twice, times = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
-        return self._forward(twice, times, conditioning.guided(), guidance_scale, gating, len(latents)).chunk(2)
-
-    def _forward(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
-        guidance_scale: float,
-        gating: Gating,
-        count: int,
+    def passes(
+        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float, gates: Gates = None
     ) -> Tensor:
-        """The denoiser's output, float32; ``count`` of its rows are counted in ``rows_run``."""
+        twice, times = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
+        gating = Gating.of(gates).scaled(conditioning.lora_scale).repeated(2)
+        with self._ready(gating, len(latents)):
+            output = self.family.forward(twice, times, conditioning.guided(), guidance_scale).float()
+        return output.unflatten(0, (2, len(latents))).transpose(0, 1)
+
+    @contextmanager
+    def _ready(self, gating: Gating, rows: int) -> Iterator[None]:
+        """The denoiser under these gates, for one call; ``rows`` are counted in ``rows_run``."""
         with self.lock:
-            self.rows_run += count
+            self.rows_run += rows
             with self.adapters.use(gating):
-                return self.family.forward(latents, timesteps, conditioning, guidance_scale).float()
+                yield
 
     @property
     def affine_guidance(self) -> bool:  # type: ignore[override]
         return self.family.affine_guidance or self.family.guidance != "classifier-free"
-
-    def passes(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
-        guidance_scale: float,
-        gates: Gating | Tensor | None = None,
-    ) -> Tensor:
-        return torch.stack(self._both(latents, timesteps, conditioning, guidance_scale, Gating.of(gates)), dim=1)
 
     def guide(self, unconditional: Tensor, conditional: Tensor, scale: float, conditioning: Conditioning) -> Tensor:
         return self.family.guide(unconditional, conditional, scale, conditioning)

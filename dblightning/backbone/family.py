@@ -207,23 +207,15 @@ class Family(ABC):
         """
 
     def complete(
-        self,
-        texts: Mapping[str, Any],
-        embeddings: Mapping[str, Tensor | None],
-        device: torch.device,
-        per_prompt: int,
-        guided: bool,
-        clip_skip: int | None,
+        self, texts: Mapping[str, Any], embeddings: Mapping[str, Tensor | None], options: Mapping[str, Any]
     ) -> Embeddings:
         """Embeddings of a call that brings some of them, the others made from its texts by the plain pipeline.
 
         Args:
             texts: prompt, negative_prompt and (where the pipeline takes them) prompt_2, …, by diffusers' names.
             embeddings: prompt_embeds, negative_prompt_embeds and the pooled ones likewise, None where not given.
-            device: where the text encoders compute.
-            per_prompt: images of each prompt.
-            guided: whether negative ones are needed.
-            clip_skip: as in :meth:`encode`.
+            options: device, num_images_per_prompt, do_classifier_free_guidance and clip_skip, as diffusers'
+                ``encode_prompt`` takes them.
 
         Returns:
             Embeddings and pooled, then the negative ones; None where there are none.
@@ -234,15 +226,7 @@ class Family(ABC):
         if not self.takes_embeddings:
             raise ValueError(f"embeddings cannot be given to a {type(self.pipeline).__name__} here; give prompts")
         self.pipeline.check_inputs(height=8, width=8, callback_steps=None, **texts, **embeddings)
-        made = self.pipeline.encode_prompt(
-            device=device,
-            num_images_per_prompt=per_prompt,
-            do_classifier_free_guidance=guided,
-            clip_skip=clip_skip,
-            **texts,
-            **embeddings,
-        )
-        return self.pooled(*made)
+        return self.pooled(*self.pipeline.encode_prompt(**texts, **embeddings, **options))
 
     def pooled(self, embeds: Tensor, negative_embeds: Tensor | None, *pooled: Tensor | None) -> Embeddings:
         """The result of :meth:`complete` from that of the plain pipeline's ``encode_prompt``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -34,6 +35,8 @@ class FlowTransformer(Family):
     takes_embeddings = True
     #: the class of the denoiser, by which components are told apart
     denoiser_class: ClassVar[str]
+    #: how many text encoders the plain pipeline's ``encode_prompt`` takes a text for
+    text_encoders: ClassVar[int]
 
     @classmethod
     def owns(cls, components: Mapping[str, Any]) -> bool:
@@ -95,6 +98,21 @@ class FlowTransformer(Family):
     def pooled_dim(self) -> int:
         return int(self.denoiser.config.pooled_projection_dim)
 
+    def encode(
+        self,
+        texts: Sequence[Text],
+        device: torch.device,
+        clip_skip: int | None = None,
+        max_sequence_length: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        length = max_sequence_length or self.max_sequence_length
+        options = {"device": device, "clip_skip": clip_skip, "max_sequence_length": length}
+        return self._encode(options, *(self._texts(texts, each) for each in range(self.text_encoders)))
+
+    @abstractmethod
+    def _encode(self, options: Mapping[str, Any], *texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings and pooled of each text encoder's texts, by the plain pipeline's ``encode_prompt``."""
+
     def _texts(self, texts: Sequence[Text], encoder: int) -> list[str]:
         """The texts of one encoder; the first's where it has none of its own."""
         return [(text[encoder] if len(text) > encoder else None) or text[0] or "" for text in texts]
@@ -109,6 +127,7 @@ class StableDiffusion3(FlowTransformer):
     repeated_blocks = ("JointTransformerBlock",)
     guidance_scale = 7.0
     max_sequence_length = 256
+    text_encoders = 3
 
     @classmethod
     def load(cls, source: str, **options: Any) -> Any:
@@ -142,42 +161,17 @@ class StableDiffusion3(FlowTransformer):
                 f"transformer knows (pos_embed_max_size); at most {most * self.size_unit} pixels a side"
             )
 
-    def encode(
-        self,
-        texts: Sequence[Text],
-        device: torch.device,
-        clip_skip: int | None = None,
-        max_sequence_length: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            *(self._texts(texts, encoder) for encoder in range(3)),
-            device=device,
-            do_classifier_free_guidance=False,
-            clip_skip=clip_skip,
-            max_sequence_length=max_sequence_length or self.max_sequence_length,
-        )
+    def _encode(self, options: Mapping[str, Any], *texts: list[str]) -> tuple[Tensor, Tensor]:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(*texts, do_classifier_free_guidance=False, **options)
         return embeds, pooled
 
     def complete(
-        self,
-        texts: Mapping[str, Any],
-        embeddings: Mapping[str, Tensor | None],
-        device: torch.device,
-        per_prompt: int,
-        guided: bool,
-        clip_skip: int | None,
+        self, texts: Mapping[str, Any], embeddings: Mapping[str, Tensor | None], options: Mapping[str, Any]
     ) -> Embeddings:
         unit = self.size_unit
         everything = {"prompt_2": None, "prompt_3": None, "max_sequence_length": self.max_sequence_length, **texts}
         self.pipeline.check_inputs(height=unit, width=unit, **everything, **embeddings)
-        embeds, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
-            **everything,
-            **embeddings,
-            device=device,
-            num_images_per_prompt=per_prompt,
-            do_classifier_free_guidance=guided,
-            clip_skip=clip_skip,
-        )
+        embeds, negative, pooled, negative_pooled = self.pipeline.encode_prompt(**everything, **embeddings, **options)
         return embeds, pooled, negative, negative_pooled
 
     def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
@@ -206,6 +200,7 @@ class Flux(FlowTransformer):
     repeated_blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     guidance_scale = 3.5
     max_sequence_length = 512
+    text_encoders = 2
 
     @classmethod
     def assemble(cls, components: Mapping[str, Any]) -> Any | None:
@@ -240,31 +235,17 @@ class Flux(FlowTransformer):
         grid: list[float] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
         return grid
 
-    def encode(
-        self,
-        texts: Sequence[Text],
-        device: torch.device,
-        clip_skip: int | None = None,
-        max_sequence_length: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        if clip_skip is not None:
-            raise ValueError(f"clip_skip is not an argument of a {type(self.pipeline).__name__}, got {clip_skip}")
-        embeds, pooled, _ = self.pipeline.encode_prompt(
-            self._texts(texts, 0),
-            self._texts(texts, 1),
-            device=device,
-            max_sequence_length=max_sequence_length or self.max_sequence_length,
-        )
+    def _encode(self, options: Mapping[str, Any], *texts: list[str]) -> tuple[Tensor, Tensor]:
+        if options.get("clip_skip") is not None:
+            raise ValueError(
+                f"clip_skip is not an argument of a {type(self.pipeline).__name__}, got {options['clip_skip']}"
+            )
+        own = {name: value for name, value in options.items() if name != "clip_skip"}
+        embeds, pooled, _ = self.pipeline.encode_prompt(*texts, **own)
         return embeds, pooled
 
     def complete(
-        self,
-        texts: Mapping[str, Any],
-        embeddings: Mapping[str, Tensor | None],
-        device: torch.device,
-        per_prompt: int,
-        guided: bool,
-        clip_skip: int | None,
+        self, texts: Mapping[str, Any], embeddings: Mapping[str, Tensor | None], options: Mapping[str, Any]
     ) -> Embeddings:
         prompts = {name: texts.get(name) for name in ("prompt", "prompt_2")}
         own = {name: embeddings.get(name) for name in ("prompt_embeds", "pooled_prompt_embeds")}
@@ -272,8 +253,8 @@ class Flux(FlowTransformer):
         embeds, pooled, _ = self.pipeline.encode_prompt(
             **prompts,
             **own,
-            device=device,
-            num_images_per_prompt=per_prompt,
+            device=options["device"],
+            num_images_per_prompt=options["num_images_per_prompt"],
             max_sequence_length=texts.get("max_sequence_length") or self.max_sequence_length,
         )
         return embeds, pooled, None, None

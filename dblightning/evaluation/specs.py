@@ -10,7 +10,8 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-from dblightning.blending import DBKLA, METHODS, Base, Blend, Single, resolve_blend
+from dblightning.blending import DBKLA, DBMPALS, METHODS, Base, Blend, Single, resolve_blend
+from dblightning.draws import DEFAULT_DRAWS
 from dblightning.methods import load_method
 from dblightning.sampling import Steering
 from dblightning.settings import Number, check_settings
@@ -31,7 +32,7 @@ class BlendSpec:
         weights: reward → weight, each ≥ 0, sum 1; none for base. Adapters carry the names of the rewards they were
             trained on. For morl it is the preference its adapter was trained for.
         kl_scale: λ of DB-KLA; 1 is plain. For morl: the λ its adapter was retrained for, with KL weight α/λ.
-        ls_schedule: "iid", "rotation", "golden" or "systematic", for db-mpa-ls.
+        ls_schedule: "rotation", "golden", "iid" (the paper's) or "systematic", for db-mpa-ls.
         adapter: the adapter that runs, for morl, single and db-kla, where its name is not the reward's.
         options: further arguments of the method's class, such as ``candidates`` of code.
     """
@@ -39,7 +40,7 @@ class BlendSpec:
     method: str = "db-mpa"
     weights: dict[str, float] = field(default_factory=dict)
     kl_scale: float = 1.0
-    ls_schedule: str = "iid"
+    ls_schedule: str = DEFAULT_DRAWS
     adapter: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     #: whether the label has twelve digits, not six, and an oracle's adapter; :func:`expand` sets it where needed
@@ -55,6 +56,16 @@ class BlendSpec:
         """The method's class."""
         known: dict[str, Any] = {**METHODS, **STEERING, MORL: Single}
         return load_method(self.method, known, Blend, Steering)
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws an adapter at each step, by ``ls_schedule``: db-mpa-ls and classes derived from it."""
+        return issubclass(self._kind, DBMPALS)
+
+    @property
+    def _drawn_by(self) -> str:
+        """``ls_schedule`` where it is read; else what every row of a score table had at first."""
+        return self.ls_schedule if self.draws else "iid"
 
     @property
     def adapters(self) -> list[str]:
@@ -98,7 +109,7 @@ class BlendSpec:
         parts += [f"{name}-{number(float(weight))}" for name, weight in sorted(self.weights.items()) if weight]
         parts += [self.adapter] if self.adapter is not None and (self.method != MORL or self.exact_label) else []
         parts += [f"lambda-{number(float(self.kl_scale))}"] if self.kl_scale != 1 else []
-        parts += [self.ls_schedule] if self.ls_schedule != "iid" else []
+        parts += [self._drawn_by] if self._drawn_by != "iid" else []
         parts += [f"{name}-{value}" for name, value in sorted(self.options.items())]
         return re.sub(r"[/\\]", "-", "_".join(parts))  # one folder, whatever the names and options hold
 
@@ -113,7 +124,7 @@ class BlendSpec:
             "blend": self.label,
             "method": self.method,
             "kl_scale": self.kl_scale,
-            "ls_schedule": self.ls_schedule,
+            "ls_schedule": self._drawn_by,
             "adapter": self.adapter,
             "options": json.dumps(self.options, sort_keys=True),
             **{f"weight/{name}": weight for name, weight in self.weights.items()},
@@ -161,7 +172,7 @@ class BlendSweep:
     names: list[str]
     weights: list[float | list[float]]
     kl_scales: list[float] = field(default_factory=lambda: [1.0])
-    ls_schedules: list[str] = field(default_factory=lambda: ["iid"])
+    ls_schedules: list[str] = field(default_factory=lambda: [DEFAULT_DRAWS])
     adapter: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -177,7 +188,7 @@ class BlendSweep:
         points = [self._point(each) for each in self.weights]
         found = []
         for method in self.methods:
-            for schedule in self.ls_schedules if method == "db-mpa-ls" else ["iid"]:
+            for schedule in self.ls_schedules if BlendSpec(method).draws else [DEFAULT_DRAWS]:
                 for kl_scale in self.kl_scales:
                     for weights in points:
                         adapter = self._adapter(weights, kl_scale)

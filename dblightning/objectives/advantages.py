@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ def check_groups(prompt_ids: Tensor) -> None:
     )
 
 
+@dataclass(eq=False)
 class PromptStatistics:
     """Mean and standard deviation of each prompt's rewards, the baseline of DDPO and GRPO.
 
@@ -89,25 +91,15 @@ class PromptStatistics:
         deviation: "group", of the same rewards as the mean, or "global", of all rewards of the latest rollout.
     """
 
-    def __init__(
-        self,
-        window: int = 32,
-        min_count: int = 8,
-        min_group: int = 4,
-        max_prompts: int = 4096,
-        groups_only: bool = False,
-        deviation: Deviation = "group",
-    ) -> None:
-        check_settings(
-            {"window": window, "min_count": min_count, "min_group": min_group, "max_prompts": max_prompts},
-            {name: count() for name in ("window", "min_count", "min_group", "max_prompts")},
-        )
-        self.window = window
-        self.min_count = min_count
-        self.min_group = min_group
-        self.max_prompts = max_prompts
-        self.groups_only = groups_only
-        self.deviation = deviation
+    window: int = 32
+    min_count: int = 8
+    min_group: int = 4
+    max_prompts: int = 4096
+    groups_only: bool = False
+    deviation: Deviation = "group"
+
+    def __post_init__(self) -> None:
+        check_settings(vars(self), {name: count() for name in ("window", "min_count", "min_group", "max_prompts")})
         self.rewards: dict[int, list[float]] = {}  # by prompt, the one seen longest ago first
         self.group: dict[int, list[float]] = {}  # of the latest rollout, by prompt
         self.pool: list[float] = []  # of all prompts: the latest rollout's, and earlier ones up to the window

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dblightning.replay import Transitions
 from dblightning.schedule import GaussianStep
+from dblightning.settings import check_settings
 from dblightning.solvers import GaussianSolver
 from dblightning.training_settings import TrainingSettings
 
@@ -62,6 +63,10 @@ class Objective(ABC):
     text_dropout: float = 0.0
     stores: ClassVar[tuple[Literal["mean"], ...]] = ()
     several: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Of subclasses that are dataclasses: their settings' ranges."""
+        check_settings(vars(self))
 
     def check(self, settings: TrainingSettings) -> None:  # noqa: B027  # most go with any
         """Refuse training settings that do not go with the objective, before any work.

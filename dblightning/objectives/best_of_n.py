@@ -10,7 +10,7 @@ from torch import Tensor
 from dblightning.objectives.base import Metrics, Policy
 from dblightning.objectives.forward_process import ForwardProcess, output_error
 from dblightning.replay import Transitions
-from dblightning.settings import check, check_settings
+from dblightning.settings import check
 from dblightning.training_settings import TrainingSettings
 
 
@@ -62,9 +62,6 @@ class BestOfN(ForwardProcess):
     keep: int = 1
     noise_draws: int = 4
     text_dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_settings(vars(self))
 
     def check(self, settings: TrainingSettings) -> None:
         super().check(settings)

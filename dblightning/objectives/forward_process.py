@@ -11,7 +11,6 @@ from torch import Tensor
 from dblightning.objectives.base import Metrics, Needs, Objective, Policy
 from dblightning.objectives.policy_gradient import clip_fraction, ppo_objective
 from dblightning.replay import Transitions
-from dblightning.settings import check_settings
 from dblightning.solvers import GaussianSolver
 from dblightning.training_rules import forward_problems
 from dblightning.training_settings import TrainingSettings
@@ -83,13 +82,14 @@ class ForwardProcess(Objective):
             raise ValueError(problem)
 
 
+@dataclass(kw_only=True)
 class OldPolicyProcess(ForwardProcess):
     """Base class of those whose samples are of an old policy that follows the trained one."""
 
     keeps_old: ClassVar[bool] = True
-    decay_start: int
-    decay_rate: float
-    decay_max: float
+    decay_start: int = 0
+    decay_rate: float = 0.0
+    decay_max: float = 0.5
 
     def old_decay(self, rollouts: int) -> float:
         """η = min(rate · (rollouts − start), max), 0 before the start: θ_old ← η θ_old + (1 − η) θ."""
@@ -117,12 +117,7 @@ class NFT(OldPolicyProcess):
     noise_draws: int = 4
     advantage_clip: float = 5.0
     adaptive: bool = True
-    decay_start: int = 0
     decay_rate: float = 0.001
-    decay_max: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_settings(vars(self))
 
     def loss(self, policy: Policy, transitions: Transitions) -> tuple[Tensor, Metrics]:
         """:func:`nft_loss` times ``advantage_clip``, averaged over the noised samples."""
@@ -154,12 +149,6 @@ class AWM(OldPolicyProcess):
 
     clip_range: float = 1e-5
     noise_draws: int = 4
-    decay_start: int = 0
-    decay_rate: float = 0.0
-    decay_max: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_settings(vars(self))
 
     def loss(self, policy: Policy, transitions: Transitions) -> tuple[Tensor, Metrics]:
         current, old = (

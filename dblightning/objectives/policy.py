@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from dblightning.solvers import GaussianSolver
 from dblightning.training_settings import SamplingSettings
 
 
+@dataclass(eq=False)
 class AdapterPolicy:
     """One denoiser, whose adapters' gates make it the current policy, the reference or an old policy.
 
@@ -30,22 +32,13 @@ class AdapterPolicy:
         old_adapter: name of the frozen adapter behind :meth:`old`, if there is one; or of several, as ``adapter``.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        solver: GaussianSolver,
-        adapter: str | Sequence[str],
-        sampling: SamplingSettings,
-        texts: Callable[[Tensor], list[str]],
-        old_adapter: str | Sequence[str] | None = None,
-    ) -> None:
-        self.backbone = backbone
-        self.solver = solver
-        self.adapter = adapter
-        self.sampling = sampling
-        self.texts = texts
-        self.old_adapter = old_adapter
-        self._passes: list[Pass] = []
+    backbone: Backbone
+    solver: GaussianSolver
+    adapter: str | Sequence[str]
+    sampling: SamplingSettings
+    texts: Callable[[Tensor], list[str]]
+    old_adapter: str | Sequence[str] | None = None
+    _passes: list[Pass] = field(default_factory=list, init=False, repr=False)
 
     def expect(self, parts: Sequence[Transitions]) -> None:
         """Announce transitions that will be asked about one by one: the first question runs them all, in one pass."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from dblightning.objectives.base import Metrics, Objective, Policy
 from dblightning.replay import Transitions
 from dblightning.schedule import gaussian_log_prob
-from dblightning.settings import check_settings
 from dblightning.training_rules import group_problem
 from dblightning.training_settings import TrainingSettings
 
@@ -67,9 +66,6 @@ class PolicyGradient(Objective):
     """
 
     clip_range: float = 1e-4
-
-    def __post_init__(self) -> None:
-        check_settings({"clip_range": self.clip_range})
 
     @abstractmethod
     def surrogate(self, advantage: Tensor, ratio: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from dblightning.objectives.base import Metrics, Objective, Policy
 from dblightning.objectives.policy_gradient import GRPO, clip_fraction, ratio_metrics
 from dblightning.replay import Transitions
 from dblightning.schedule import GaussianStep, gaussian_log_prob
-from dblightning.settings import check_settings
 from dblightning.solvers import GaussianSolver
 
 
@@ -99,9 +98,6 @@ class FlowDPPO(Objective):
     max_divergence: float = 1e-5
 
     stores: ClassVar[tuple[Literal["mean"], ...]] = ("mean",)
-
-    def __post_init__(self) -> None:
-        check_settings({"max_divergence": self.max_divergence})
 
     def loss(self, policy: Policy, transitions: Transitions) -> tuple[Tensor, Metrics]:
         """−mask · advantage · ratio, averaged over the transitions."""

@@ -23,7 +23,7 @@ def test_a_sweep_is_every_method_at_every_weight_and_one_number_is_the_first_nam
 
 def test_only_db_mpa_ls_is_repeated_for_each_schedule() -> None:
     sweep = BlendSweep(["db-mpa", "db-mpa-ls"], ["a", "b"], [0.5], ls_schedules=["iid", "systematic"])
-    assert [(spec.method, spec.ls_schedule) for spec in sweep.specs()] == [
+    assert [(spec.method, spec.columns()["ls_schedule"]) for spec in sweep.specs()] == [
         ("db-mpa", "iid"),
         ("db-mpa-ls", "iid"),
         ("db-mpa-ls", "systematic"),

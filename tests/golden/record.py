@@ -45,7 +45,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "db-mpa, by step": {"weights": lambda step, steps: {"a": step / steps, "b": 1 - step / steps}},
     "db-kla": {"method": "db-kla", "weights": {"b": 1.0}, "kl_scale": 1.5},
     "product": {"weights": {"a": 0.4, "b": 0.6}, "kl_scale": 0.7},
-    "db-mpa-ls, iid": {"method": "db-mpa-ls", "weights": {"a": 0.3, "b": 0.7}},
+    "db-mpa-ls, iid": {"method": "db-mpa-ls", "weights": {"a": 0.3, "b": 0.7}, "ls_schedule": "iid"},
     "db-mpa-ls, systematic": {"method": "db-mpa-ls", "weights": {"a": 0.3, "b": 0.7}, "ls_schedule": "systematic"},
     "rewarded-soup": {"method": "rewarded-soup", "weights": {"a": 0.3, "b": 0.7}},
     "rewarded-soup-factors": {"method": "rewarded-soup-factors", "weights": {"a": 0.3, "b": 0.7}},
@@ -101,7 +101,14 @@ def score_table() -> dict[str, Tensor]:
         evaluation = BlendEvaluationModule(
             DiffusersBackbone("miniature"),
             blends=[BlendSpec("base"), BlendSpec("single", {"alignment": 1.0})],
-            sweeps=[BlendSweep(["db-mpa", "db-mpa-ls", "rewarded-soup"], ["alignment", "aesthetic"], [0.2, 0.7])],
+            sweeps=[
+                BlendSweep(
+                    ["db-mpa", "db-mpa-ls", "rewarded-soup"],
+                    ["alignment", "aesthetic"],
+                    [0.2, 0.7],
+                    ls_schedules=["iid"],
+                )
+            ],
             rewards={"alignment": ShapeAlignment(), "aesthetic": ShapeAesthetic()},
             num_inference_steps=STEPS,
             guidance_scale=3.0,
