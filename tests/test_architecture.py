@@ -24,7 +24,7 @@ LAYERS: dict[str, str] = {
     "lightning": "module run_state run_folder progress checkpointing checkpoint_files distributed loggers "
     "lightning_internals scoring storing learners manual_updates reward_gradients data evaluation.module",
     "evaluation": "evaluation",
-    "pipeline": "pipeline pipeline_call pipeline_files pipeline_inputs pipeline_lora",
+    "pipeline": "pipeline pipeline_call pipeline_files pipeline_inputs pipeline_lora preset",
     "algorithm": "rollout sampling execution blending methods draws search steering policy_gradient replay value "
     "batch_size average objectives training_settings rollout_sampler same_run window learner basis",
     "model": "backbone adapters solvers schedule ddim flow flow_solver gaussian_step ode noise prompt_cache "
