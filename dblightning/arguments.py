@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 #: forms a LoRA file is written in
 LORA_FORMS = ("diffusers", "kohya", "peft")
+#: environment variable that holds a service's token
+TOKEN_VARIABLE = "DBLIGHTNING_TOKEN"
 #: largest difference of a score that converting VILA may make
 VILA_TOLERANCE = 2e-3
 
@@ -64,6 +67,64 @@ def convert_vila_parser() -> CommandParser:
     parser.add_argument("--names", type=Path, help="JSON file {praxis parameter: variable of the SavedModel}")
     parser.add_argument("--tolerance", type=float, default=VILA_TOLERANCE, help="largest difference of a score allowed")
     return parser
+
+
+def serve_parser() -> CommandParser:
+    """Of ``serve``."""
+    parser = CommandParser(
+        prog="python -m dblightning serve", description="Images over HTTP, on OpenAI's images endpoint."
+    )
+    _model_options(parser)
+    parser.add_argument("--host", choices=("127.0.0.1", "0.0.0.0", "::"), default="127.0.0.1")
+    parser.add_argument("--port", type=positive, default=8000, help="from 1024 to 65535 [8000]")
+    parser.add_argument("--token-file", type=Path, help="file with the token that clients must send")
+    parser.add_argument("--token-env", default=TOKEN_VARIABLE, help=f"or the environment variable [{TOKEN_VARIABLE}]")
+    parser.add_argument("--no-token", action="store_true", help="let everyone who reaches the address use the service")
+    parser.add_argument("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--devices", default="auto", help="number of devices, or auto: all there are [auto]")
+    parser.add_argument("--workers-per-device", type=positive, default=1)
+    parser.add_argument("--threads", type=positive, help="torch threads of each worker")
+    parser.add_argument("--max-batch-size", type=positive, default=8, help="images made together [8]")
+    parser.add_argument("--batch-wait", type=float, default=0.02, help="seconds a batch waits for more [0.02]")
+    parser.add_argument("--max-rows", type=positive, help="rows of a denoiser call; all of a batch unless given")
+    parser.add_argument("--queue-limit", type=positive, default=64, help="images waiting or in the works [64]")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds a request may take [60]")
+    parser.add_argument("--max-images", type=positive, default=10, help="largest n of a request [10]")
+    parser.add_argument("--max-size", type=positive, default=1024, help="longest side in pixels [1024]")
+    parser.add_argument("--max-steps", type=positive, default=100, help="most denoising steps [100]")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    """Of a command that loads a pipeline."""
+    parser.add_argument("--base", help="pipeline folder, hub id, or miniature [the preset's, else miniature]")
+    parser.add_argument(
+        "--adapter", dest="adapters", action="append", default=[], metavar="NAME=PATH",
+        help="a LoRA and its name; may be repeated [those that come with the base]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--preset", dest="presets", action="append", default=[], type=Path, metavar="FILE",
+        help="preset YAML; may be repeated, the first is the default",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the base")
+
+
+def named_paths(settings: Sequence[str], option: str) -> dict[str, str] | None:
+    """name → path of "NAME=PATH" settings; None for none.
+
+    Raises:
+        ValueError: another form, or a name given twice.
+    """
+    found: dict[str, str] = {}
+    for setting in settings:
+        name, equals, path = setting.partition("=")
+        if not equals or not name or not path:
+            raise ValueError(f"{option} takes NAME=PATH, got {setting!r}")
+        if name in found:
+            raise ValueError(f"{option} names {name!r} twice")
+        found[name] = path
+    return found or None
 
 
 def positive(text: str) -> int:

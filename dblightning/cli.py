@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dblightning.arguments import convert_parser, convert_vila_parser, pretrain_parser
+from dblightning.arguments import convert_parser, convert_vila_parser, pretrain_parser, serve_parser
 from dblightning.command_tree import Refused, parse_value, read_config
 from dblightning.flat_settings import OBJECTIVES, log_new_names, renamed_arguments
 from dblightning.preflight import check_command
@@ -38,6 +38,7 @@ OTHERS = {
     "report": ("dblightning.evaluation.report", "report_main"),
     "seeds": ("dblightning.evaluation.training_seeds", "seeds_main"),
     "score": ("dblightning.rewards.score", "score_main"),
+    "serve": ("dblightning.serving.command", "serve_main"),
     "convert": ("dblightning.adapters.convert", "convert_main"),
     "convert-vila": ("dblightning.rewards.vila_convert", "convert_vila_main"),
 }
@@ -47,6 +48,7 @@ LIGHT_PARSERS = {
     "convert": convert_parser,
     "convert-vila": convert_vila_parser,
     "pretrain-miniature": pretrain_parser,
+    "serve": serve_parser,
 }
 
 #: what a wrong setting, file or machine raises; other errors are the program's

@@ -90,7 +90,9 @@ class GeneratorNoise(ImageNoise):
         # from the states, without drawing: the noise stays what it is without a method that draws
         states = [torch.get_rng_state() if each is None else each.get_state() for each in given]
         keys = [hashlib.blake2b(state.numpy().tobytes(), digest_size=8).hexdigest() for state in states]
-        seeds = [image_seed(int(keys[i % len(keys)], 16), i, 0, "draws") for i in range(batch)]
+        # an image with a generator of its own draws the same in any batch; those that share one are counted
+        places = [sum(each is other for other in given[:i]) for i, each in enumerate(given)] if listed else range(batch)
+        seeds = [image_seed(int(keys[i % len(keys)], 16), place, 0, "draws") for i, place in enumerate(places)]
         self.draws = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, shape: Sequence[int], copies: int = 1) -> Tensor:

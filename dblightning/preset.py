@@ -9,6 +9,7 @@ The studio, the service, the preference search and your own script read and writ
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -193,6 +194,31 @@ class Preset:
         if self.weights is None or isinstance(self.weights, Mapping):
             return self.weights
         return interpolated(self.weights) if len(self.weights) > 1 else self.weights[0]
+
+
+def adapter_names(base: str, adapters: Mapping[str, str] | None = None) -> list[str]:
+    """Names of the adapters that a pipeline of this base and these adapters has, without loading it."""
+    if adapters is not None:
+        return list(adapters)
+    if base == "miniature":
+        from dblightning import miniature
+
+        return list(miniature.adapters())
+    index = Path(base).expanduser() / "dblightning.json"
+    return list(json.loads(index.read_text(encoding="utf-8"))["adapters"]) if index.is_file() else []
+
+
+def even_preset(base: str = "miniature", adapters: Mapping[str, str] | None = None) -> Preset:
+    """Equal weights of the first two adapters, where there are any; where nobody has a preference yet."""
+    names = adapter_names(base, adapters)[:2]
+    return Preset(
+        weights={name: 1 / len(names) for name in names} if names else None,
+        method="db-mpa" if names else "base",
+        # what the miniature's adapters were trained and measured at
+        guidance_scale=3.0 if base == "miniature" else None,
+        base=base,
+        adapters=adapters,
+    )
 
 
 def interpolated(knots: Sequence[Weights]) -> WeightSchedule:

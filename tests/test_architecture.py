@@ -20,13 +20,14 @@ PACKAGE = Path(dblightning.__file__).parent
 #: A module imports from its own layer and from those below it. A new module has to be listed here or in a package.
 LAYERS: dict[str, str] = {
     "command line": "__main__ cli help_pages preflight command_tree",
+    "faces": "studio serving",
     "callbacks": "callbacks",
     "lightning": "module run_state run_folder progress checkpointing checkpoint_files distributed loggers "
     "lightning_internals scoring storing learners manual_updates reward_gradients data evaluation.module",
     "evaluation": "evaluation",
-    "pipeline": "pipeline pipeline_call pipeline_files pipeline_inputs pipeline_lora preset",
-    "algorithm": "rollout sampling execution blending methods draws search steering policy_gradient replay value "
-    "batch_size average objectives training_settings rollout_sampler same_run window learner basis",
+    "pipeline": "pipeline pipeline_call pipeline_files pipeline_inputs pipeline_lora preset shared_pipeline",
+    "algorithm": "rollout sampling execution blending per_image methods draws search steering policy_gradient replay "
+    "value batch_size average objectives training_settings rollout_sampler same_run window learner basis",
     "model": "backbone adapters solvers schedule ddim flow flow_solver gaussian_step ode noise prompt_cache "
     "gaussian_mixture",
     "rewards and miniature": "rewards miniature",

@@ -29,6 +29,7 @@ MODULES = [
     "objectives.policy_gradient",
     "objectives.reward_gradient",
     "objectives.stored_mean",
+    "per_image",
     "preset",
     "settings",
     "signatures",
