@@ -14,6 +14,7 @@ import base64
 import hmac
 import io
 import logging
+import multiprocessing
 import queue
 import signal
 import time
@@ -133,8 +134,12 @@ class _API(litserve.LitAPI):
         """Open to LitServe; the endpoints check the token, and answer in OpenAI's form."""
 
     def setup(self, device: str) -> None:
+        import diffusers.utils.logging
         import torch
+        import transformers.utils.logging
 
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
         settings = self.settings
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
@@ -402,4 +407,7 @@ def serve(settings: ServiceSettings, host: str = "127.0.0.1", port: int = 8000, 
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    """End by LitServe's own way out; in the server process, which inherits this, quietly."""
+    if multiprocessing.parent_process() is None:
+        raise KeyboardInterrupt
+    raise SystemExit
