@@ -34,6 +34,78 @@ def convert_parser() -> CommandParser:
     return parser
 
 
+def export_parser() -> CommandParser:
+    """Of ``export``."""
+    parser = CommandParser(
+        prog="python -m dblightning export",
+        description="Write one LoRA whose images are the exact Rewarded Soup's, for programs that know no blends.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--weights", nargs="+", metavar="NAME=W", help="each >= 0, sum 1")
+    what.add_argument("--preset", type=Path, help="preset file, whose weights, base and adapters to take")
+    parser.add_argument("--adapters", nargs="+", default=[], metavar="NAME=PATH", help="LoRA files or folders")
+    parser.add_argument(
+        "--base", default="miniature", help="whose adapters to know by name: miniature, or a saved pipeline's folder"
+    )
+    parser.add_argument("--format", choices=("diffusers", "comfyui", "peft"), default="diffusers")
+    parser.add_argument("--out", type=Path, required=True, help="file (.safetensors) or folder to write")
+    parser.add_argument("--rank", type=positive, help="cut to this rank by SVD (default: exact, the sum of the ranks)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--name", help="the LoRA's name (default: made of the weights)")
+    parser.add_argument("--normalize", action="store_true", help="divide the weights by their sum")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    return parser
+
+
+def push_parser() -> CommandParser:
+    """Of ``push``."""
+    parser = CommandParser(
+        prog="python -m dblightning push",
+        description="Make a folder for the hub (adapters, preset, pictures, model card) and upload it.",
+    )
+    parser.add_argument("repo", metavar="USER/NAME", help="the hub's repository; made if it is not there")
+    parser.add_argument("--adapters", nargs="+", default=[], metavar="NAME=PATH", help="LoRA files or folders to share")
+    parser.add_argument("--soup", type=Path, help="a LoRA that `export` wrote, for the repository's root")
+    parser.add_argument("--base", required=True, help="hub id of the base model, or miniature")
+    parser.add_argument("--licence", default="apache-2.0", help="the hub's short name of a licence")
+    parser.add_argument("--scores", type=Path, help="score table of an evaluation: gains with intervals, pictures")
+    parser.add_argument("--preset", type=Path, help="preset file to share (YAML)")
+    parser.add_argument("--pictures", nargs="+", type=Path, default=[], help="image files to show")
+    parser.add_argument("--title", help="heading of the card (default: the repository's name)")
+    parser.add_argument("--out", type=Path, help="folder to make (default: runs/hub/NAME)")
+    parser.add_argument("--public", action="store_true", help="a new repository is private otherwise")
+    parser.add_argument("--dry-run", action="store_true", help="make the folder, say what would be sent, send nothing")
+    return parser
+
+
+def numbers_by_name(words: Sequence[str]) -> dict[str, float]:
+    """``["a=0.3", "b=0.7"]``, also with commas, as {"a": 0.3, "b": 0.7}; exits with a sentence on anything else."""
+    found = {}
+    for name, text in _pairs([part for each in words for part in each.split(",") if part], "NAME=NUMBER"):
+        try:
+            found[name] = float(text)
+        except ValueError:
+            sys.exit(f"error: {name}={text} is not a number; write {name}=0.5")
+    return found
+
+
+def paths_by_name(words: Sequence[str]) -> dict[str, Path]:
+    """``["a=runs/a/adapter"]`` as {"a": Path(…)}; exits with a sentence on anything else."""
+    return {name: Path(text).expanduser() for name, text in _pairs(words, "NAME=PATH")}
+
+
+def _pairs(words: Sequence[str], form: str) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not (name and equals and text):
+            sys.exit(f"error: expected {form}, got {word!r}")
+        if name in dict(found):
+            sys.exit(f"error: {name!r} is given twice")
+        found.append((name, text))
+    return found
+
+
 def pretrain_parser() -> CommandParser:
     """Of ``pretrain-miniature``."""
     parser = CommandParser(

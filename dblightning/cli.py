@@ -6,7 +6,8 @@
     python -m dblightning predict  --config configs/eval/predict.yaml    write images of blends
 
 and ``report`` (tables, figures and one HTML page from score tables), ``seeds`` (one evaluation over several training
-seeds), ``score``, ``pretrain-miniature``, ``convert-vila``.
+seeds), ``score``, ``export`` (a soup as one LoRA), ``push`` (adapters to the hub), ``convert``, ``pretrain-miniature``,
+``convert-vila``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dblightning.arguments import convert_parser, convert_vila_parser, pretrain_parser, serve_parser
+from dblightning.arguments import (
+    convert_parser,
+    convert_vila_parser,
+    export_parser,
+    pretrain_parser,
+    push_parser,
+    serve_parser,
+)
 from dblightning.command_tree import Refused, parse_value, read_config
 from dblightning.flat_settings import OBJECTIVES, log_new_names, renamed_arguments
 from dblightning.preflight import check_command
@@ -41,12 +49,16 @@ OTHERS = {
     "serve": ("dblightning.serving.command", "serve_main"),
     "convert": ("dblightning.adapters.convert", "convert_main"),
     "convert-vila": ("dblightning.rewards.vila_convert", "convert_vila_main"),
+    "export": ("dblightning.sharing.export", "export_main"),
+    "push": ("dblightning.sharing.push", "push_main"),
 }
 
 #: commands whose modules are heavy to import → their parser in ``arguments``
 LIGHT_PARSERS = {
     "convert": convert_parser,
     "convert-vila": convert_vila_parser,
+    "export": export_parser,
+    "push": push_parser,
     "pretrain-miniature": pretrain_parser,
     "serve": serve_parser,
 }

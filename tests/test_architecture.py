@@ -24,7 +24,7 @@ LAYERS: dict[str, str] = {
     "callbacks": "callbacks",
     "lightning": "module run_state run_folder progress checkpointing checkpoint_files distributed loggers "
     "lightning_internals scoring storing learners manual_updates reward_gradients data evaluation.module",
-    "evaluation": "evaluation",
+    "evaluation": "evaluation sharing",
     "pipeline": "pipeline pipeline_call pipeline_files pipeline_inputs pipeline_lora preset shared_pipeline",
     "algorithm": "rollout sampling execution blending per_image methods draws search steering policy_gradient replay "
     "value batch_size average objectives training_settings rollout_sampler same_run window learner basis",

@@ -6,12 +6,14 @@ from dblightning.adapters.files import (
     METADATA_KEY,
     WEIGHTS_NAME,
     Form,
+    file_digest,
     find_file,
     read_metadata,
 )
 from dblightning.adapters.fit import base_name, fingerprint
 from dblightning.adapters.gated import GatedConv2d, GatedLayer, GatedLinear, GateState
 from dblightning.adapters.gating import Gating
+from dblightning.adapters.soup import Soup, soup_lora
 from dblightning.adapters.text_encoders import silence_text_adapters
 
 __all__ = [
@@ -26,9 +28,12 @@ __all__ = [
     "GatedLayer",
     "GatedLinear",
     "Gating",
+    "Soup",
     "base_name",
+    "file_digest",
     "find_file",
     "fingerprint",
     "read_metadata",
     "silence_text_adapters",
+    "soup_lora",
 ]

@@ -11,6 +11,7 @@ from dblightning.adapters.files import (
     PEFT_WEIGHTS_NAME,
     WEIGHTS_NAME,
     Form,
+    file_in,
     find_file,
     read_lora,
     write_lora,
@@ -43,12 +44,9 @@ def convert(source: str | Path, target: str | Path, to: Form, overwrite: bool = 
             raise ValueError(f"{source} holds no denoiser LoRA, which is all that the peft form can hold")
         lost = sorted(lora.modules.keys() - {lora.denoiser})
         warnings.warn(f"the peft form holds the denoiser's part alone; left out: {', '.join(lost)}", stacklevel=2)
-    path = Path(target)
-    if path.suffix != ".safetensors":
-        origin = find_file(source)
-        stem = origin.parent.resolve().name if origin.name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME) else origin.stem
-        name = lora.facts.get("adapter") or stem
-        path /= {"diffusers": WEIGHTS_NAME, "peft": PEFT_WEIGHTS_NAME}.get(to, f"{name}.safetensors")
+    origin = find_file(source)
+    stem = origin.parent.resolve().name if origin.name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME) else origin.stem
+    path = file_in(target, to, lora.facts.get("adapter") or stem)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; name another file, or pass --overwrite")
     return write_lora(path, lora, to)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -268,6 +269,22 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """The facts :meth:`AdapterBank.export` put into an adapter's file (or folder); {} for a foreign file."""
     path = Path(path)
     return json.loads(_header(find_file(path)).get(METADATA_KEY, "{}"))
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of an adapter's file (or the one in a folder): which weights something was made with."""
+    return hashlib.sha256(find_file(path).read_bytes()).hexdigest()
+
+
+def file_in(target: str | Path, form: Form, name: str) -> Path:
+    """The file to write: ``target`` where it is a ``.safetensors`` file, else the form's usual name in that folder.
+
+    The kohya form has none, and takes ``name``.
+    """
+    path = Path(target)
+    if path.suffix == ".safetensors":
+        return path
+    return path / {"diffusers": WEIGHTS_NAME, "peft": PEFT_WEIGHTS_NAME}.get(form, f"{name}.safetensors")
 
 
 def _jsonable(value: Any) -> Any:

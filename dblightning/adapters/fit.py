@@ -25,6 +25,12 @@ def fingerprint(denoiser: nn.Module, count: int = 16) -> list[float]:
     return [round(weight.detach().float().abs().mean().item(), 8) for weight in chosen]
 
 
+def same_base(first: Sequence[float], second: Sequence[float], tolerance: float = 1e-3) -> bool:
+    """Whether two fingerprints are of one base model."""
+    same = (abs(a - b) <= tolerance * abs(b) for a, b in zip(first, second, strict=False))
+    return len(first) == len(second) and all(same)
+
+
 def fit(name: str, file: LoraFile, own: Mapping[str, nn.Module]) -> dict[str, LoraFactors]:
     """The file's factors for the denoiser, in its modules' shapes.
 
@@ -76,9 +82,7 @@ def check_base(name: str, file: LoraFile, denoiser: nn.Module, own: Sequence[flo
         return
     # half-precision copies of one model differ by 1e-5 in these means and 8-bit ones by 1e-2, another model by more
     eight_bits = any(parameter.element_size() == 1 for parameter in denoiser.parameters())
-    tolerance = 2e-2 if eight_bits else 1e-3
-    same = len(theirs) == len(own) and all(abs(a - b) <= tolerance * abs(b) for a, b in zip(theirs, own, strict=True))
-    if not same:
+    if not same_base(theirs, own, 2e-2 if eight_bits else 1e-3):
         raise ValueError(
             f"adapter {name!r} ({file.path}) was trained on another base model, {file.facts.get('base')!r}; "
             "load that base, or pass allow_other_base=True to use it all the same"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dblightning.adapters import find_file
+from dblightning.adapters import file_digest
 from dblightning.backbone import Backbone
 from dblightning.blending import Base
 from dblightning.evaluation.path_kl import check_noise, path_kl
@@ -293,8 +293,7 @@ def _digest(tensors: Iterable[Tensor], samples: int = 16) -> str:
 
 def adapter_digest(folder: str | Path) -> str:
     """SHA-256 of an exported adapter's file: which weights a row was made with."""
-    file = find_file(folder)
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return file_digest(folder)
 
 
 def _now(device: torch.device) -> float:
