@@ -108,7 +108,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         sampling={"guidance_scale": 1.0, "eval_steps": 20, "eval_guidance_scale": 3.0},
         optimisation={"learning_rate": 2e-3, "policy_steps": 16, "batch_size": 48},
         advantage={"baseline": "prompt"},
-        replay={"buffer_size": 12000},
+        replay={"buffer_size": 1200},
         data={"batch_size": 384, "samples_per_prompt": 16},
     ),
     "DRaFT, whole chain": reward_gradient({"variant": "draft"}),

@@ -142,10 +142,11 @@ class RewardRLModule(RewardGradients):
         if sampling.eval_steps is not None:
             evaluation = solver_of(backbone, sampling.eval_steps, sampling.eta, sampling.noise)
         run = (backbone, self.solver, names, sampling, self.seed, rank_zero_info)
-        self.sampler = RolloutSampler(*run, means, old or None, evaluation)
+        needs, draws = self.objective.needs, self.objective.noise_draws
+        self.sampler = RolloutSampler(*run, means, old or None, evaluation, needs == "samples" and draws > 0)
         self.policy = AdapterPolicy(backbone, self.solver, names, sampling, self._texts, old or None)
         skipped = max(self.settings.optimisation.skip_last_steps, steps - self.solver.trainable)
-        self.window = Window(self.settings.window, steps, skipped, self.seed, self.objective.needs)
+        self.window = Window(self.settings.window, steps, skipped, self.seed, needs, draws)
         self.average = AdapterAverage(backbone.adapters, names, self.settings.optimisation.ema)
         self.prompts: dict[int, str] = {}  # prompt_id → text, for the transitions in the replay buffers
         self.ranks = Ranks()

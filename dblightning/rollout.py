@@ -62,10 +62,13 @@ def rollout(
     execution: Execution = "auto",
     window: WindowedSolver | None = None,
     keep_means: bool = False,
+    final_only: bool = False,
 ) -> Trajectory:
     """Sample trajectories for the policy gradient, with the log-prob of every step.
 
-    With a window of the solver's steps only those are stochastic and stored; the others follow the ODE.
+    With a window of the solver's steps only those are stochastic and stored; the others follow the ODE. With
+    ``final_only`` nothing but the final latents is kept, as one step of log-prob 0 that begins where it ends; so any
+    sampler will do.
 
     The log-prob is evaluated on the stored float32 latents, so that the on-policy ratio is 1 up to kernel noise.
 
@@ -78,7 +81,8 @@ def rollout(
     if solver.trainable < 1:
         raise ValueError(f"{len(solver.timesteps)} denoising steps leave none with noise to train on; take more")
     steps = range(len(solver.timesteps)) if window is None else range(window.start, window.start + window.size)
-    check_density(solver, steps[: solver.trainable])
+    if not final_only:
+        check_density(solver, steps[: solver.trainable])
     states: list[Tensor] = []
     log_probs: list[Tensor] = []
     means: list[Tensor] = []
@@ -95,8 +99,10 @@ def rollout(
 
     last = denoise_loop(
         backbone, conditioning, window or solver, blend, noise, guidance_scale=guidance_scale, execution=execution,
-        on_step=record,
+        on_step=None if final_only else record,
     )  # fmt: skip
+    if final_only:
+        return Trajectory(torch.stack([last, last]), last.new_zeros(1, len(last)))
     final = None if window is None else last
     kept = torch.stack(means) if keep_means else None
     return Trajectory(torch.stack(states), torch.stack(log_probs), steps.start, final, kept)

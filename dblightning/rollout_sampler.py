@@ -45,6 +45,7 @@ class RolloutSampler:
         keep_means: store the mean of every step's Gaussian too.
         rollout_adapters: the adapters that rollouts are sampled with; None: those in training.
         evaluation: solver of the validation's images; None: the same.
+        final_only: keep the final latents of rollouts alone.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class RolloutSampler:
         keep_means: bool = False,
         rollout_adapters: Sequence[str] | None = None,
         evaluation: GaussianSolver | None = None,
+        final_only: bool = False,
     ) -> None:
         self.backbone = backbone
         self.solver = solver
@@ -67,6 +69,7 @@ class RolloutSampler:
         self.seed = seed
         self.inform = inform
         self.keep_means = keep_means
+        self.final_only = final_only
         self.rollout_adapters = list(rollout_adapters or adapters)
         self._fitting: int | None = None  # images that fit into memory at once, where requested
 
@@ -122,6 +125,7 @@ class RolloutSampler:
             self.execution(device),
             window,
             self.keep_means,
+            self.final_only,
         )
         images, finite = without_nan(self.backbone.decode(trajectory.image))
         finite &= torch.isfinite(trajectory.latents).transpose(0, 1).flatten(1).all(1)

@@ -108,7 +108,7 @@ RULES: dict[str, Number] = {
     "clip_grad_norm": Number(above=0, remedy="a large number such as 1e6 leaves gradients as they are"),
     "skip_last_steps": count(0),
     "ema": Number(above=0, most=0.99999, words=(None,), remedy="it is the decay per step; null keeps no average"),
-    "window.size": count(words=(None,), remedy="null makes every step stochastic"),
+    "window.size": count(0, words=(None,), remedy="null makes every step stochastic, 0 none"),
     "window.first": count(0),
     "window.last": count(0, words=(None,), remedy="null is the latest there is room for"),
     "window.every": count(remedy="it counts rollouts"),

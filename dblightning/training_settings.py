@@ -195,7 +195,7 @@ class ReplaySettings:
     """The replay buffer.
 
     Args:
-        buffer_size: capacity in single steps (paper: 1000), rounded down to whole trajectories; null keeps the latest
+        buffer_size: capacity in stored steps (paper: 1000), rounded down to whole trajectories; null keeps the latest
             rollout only.
     """
 
@@ -210,7 +210,8 @@ class WindowSettings:
     4 of 25, every 25; docs/training.md.)
 
     Args:
-        size: steps of the window; null: every step is stochastic, and all but ``skip_last_steps`` are trained.
+        size: steps of the window; null: every step is stochastic, and all but ``skip_last_steps`` are trained. 0: none
+            is, for objectives on noised final samples, whose rollouts may follow the ODE.
         position: of each rollout's window: "fixed" at ``first``, "random" from ``first`` to ``last``, or "sliding": one
             step on every ``every`` rollouts, from ``last`` back to ``first``.
         first, last: earliest and latest index of the window's first step; ``last`` null is the latest there is, so that

@@ -75,29 +75,34 @@ class Window:
         skipped: last steps that are never trained.
         seed: of the run; it draws random positions.
         needs: what the objective trains on, "trajectories" or "samples".
+        draws: noises of each final sample, see ``Objective.noise_draws``.
 
     Attributes:
         stored: steps of a trajectory that are stored.
         trained: steps of them that are trained, the first ones.
 
     Raises:
-        ValueError: a window that the schedule has no room for, or an objective that trains on final samples, which a
-            window does not store.
+        ValueError: a window that the schedule has no room for, or that does not go with the objective.
     """
 
     def __init__(
-        self, settings: WindowSettings, steps: int, skipped: int, seed: int, needs: str = "trajectories"
+        self, settings: WindowSettings, steps: int, skipped: int, seed: int, needs: str = "trajectories", draws: int = 0
     ) -> None:
+        noised = needs == "samples" and draws > 0
         check(
-            settings.size is None or needs != "samples",
+            settings.size is None or needs != "samples" or (settings.size == 0 and noised),
             "the objective trains on final samples, and a window stores its own steps alone; leave window.size out, "
-            f"got {settings.size}",
+            f"or set it to 0 for rollouts without noise, got {settings.size}",
+        )
+        check(
+            settings.size != 0 or noised,
+            "window.size 0 leaves no stochastic step, and the objective trains on them; set it to 1 or more",
         )
         for problem in window_problems(asdict(settings), steps, skipped):  # a flow's last step is never trained
             raise ValueError(problem)
         self.settings, self.seed = settings, seed
-        self.stored = steps if settings.size is None else settings.size
-        self.trained = steps - skipped if settings.size is None else settings.size
+        self.stored = 1 if noised else steps if settings.size is None else settings.size
+        self.trained = settings.size or steps - skipped
         self.starts = settings.starts(steps, skipped)
 
     def start(self, rollout: int) -> int:

@@ -318,7 +318,11 @@ def test_two_ranks_train_with_a_window_and_an_average_what_one_process_does(tmp_
 @pytest.mark.parametrize(
     ("window", "message"),
     [
-        ({"size": 0}, r"window.size must be a whole number >= 1 or null, got 0"),
+        (
+            {"size": 0},
+            r"window.size 0 leaves no stochastic step, .*; set it to 1 or more",
+        ),
+        ({"size": -1}, r"window.size must be a whole number >= 0 or null, got -1"),
         ({"size": 5}, r"window.size must be at most the 4 trainable of 4 steps, got 5"),
         ({"size": 2, "first": 3}, r"may begin at step 0 to 2 of 4 \(0 skipped at the end\), got window.first 3"),
         ({"size": 2, "first": 2, "last": 1}, r"may begin at step 0 to 2"),
@@ -342,5 +346,5 @@ def test_steps_that_are_skipped_bound_the_window() -> None:
 
 
 def test_an_objective_that_trains_on_samples_has_no_window() -> None:
-    with pytest.raises(ValueError, match="a window stores its own steps alone; leave window.size out, got 2"):
+    with pytest.raises(ValueError, match="its own steps alone; leave window.size out, or set it to 0.*got 2"):
         Window(WindowSettings(size=2), STEPS, 0, 0, "samples")

@@ -105,7 +105,13 @@ def test_the_gain_of_x0_is_its_derivative() -> None:
 
 
 def fixed_shift(
-    backbone: GaussianBackbone, solver: Any, slope: float, weight: float, adaptive: bool, awm: bool = False
+    backbone: GaussianBackbone,
+    solver: Any,
+    slope: float,
+    weight: float,
+    adaptive: bool,
+    awm: bool = False,
+    sampled: float | None = None,
 ) -> float:
     """Shift of x₀ where NFT's gradient and the KL's cancel, the old policy being the current one.
 
@@ -115,6 +121,7 @@ def fixed_shift(
     δ_t is weight · g_t² δ_t / σ_t². The mean of e moves with the shift, so the equations are iterated.
 
     AWM's gradient at its old policy is that of A · ℓ, ℓ = (ε_θ − ε)² = (x̂₀ − x₀)² / k_t²: NFT's without W, over k_t².
+    ``sampled`` is the variance of the samples, where another sampler makes them than the solver.
     """
     alphas, after = solver.schedule.alphas.tolist(), solver.schedule.alphas_next.tolist()
     data_variance = backbone.std**2
@@ -127,6 +134,7 @@ def fixed_shift(
         mean = step * mean - gain * slope_of_epsilon * a**0.5 * backbone.mean
         variance = step**2 * variance + v
         coefficients.append((a, v, c, gain, a * data_variance / total, ((1 - a) / a) ** 0.5))
+    variance = variance if sampled is None else sampled
     shift, deltas = 0.0, [0.0] * len(coefficients)
     for _ in range(200):
         for index, (a, v, _, gain, kept, k) in enumerate(coefficients):
@@ -186,6 +194,37 @@ def test_a_samples_draws_go_through_all_levels_and_their_noise_is_new(tmp_path: 
     noise = (rows["latents"] - a.sqrt() * rows["next_latents"]) / (1 - a).sqrt()
     assert len({round(value, 4) for value in noise.flatten().tolist()}) == noise.numel()
     assert noise.abs().max() < 5
+
+
+def test_rollouts_may_follow_the_ode_and_final_latents_alone_are_kept(tmp_path: Path) -> None:
+    run = quick(objective=NFT(), window={"size": 0, "tail_steps": 2})
+    rows: list[int] = []
+    denoise = run.backbone._denoise
+    run.backbone._denoise = lambda latents, *rest: (rows.append(len(latents)), denoise(latents, *rest))[1]  # type: ignore
+    ids = torch.arange(4)
+    batch = {"prompt": ["a"] * 4, "prompt_id": ids, "seed": ids}
+    trajectory, _ = run.roll_out(batch)
+    assert rows == [4, 4]  # two calls of the denoiser, where the schedule has four steps
+    assert trajectory.latents.shape[0] == 2 and torch.equal(trajectory.latents[0], trajectory.latents[1])
+    rollout = run.window.solver(run.solver, 0)
+    assert rollout is not None and not any(rollout.is_stochastic(step) for step in range(2))
+    trainer(tmp_path, max_epochs=1).fit(run, datamodule=data(tmp_path, samples_per_prompt=2, rollouts_per_epoch=1))
+    assert run.replay is not None and run.replay.latents.shape[1] == 2
+    assert run.backbone.shifts[run.adapter_name].abs().max() > 0  # type: ignore
+
+
+def test_nft_finds_its_fixed_point_from_rollouts_without_noise(tmp_path: Path) -> None:
+    """The samples' variance is then the ODE's; the rest is as above."""
+    backbone = GaussianBackbone()
+    options: dict[str, Any] = {"kl_weight": 1.0, "advantage": GROUP, "learning_rate": 0.01}
+    run = module(backbone, objective=NFT(adaptive=False, decay_rate=0.0), window={"size": 0}, **options)
+    ids = torch.arange(4096)
+    batch = {"prompt": ["a red circle"] * len(ids), "prompt_id": ids, "seed": ids}
+    samples = run.roll_out(batch)[0].image.double()
+    expected = fixed_shift(backbone, run.solver, 0.5, 1.0, adaptive=False, sampled=float(samples.var()))
+    assert abs(expected / fixed_shift(backbone, run.solver, 0.5, 1.0, adaptive=False) - 1) > 0.1
+    found = converged(tmp_path, run, samples_per_prompt=64)
+    assert found.item() == pytest.approx(expected, rel=0.05)  # as above
 
 
 def test_a_draw_depends_on_its_sample_and_number_alone() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dblightning.flow_solver import FlowSolver
-from dblightning.objectives import GRPO, NFT, PPO, FlowDPPO, GRPOGuard
+from dblightning.objectives import AWM, GRPO, NFT, PPO, FlowDPPO, GRPOGuard
 from dblightning.objectives.forward_process import original_gain
 from dblightning.objectives.stored_mean import output_gain
 from tests.test_flow_training import FlowBackbone, optimal_shift
@@ -57,16 +57,29 @@ def guards_shifts(steps: list[Step], alpha: float) -> list[float]:
     return [SLOPE * step.later * step.std**3 / (alpha * abs(step.gain) * step.gain) for step in steps]
 
 
-def nfts_shifts(steps: list[Step], weight: float) -> list[float]:
-    """δ_t at NFT's fixed point without weights W; see ``test_forward_process``, with u = −σ δ."""
+def forward_shifts(steps: list[Step], weight: float, adaptive: bool = False, awm: bool = False) -> list[float]:
+    """δ_t at NFT's or AWM's fixed point; see ``test_forward_process``, with u = −σ δ and k = σ.
+
+    The exact velocity keeps the mean on the path, so without a shift e = x₀ − x̂₀ has mean 0; its mean moves with the
+    shift, so with weights W the equations are iterated.
+    """
     variance = 1.0
     for step in steps:
         variance = step.slope**2 * variance + step.std**2
-    covariances = [variance * (1 - (1 - step.sigma) * step.kept) for step in steps]
-    return [
-        -2 * SLOPE * covariance * step.sigma * step.std**2 / (weight * step.gain**2)
-        for step, covariance in zip(steps, covariances, strict=True)
-    ]
+    deltas = [0.0] * len(steps)
+    for _ in range(200):
+        shift = sum(step.later * step.gain * delta for step, delta in zip(steps, deltas, strict=True))
+        for index, step in enumerate(steps):
+            missed = 1 - (1 - step.sigma) * step.kept
+            signal = variance * missed
+            if adaptive:
+                m = missed * shift + step.sigma * deltas[index]
+                s = math.hypot(variance**0.5 * missed, step.kept * step.sigma)
+                signal *= 2 * math.exp(-((m / s) ** 2) / 2) / (2 * math.pi) ** 0.5 / s
+            signal /= step.sigma**2 if awm else 1
+            wanted = -2 * SLOPE * signal * step.sigma * step.std**2 / (weight * step.gain**2)
+            deltas[index] += 0.2 * (wanted - deltas[index])  # damped, or the iteration swings
+    return deltas
 
 
 def fixed_point(folder: Path, run: Any, deltas: list[float]) -> tuple[float, float]:
@@ -123,10 +136,19 @@ def test_grpo_guard_finds_its_fixed_point(tmp_path: Path, noise: str, eta: float
     assert found == pytest.approx(expected, rel=0.05)  # as above
 
 
+@pytest.mark.parametrize("adaptive", [True, False])
 @pytest.mark.parametrize(("noise", "eta", "weight"), [("flow_sde", 0.7, 1.0), ("cps", 0.8, 0.4)])
-def test_nft_finds_its_fixed_point(tmp_path: Path, noise: str, eta: float, weight: float) -> None:
-    objective = NFT(noise_draws=3, adaptive=False, decay_rate=0.0)
+def test_nft_finds_its_fixed_point(tmp_path: Path, noise: str, eta: float, weight: float, adaptive: bool) -> None:
+    objective = NFT(noise_draws=3, adaptive=adaptive, decay_rate=0.0)
     run = run_of(objective, weight, noise, eta, learning_rate=0.05)
-    found, expected = fixed_point(tmp_path, run, nfts_shifts(steps_of(run.solver, 0.7), weight))
+    found, expected = fixed_point(tmp_path, run, forward_shifts(steps_of(run.solver, 0.7), weight, adaptive))
+    assert expected > 0.02
+    assert found == pytest.approx(expected, rel=0.05)  # as above
+
+
+@pytest.mark.parametrize(("noise", "eta", "weight"), [("flow_sde", 0.7, 1.0), ("cps", 0.8, 0.4)])
+def test_awm_finds_its_fixed_point(tmp_path: Path, noise: str, eta: float, weight: float) -> None:
+    run = run_of(AWM(0.5, noise_draws=3), weight, noise, eta, learning_rate=0.05)
+    found, expected = fixed_point(tmp_path, run, forward_shifts(steps_of(run.solver, 0.7), weight, awm=True))
     assert expected > 0.02
     assert found == pytest.approx(expected, rel=0.05)  # as above
