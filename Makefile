@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-locked quickstart test test-all coverage golden parity lint format lock clean
+.PHONY: help install install-locked install-extras quickstart test test-all test-extras coverage golden parity lint format lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,12 @@ test: $(STAMP)  ## the everyday tests
 
 test-all: $(STAMP)  ## every test that needs neither published weights nor the reference environment, slow ones too
 	$(PY) -m pytest -m "not weights and not parity"
+
+install-extras: $(STAMP)  ## add the extras studio and serve to .venv, and their tests' clients
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,test-extras]'
+
+test-extras: install-extras  ## the tests of studio and service; in a real Chromium where there is one
+	$(PY) -m pytest tests/studio tests/serving
 
 coverage: $(STAMP)  ## the everyday tests with the share of lines and branches they run
 	$(PY) -m pytest --cov --cov-report=term

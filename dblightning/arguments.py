@@ -168,6 +168,30 @@ def serve_parser() -> CommandParser:
     return parser
 
 
+def studio_parser() -> CommandParser:
+    """Of ``studio``."""
+    parser = CommandParser(prog="python -m dblightning studio", description="A page to try blends by hand.")
+    _model_options(parser)
+    parser.add_argument(
+        "--reward", dest="rewards", action="append", default=[], metavar="NAME=REWARD",
+        help="a reward for the live scores, by short name or dotted path; may be repeated [the miniature's]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scores", action="append", default=[], type=Path, metavar="FILE",
+        help="score table that the Compare tab offers; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--device", help="of the pipeline and the rewards [a GPU where there is one, else the CPU]")
+    parser.add_argument("--max-rows", type=positive, help="rows of a denoiser call; all unless given")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine only]")
+    parser.add_argument("--port", type=positive, default=7860)
+    parser.add_argument(
+        "--token-env", default=TOKEN_VARIABLE, help=f"environment variable with the page's password [{TOKEN_VARIABLE}]"
+    )
+    parser.add_argument("--no-token", action="store_true", help="let everyone who reaches the address use the page")
+    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    return parser
+
+
 def _model_options(parser: argparse.ArgumentParser) -> None:
     """Of a command that loads a pipeline."""
     parser.add_argument("--base", help="pipeline folder, hub id, or miniature [the preset's, else miniature]")

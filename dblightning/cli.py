@@ -30,6 +30,7 @@ from dblightning.arguments import (
     pretrain_parser,
     push_parser,
     serve_parser,
+    studio_parser,
 )
 from dblightning.command_tree import Refused, parse_value, read_config
 from dblightning.flat_settings import OBJECTIVES, log_new_names, renamed_arguments
@@ -46,6 +47,7 @@ OTHERS = {
     "report": ("dblightning.evaluation.report", "report_main"),
     "seeds": ("dblightning.evaluation.training_seeds", "seeds_main"),
     "score": ("dblightning.rewards.score", "score_main"),
+    "studio": ("dblightning.studio.command", "studio_main"),
     "serve": ("dblightning.serving.command", "serve_main"),
     "convert": ("dblightning.adapters.convert", "convert_main"),
     "convert-vila": ("dblightning.rewards.vila_convert", "convert_vila_main"),
@@ -61,6 +63,7 @@ LIGHT_PARSERS = {
     "push": push_parser,
     "pretrain-miniature": pretrain_parser,
     "serve": serve_parser,
+    "studio": studio_parser,
 }
 
 #: what a wrong setting, file or machine raises; other errors are the program's

@@ -12,7 +12,7 @@ from dblightning.arguments import TOKEN_VARIABLE, named_paths, serve_parser
 from dblightning.preset import Preset, adapter_names, even_preset
 
 if TYPE_CHECKING:
-    from dblightning.serving.service import ServiceSettings
+    from dblightning.serving.settings import ServiceSettings
 
 #: shortest token accepted; ``python -c "import secrets; print(secrets.token_urlsafe(32))"`` makes one of 43
 MIN_TOKEN_LENGTH = 16
@@ -32,7 +32,6 @@ def service_settings(options: argparse.Namespace) -> ServiceSettings:
 
     Raises:
         FileNotFoundError, ValueError: in one sentence.
-        ImportError: the extra is not installed.
     """
     base, adapters, presets = model_of(options)
     token = _token(options)
@@ -45,7 +44,7 @@ def service_settings(options: argparse.Namespace) -> ServiceSettings:
     if options.max_images > options.queue_limit:
         raise ValueError(f"--max-images {options.max_images} is above --queue-limit {options.queue_limit}")
     from dblightning.serving.requests import Limits, Offer
-    from dblightning.serving.service import ServiceSettings
+    from dblightning.serving.settings import ServiceSettings
 
     limits = Limits(max_images=options.max_images, max_size=options.max_size, max_steps=options.max_steps)
     return ServiceSettings(

@@ -12,30 +12,27 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
-import io
-import logging
 import multiprocessing
-import queue
 import signal
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from dblightning.serving.metrics import Metrics
-from dblightning.serving.requests import ImageRequest, Offer, Refusal, read_request
-from dblightning.shared_pipeline import Job, SharedPipeline
+from dblightning.serving.requests import ImageRequest, Refusal, read_request
+from dblightning.serving.settings import ServiceSettings
+from dblightning.shared_pipeline import Job
 
 try:
     import litserve
     import prometheus_client  # noqa: F401  (of Metrics)
     from fastapi import Request
     from fastapi.responses import JSONResponse, Response
-    from litserve.loops.base import _SENTINEL_VALUE, _StopLoopError
-    from litserve.loops.simple_loops import BatchedLoop
     from litserve.specs.base import LitSpec
-    from litserve.utils import LitAPIStatus, LoopResponseType, ResponseBufferItem
+    from litserve.utils import LitAPIStatus, ResponseBufferItem
+
+    from dblightning.serving.worker import Answer, Worker
 except ImportError as error:
     raise ImportError(f"serve needs LitServe ({error}): pip install 'dblightning[serve]'") from error
 
@@ -44,148 +41,6 @@ PATH = "/v1/images/generations"
 BATCHES_AHEAD = 2
 #: status that nobody reads: the client has closed the connection (nginx's number for it)
 CLIENT_GONE = 499
-_log = logging.getLogger("dblightning.serving")
-
-
-@dataclass(frozen=True)
-class ServiceSettings:
-    """Settings of a service.
-
-    Attributes:
-        offer: adapters, presets and limits.
-        base, adapters, dtype: what each worker loads; see :meth:`SharedPipeline.load`.
-        accelerator: "auto", "cpu", "cuda" or "mps".
-        devices: how many of them, or "auto".
-        workers_per_device: processes on each, each with a pipeline of its own.
-        max_batch_size: images of one batch.
-        batch_wait: seconds a batch waits for more requests.
-        queue_limit: images that may wait or be in the works; further requests are answered 429.
-        timeout: seconds a request may take before it is answered 504.
-        read_timeout: seconds its body may take to arrive.
-        token: what clients send as "Authorization: Bearer …"; None lets everyone in.
-        threads: torch threads of a worker; None is torch's own choice.
-        max_rows: rows of a denoiser call.
-    """
-
-    offer: Offer
-    base: str = "miniature"
-    adapters: Mapping[str, str] | None = None
-    dtype: str | None = None
-    accelerator: str = "auto"
-    devices: int | str = "auto"
-    workers_per_device: int = 1
-    max_batch_size: int = 8
-    batch_wait: float = 0.02
-    queue_limit: int = 64
-    timeout: float = 60.0
-    read_timeout: float = 10.0
-    token: str | None = field(default=None, repr=False)
-    threads: int | None = None
-    max_rows: int | None = None
-
-
-class _Answer(NamedTuple):
-    """What a worker made of one job."""
-
-    png: bytes  # empty where there is an error
-    batch: int  # images that were made together
-    status: int = 200
-    sentence: str = ""
-
-
-class _Loop(BatchedLoop):
-    """LitServe's batched loop, which sleeps until there is a request; the original asks a thousand times a second."""
-
-    def get_batch_requests(
-        self, lit_api: Any, request_queue: Any, transport: Any
-    ) -> tuple[list[tuple[int, str, Job]], list[tuple[int, str]]]:
-        batch: list[tuple[int, str, Job]] = []
-        late: list[tuple[int, str]] = []
-        end = None
-        while len(batch) < lit_api.max_batch_size:
-            wait = 1.0 if end is None else end - time.monotonic()
-            try:
-                item = request_queue.get(timeout=wait) if wait > 0 else request_queue.get_nowait()
-            except queue.Empty:
-                break
-            if item == _SENTINEL_VALUE:
-                raise _StopLoopError()
-            consumer, uid, since, job = item
-            kind = LoopResponseType.REGULAR
-            self.put_response(transport, consumer, uid, (), LitAPIStatus.START, kind)
-            end = end or time.monotonic() + lit_api.batch_timeout
-            if time.monotonic() - since > lit_api.request_timeout:
-                late.append((consumer, uid))
-            else:
-                batch.append((consumer, uid, job))
-        return batch, late
-
-
-class _API(litserve.LitAPI):
-    """A worker: one pipeline, batches of jobs."""
-
-    def __init__(self, settings: ServiceSettings, spec: _Spec) -> None:
-        super().__init__(
-            max_batch_size=settings.max_batch_size, batch_timeout=settings.batch_wait, spec=spec, loop=_Loop()
-        )
-        self.settings = settings
-
-    def authorize(self) -> None:
-        """Open to LitServe; the endpoints check the token, and answer in OpenAI's form."""
-
-    def setup(self, device: str) -> None:
-        import diffusers.utils.logging
-        import torch
-        import transformers.utils.logging
-
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-        settings = self.settings
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
-        self.shared = SharedPipeline.load(
-            settings.base, settings.adapters, device, settings.dtype, max_rows=settings.max_rows
-        )
-
-    def decode_request(self, request: Any) -> Any:
-        return request
-
-    def predict(self, jobs: Sequence[Job]) -> list[_Answer]:
-        """An answer per job; one that cannot be made takes no other with it."""
-        answers: dict[int, _Answer] = {}
-        for index, job in enumerate(jobs):
-            try:
-                self.shared.check(job)
-            except (TypeError, ValueError) as error:
-                answers[index] = _Answer(b"", 1, 400, str(error))
-        left = [index for index in range(len(jobs)) if index not in answers]
-        for members in self.shared.groups([jobs[index] for index in left]).values():
-            indices = [left[member] for member in members]
-            answers |= dict(zip(indices, self._made([jobs[index] for index in indices]), strict=True))
-        return [answers[index] for index in range(len(jobs))]
-
-    def _made(self, jobs: Sequence[Job]) -> list[_Answer]:
-        try:
-            return [_Answer(_png(image), len(jobs)) for image in self.shared.make(jobs)]
-        except (TypeError, ValueError) as error:
-            return [_Answer(b"", len(jobs), 400, str(error))] * len(jobs)
-        except Exception:
-            identifier = uuid.uuid4().hex[:8]
-            _log.exception("batch %s failed", identifier)
-            return [_Answer(b"", len(jobs), 500, f"the model failed; see {identifier} in the server's log")] * len(jobs)
-
-    def encode_response(self, output: Any) -> Any:
-        return output
-
-
-def _png(image: Any) -> bytes:
-    """An image (3, H, W) in [0, 1] as a PNG of 8 bits a channel."""
-    from PIL import Image
-
-    levels = (image.nan_to_num(0.0).permute(1, 2, 0) * 255).round().byte().numpy()
-    file = io.BytesIO()
-    Image.fromarray(levels).save(file, "PNG", compress_level=1)
-    return file.getvalue()
 
 
 class _Spec(LitSpec):
@@ -269,7 +124,7 @@ class _Spec(LitSpec):
             raise Refusal(CLIENT_GONE, "the client has closed the connection") from error
         return bytes(body)
 
-    async def _images(self, request: Request, jobs: Sequence[Job]) -> list[_Answer]:
+    async def _images(self, request: Request, jobs: Sequence[Job]) -> list[Answer]:
         """The jobs' answers, within the time-out and while the client is there."""
         settings = self.settings
         if self.waiting + len(jobs) > settings.queue_limit:
@@ -315,12 +170,12 @@ class _Ticket:
         if not self.submitted:
             self._work.cancel()
 
-    def _ended(self, work: asyncio.Future[_Answer]) -> None:
+    def _ended(self, work: asyncio.Future[Answer]) -> None:
         self.spec.waiting -= 1
         if not work.cancelled():
             work.exception()  # looked at: asyncio complains about errors that nobody saw
 
-    async def _run(self) -> _Answer:
+    async def _run(self) -> Answer:
         spec = self.spec
         async with spec.slots:
             self.submitted = True
@@ -340,7 +195,7 @@ class _Ticket:
         spec.metrics.image(answer.batch)
         if answer.sentence:
             raise Refusal(answer.status, answer.sentence)
-        return _Answer(*answer)
+        return Answer(*answer)
 
 
 async def _disconnected(request: Request) -> None:
@@ -348,7 +203,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _response(wanted: ImageRequest, answers: Sequence[_Answer]) -> Response:
+def _response(wanted: ImageRequest, answers: Sequence[Answer]) -> Response:
     if wanted.as_png:
         headers = {"X-Seed": str(wanted.jobs[0].preset.seed)}
         return Response(answers[0].png, media_type="image/png", headers=headers)
@@ -381,7 +236,7 @@ def serve(settings: ServiceSettings, host: str = "127.0.0.1", port: int = 8000, 
     """
     spec = _Spec(settings)
     server = litserve.LitServer(
-        _API(settings, spec),
+        Worker(settings, spec),
         accelerator=settings.accelerator,
         devices=settings.devices,
         workers_per_device=settings.workers_per_device,
