@@ -31,6 +31,8 @@ MODULES = [
     "objectives.stored_mean",
     "per_image",
     "preset",
+    "rewards.judge",
+    "rewards.text_rendering",
     "settings",
     "signatures",
     "studio.blends",

@@ -10,6 +10,7 @@ INTERNAL = frozenset(
     {
         "training", "compute_on_cpu", "dist_sync_on_step", "sync_on_compute", "compute_with_cache",  # torchmetrics
         "micro_batch_size", "timeout", "retries", "backoff", "patience", "headers", "token_env", "ca_file", "trust_env",
+        "cache", "concurrency", "max_requests",  # a judge's
     }
 )  # fmt: skip
 

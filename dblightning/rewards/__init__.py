@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from dblightning.rewards.hps import HPSv2 as HPSv2
     from dblightning.rewards.imagereward import ImageReward as ImageReward
     from dblightning.rewards.jpeg import JPEGCompressibility as JPEGCompressibility
+    from dblightning.rewards.judge import ChatJudge as ChatJudge
     from dblightning.rewards.pickscore import PickScore as PickScore
     from dblightning.rewards.registry import REWARDS as REWARDS
     from dblightning.rewards.registry import build_reward as build_reward
     from dblightning.rewards.remote import RemoteReward as RemoteReward
+    from dblightning.rewards.text_rendering import TextRendering as TextRendering
     from dblightning.rewards.vila import VILA as VILA
     from dblightning.rewards.weighted import WeightedReward as WeightedReward
     from dblightning.rewards.worker import RewardWorker as RewardWorker
@@ -30,6 +32,7 @@ _HOMES = {
     "RewardUnavailable": "base",
     "check_images": "base",
     "CLIPScore": "clipscore",
+    "ChatJudge": "judge",
     "GenEvalAccuracy": "geneval",
     "HPSv2": "hps",
     "ImageReward": "imagereward",
@@ -38,6 +41,7 @@ _HOMES = {
     "REWARDS": "registry",
     "build_reward": "registry",
     "RemoteReward": "remote",
+    "TextRendering": "text_rendering",
     "VILA": "vila",
     "WeightedReward": "weighted",
     "RewardWorker": "worker",
@@ -47,6 +51,7 @@ __all__ = [
     "VILA",
     "AestheticScore",
     "CLIPScore",
+    "ChatJudge",
     "GenEvalAccuracy",
     "HPSv2",
     "ImageReward",
@@ -56,6 +61,7 @@ __all__ = [
     "RewardMetric",
     "RewardUnavailable",
     "RewardWorker",
+    "TextRendering",
     "WeightedReward",
     "build_reward",
     "check_images",

@@ -20,6 +20,8 @@ REWARDS = {
     "aesthetic": "dblightning.rewards.aesthetic.AestheticScore",
     "clip_score": "dblightning.rewards.clipscore.CLIPScore",
     "geneval": "dblightning.rewards.geneval.GenEvalAccuracy",
+    "text_rendering": "dblightning.rewards.text_rendering.TextRendering",
+    "judge": "dblightning.rewards.judge.ChatJudge",
     "remote": "dblightning.rewards.remote.RemoteReward",
 }
 

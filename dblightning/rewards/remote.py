@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import torch
@@ -66,6 +66,9 @@ class RemoteReward(RewardMetric):
     Raises:
         ValueError: an argument outside its range.
     """
+
+    #: where requests go, below ``url``
+    route: ClassVar[str] = "/score"
 
     def __init__(
         self,
@@ -126,7 +129,7 @@ class RemoteReward(RewardMetric):
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != len(prompts) or not all(map(_fits_float32, scores)):
             raise RuntimeError(
-                f"{self.url}/score must answer {{'scores': [{len(prompts)} finite float32 numbers]}}, got "
+                f"{self.url}{self.route} must answer {{'scores': [{len(prompts)} finite float32 numbers]}}, got "
                 f"{str(answer)[:200]}"
             )
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
@@ -134,21 +137,25 @@ class RemoteReward(RewardMetric):
     def _post(self, body: bytes, longest: int) -> Any:
         """The JSON answered to ``body``, with all the patience there is."""
         begin = time.monotonic()
+        address = self.url + self.route
         tries = 0
         while True:
             tries += 1
+            self._before_try()
             left = self.patience - (time.monotonic() - begin)
             seconds = min(self.timeout, left)
             wait_for: float = 0.0
             try:
                 status, retry_after, content = _run_within(seconds, self._request(body, seconds, longest))
                 if status == 200:
-                    return _parse(content, self.url)
+                    return _parse(content, address)
                 failure = f"status {status}: {_error_text(content)}"
                 if 300 <= status < 400:
-                    raise RuntimeError(f"{self.url}/score redirects elsewhere (status {status}); give that url instead")
+                    raise RuntimeError(
+                        f"{self.url}{self.route} redirects elsewhere (status {status}); give that url instead"
+                    )
                 if status not in _WORTH_RETRYING:
-                    raise RuntimeError(f"{self.url}/score answered {failure}")
+                    raise RuntimeError(f"{address} answered {failure}")
                 wait_for = retry_after
             except (OSError, _http().TransportError) as error:  # refused, reset, timed out, cut off
                 if _is_bad_certificate(error):
@@ -160,12 +167,15 @@ class RemoteReward(RewardMetric):
             left = self.patience - (time.monotonic() - begin)
             if pause >= left or (self.retries is not None and tries > self.retries):
                 raise RewardUnavailable(
-                    f"no answer from {self.url}/score after {tries} tries of at most {self.timeout:g} s each "
+                    f"no answer from {address} after {tries} tries of at most {self.timeout:g} s each "
                     f"({failure}), {time.monotonic() - begin:.0f} s in all; is the server running?"
                 )
             if tries == 1:
-                _log.warning("no answer from %s/score (%s); asking again for %.0f s", self.url, failure, left)
+                _log.warning("no answer from %s (%s); asking again for %.0f s", address, failure, left)
             time.sleep(pause)
+
+    def _before_try(self) -> None:
+        """Called before each request; a subclass may refuse it."""
 
     async def _request(self, body: bytes, seconds: float, longest: int) -> tuple[int, float, bytes]:
         """Status, Retry-After in seconds and content of one answer, read to its end within ``seconds``."""
@@ -178,13 +188,15 @@ class RemoteReward(RewardMetric):
             http.AsyncClient(
                 transport=transport, verify=verify, trust_env=self.trust_env, follow_redirects=False, timeout=None
             ) as client,
-            client.stream("POST", f"{self.url}/score", content=body, headers=self._request_headers()) as response,
+            client.stream("POST", f"{self.url}{self.route}", content=body, headers=self._request_headers()) as response,
         ):
             content = bytearray()
             async for chunk in response.aiter_raw():
                 content += chunk
                 if len(content) > longest:
-                    raise RuntimeError(f"{self.url}/score answered more than {longest} bytes; is it a reward server?")
+                    raise RuntimeError(
+                        f"{self.url}{self.route} answered more than {longest} bytes; is it a reward server?"
+                    )
             return response.status_code, _seconds(response.headers.get("Retry-After", "")), bytes(content)
 
     def _request_headers(self) -> dict[str, str]:
@@ -250,7 +262,7 @@ def _parse(content: bytes, url: str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
-        raise RuntimeError(f"{url}/score answered no JSON: {content[:200]!r}") from None
+        raise RuntimeError(f"{url} answered no JSON: {content[:200]!r}") from None
 
 
 def _error_text(content: bytes) -> str:
