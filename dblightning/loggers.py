@@ -1,4 +1,4 @@
-"""Entries of a run's loggers beside scalars: pictures to each that takes them, and one reward per prompt."""
+"""Entries of a run's loggers beside scalars: pictures and tables to each that takes them, and one reward per prompt."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import pandas as pd
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
@@ -51,6 +52,31 @@ def log_image(trainer: L.Trainer, name: str, image: Tensor | Figure, step: int, 
         elif callable(log := getattr(logger, "log_image", None)):
             options: dict[str, Any] = {"caption": [caption]} if caption and _takes(log, "caption") else {}
             log(key=name, images=[as_pil(image)], step=step, **options)
+
+
+def log_table(trainer: L.Trainer, name: str, table: pd.DataFrame, step: int) -> None:
+    """Give a table to every logger that takes tables.
+
+    TensorBoard gets it as text in Markdown; CSVLogger as a CSV file under ``tables/`` in its folder; any other logger
+    through its ``log_table(key=, dataframe=, step=)``, as W&B's and Trackio's have it. Call it on rank 0.
+
+    Args:
+        trainer: whose loggers; in a ``fast_dev_run`` nothing is logged.
+        name: for example "blend/scores".
+        table: one row each, its index left out.
+        step: rollouts done.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(name, table.to_markdown(index=False, floatfmt=".4g"), step)
+        elif isinstance(logger, CSVLogger):
+            path = Path(logger.log_dir) / "tables" / f"{name.replace('/', '_')}-{step:06d}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table.to_csv(path, index=False)
+        elif callable(log := getattr(logger, "log_table", None)) and _takes(log, "dataframe"):
+            log(key=name, dataframe=table, step=step)
 
 
 def log_by_prompt(trainer: L.Trainer, rewards: dict[str, float], step: int, suffix: str = "") -> None:

@@ -23,7 +23,8 @@ LAYERS: dict[str, str] = {
     "faces": "studio serving",
     "callbacks": "callbacks",
     "lightning": "module run_state run_folder progress checkpointing checkpoint_files distributed loggers "
-    "lightning_internals scoring storing learners manual_updates reward_gradients data evaluation.module",
+    "lightning_internals scoring storing learners manual_updates reward_gradients data evaluation.module "
+    "trackio_logger",
     "evaluation": "evaluation sharing",
     "pipeline": "pipeline pipeline_call pipeline_files pipeline_inputs pipeline_lora preset shared_pipeline",
     "algorithm": "rollout sampling execution blending per_image methods draws search steering policy_gradient replay "

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -15,7 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dblightning.callbacks import SampleGrid
-from dblightning.loggers import log_image
+from dblightning.loggers import log_image, log_table
 from tests.toy_fit import data, module, trainer
 
 
@@ -28,6 +32,9 @@ class Pictures(DummyLogger):
 
     def log_image(self, key: str, images: list[Any], step: int | None = None, **options: Any) -> None:
         self.taken.append({"key": key, "images": images, "step": step, **options})
+
+    def log_table(self, key: str, dataframe: pd.DataFrame, step: int | None = None) -> None:
+        self.taken.append({"key": key, "table": dataframe, "step": step})
 
 
 class Plain(Pictures):
@@ -106,3 +113,77 @@ def test_the_csv_tables_width_and_rewrites_do_not_grow_with_the_prompts(
     assert len(rows) == rollouts * 4  # four prompts a rollout
     assert len({row["prompt"] for row in rows}) == prompts
     assert [int(row["step"]) for row in rows] == sorted(int(row["step"]) for row in rows)
+
+
+SCORES = pd.DataFrame({"blend": ["base", "db-mpa|0.5"], "alignment": [0.1, 0.25]})
+
+
+def test_a_table_goes_to_every_logger_that_takes_tables(tmp_path: Path) -> None:
+    wandb = Pictures()
+    board, table = TensorBoardLogger(str(tmp_path), "board", version=""), CSVLogger(str(tmp_path), "table", version="")
+    log_table(trainer(tmp_path, logger=[wandb, board, table, DummyLogger()]), "blend/scores", SCORES, 7)
+    assert [(each["key"], each["step"]) for each in wandb.taken] == [("blend/scores", 7)]
+    pd.testing.assert_frame_equal(wandb.taken[0]["table"], SCORES)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "table" / "tables" / "blend_scores-000007.csv"), SCORES)
+    board.save()
+    seen = EventAccumulator(str(tmp_path / "board"), size_guidance={"tensors": 0})
+    seen.Reload()
+    (event,) = seen.Tensors("blend/scores/text_summary")
+    assert event.step == 7 and b"db-mpa|0.5" in event.tensor_proto.string_val[0]
+
+
+def logged(tmp_path: Path, logger: Any) -> None:
+    """Everything a run logs, in the order it comes."""
+    run = trainer(tmp_path, logger=logger)
+    logger.log_hyperparams({"kl": {"weight": 0.1}, "seed": 3})
+    logger.log_metrics({"train/reward": 0.5}, step=1)
+    log_image(run, "samples", torch.rand(3, 8, 8), 1, "a red circle")
+    log_table(run, "blend/scores", SCORES, 2)
+    logger.log_metrics({"train/reward": 0.75}, step=3)
+    log_image(run, "samples", Figure(figsize=(1, 1)), 3)
+    logger.finalize("success")
+
+
+def test_wandb_takes_curves_pictures_and_tables_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    from lightning.pytorch.loggers import WandbLogger
+
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    logger = WandbLogger(project="test", save_dir=str(tmp_path), offline=True)
+    logged(tmp_path, logger)
+    folder = Path(logger.experiment.dir)
+    wandb.finish()
+    assert len(list((folder / "media" / "images").glob("samples_*.png"))) == 2
+    (table,) = (folder / "media" / "table" / "blend").glob("scores_*.table.json")
+    assert "db-mpa|0.5" in table.read_text()
+
+
+def test_trackio_takes_curves_pictures_and_tables(tmp_path: Path) -> None:
+    pytest.importorskip("trackio", reason="the extra trackio is not installed")
+    code = f"""
+from pathlib import Path
+from dblightning.trackio_logger import TrackioLogger
+from tests.test_loggers import logged
+logged(Path({str(tmp_path)!r}), TrackioLogger("shapes", "run"))
+from trackio.sqlite_storage import SQLiteStorage
+rows = SQLiteStorage.get_logs("shapes", "run")
+print("curves", [(row["step"], row["train/reward"]) for row in rows if "train/reward" in row])
+print("pictures", [row["samples"]["_type"] for row in rows if "samples" in row])
+print("tables", [row["blend/scores"]["_value"][1]["blend"] for row in rows if "blend/scores" in row])
+"""
+    # Trackio reads where its files go when it is imported
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    printed = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
+    assert printed["curves"] == "[(1, 0.5), (3, 0.75)]", done.stdout
+    assert printed["pictures"] == "['trackio.image', 'trackio.image']" and printed["tables"] == "['db-mpa|0.5']"
+
+
+def test_trackio_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dblightning.trackio_logger import TrackioLogger
+
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ImportError, match=r"pip install 'dblightning\[trackio\]'"):
+        TrackioLogger("shapes").log_metrics({"a": 1.0}, 1)

@@ -24,7 +24,7 @@ from dblightning.evaluation.sampler import BlendSampler, adapter_folders, load_a
 from dblightning.evaluation.scores import preference_rewards, reward_names, weight_names, with_defaults, write_scores
 from dblightning.evaluation.specs import BlendSpec, BlendSweep, expand
 from dblightning.figures import blend_grid_figure
-from dblightning.loggers import log_image
+from dblightning.loggers import log_image, log_table
 from dblightning.module import RewardRLModule
 from dblightning.rewards.base import RewardMetric
 
@@ -283,6 +283,8 @@ class BlendSamplingCallback(L.Callback):
         values = {f"blend/{name}/{label}": row[f"reward/{name}"] for label, row in means.iterrows() for name in names}
         for logger in trainer.loggers:
             logger.log_metrics(values, step)
+        table = means.set_axis(names, axis=1).rename_axis("blend").reset_index()
+        log_table(trainer, "blend/scores", table, step)
         for title, figure in self._figures(scores, grids).items():
             log_image(trainer, f"blend/{title}", figure, step)
             if self.pictures:

@@ -32,6 +32,7 @@ from dblightning.evaluation.scores import write_scores
 from dblightning.evaluation.specs import BlendSpec, BlendSweep, expand
 from dblightning.evaluation.store import REMEDY, Evaluation, Key, RowStore, key_of, keys_of
 from dblightning.figures import blend_grid_figure
+from dblightning.loggers import log_image, log_table
 from dblightning.progress import image_progress
 from dblightning.rewards.base import RewardMetric
 from dblightning.settings import RULES, Number, check_settings, count
@@ -295,7 +296,16 @@ class BlendEvaluationModule(L.LightningModule):
         write_scores(path, scores, self.record() | counted | self._kl_record())
         write_report(path, self.out, self.out / "images", show=True)
         self._save_grid(scores)
+        self._log_report()
         print(f"scores, tables and report.html: {self.out}")
+
+    def _log_report(self) -> None:
+        """The report's pictures and tables, to the trainer's loggers where it has any."""
+        for picture in ("grid.png", "pareto.png", "pareto_gains.png"):
+            if self.trainer.loggers and (file := self.out / picture).is_file():
+                log_image(self.trainer, f"test/{file.stem}", to_tensor(Image.open(file).convert("RGB")), 0)
+        for file in sorted((self.out / "tables").glob("*.csv")) if self.trainer.loggers else ():
+            log_table(self.trainer, f"test/{file.stem}", pd.read_csv(file, dtype=str).fillna(""), 0)
 
     def _kl_record(self) -> dict[str, Any]:
         """What the column of the KL is, and which blends have none."""
