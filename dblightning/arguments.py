@@ -129,6 +129,26 @@ def pretrain_parser() -> CommandParser:
     return parser
 
 
+def pretrain_flow_parser() -> CommandParser:
+    """Of ``pretrain-flow-miniature``."""
+    parser = CommandParser(
+        prog="python -m dblightning pretrain-flow-miniature",
+        description="Train the embedded flow miniature on the other miniature's latents.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="pipeline folder to write")
+    parser.add_argument("--work", type=Path, help="folder of latents, state and snapshot (default: OUT.work)")
+    parser.add_argument("--steps", type=positive, default=12_000)
+    parser.add_argument("--clean-steps", type=int, default=9000, help="steps on true captions before the careless ones")
+    parser.add_argument("--batch", type=positive, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate of AdamW")
+    parser.add_argument("--images", type=positive, default=80_000, help="training images drawn, once")
+    parser.add_argument("--snapshot-minutes", type=float, default=4.0, help="a whole pipeline every so often")
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="continue from the state in --work")
+    return parser
+
+
 def convert_vila_parser() -> CommandParser:
     """Of ``convert-vila``."""
     parser = CommandParser(

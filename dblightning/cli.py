@@ -7,7 +7,7 @@
 
 and ``report`` (tables, figures and one HTML page from score tables), ``seeds`` (one evaluation over several training
 seeds), ``score``, ``export`` (a soup as one LoRA), ``push`` (adapters to the hub), ``convert``, ``pretrain-miniature``,
-``convert-vila``.
+``pretrain-flow-miniature``, ``convert-vila``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dblightning.arguments import (
     convert_parser,
     convert_vila_parser,
     export_parser,
+    pretrain_flow_parser,
     pretrain_parser,
     push_parser,
     serve_parser,
@@ -44,6 +45,7 @@ EVALUATION = ("test", "predict")
 #: further commands: name → (module, function); each takes its own arguments
 OTHERS = {
     "pretrain-miniature": ("dblightning.miniature.pretrain", "main"),
+    "pretrain-flow-miniature": ("dblightning.miniature.pretrain_flow", "main"),
     "report": ("dblightning.evaluation.report", "report_main"),
     "seeds": ("dblightning.evaluation.training_seeds", "seeds_main"),
     "score": ("dblightning.rewards.score", "score_main"),
@@ -64,6 +66,7 @@ LIGHT_PARSERS = {
     "pretrain-miniature": pretrain_parser,
     "serve": serve_parser,
     "studio": studio_parser,
+    "pretrain-flow-miniature": pretrain_flow_parser,
 }
 
 #: what a wrong setting, file or machine raises; other errors are the program's
