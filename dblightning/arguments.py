@@ -140,7 +140,7 @@ def pretrain_flow_parser() -> CommandParser:
     parser.add_argument("--steps", type=positive, default=12_000)
     parser.add_argument("--clean-steps", type=int, default=9000, help="steps on true captions before the careless ones")
     parser.add_argument("--batch", type=positive, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate of AdamW")
+    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate of AdamW")
     parser.add_argument("--images", type=positive, default=80_000, help="training images drawn, once")
     parser.add_argument("--snapshot-minutes", type=float, default=4.0, help="a whole pipeline every so often")
     parser.add_argument("--threads", type=positive, default=1)

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 
 from dblightning.backbone import FAMILIES, DiffusersBackbone, load_pipeline
+from dblightning.miniature import EMBEDDED
 from dblightning.pipeline_lora import LoraMethods
 from dblightning.prompt_cache import has_lora
 
@@ -39,8 +40,8 @@ class FileMethods(LoraMethods):
         """Load a base model and adapters.
 
         Args:
-            base: pipeline folder, hub id, or "miniature". A folder that :meth:`save_pretrained` wrote brings its
-                adapters and its scheduler, the miniature its shipped adapters, unless others are named.
+            base: pipeline folder, hub id, "miniature" or "miniature-flow". A folder that :meth:`save_pretrained`
+                wrote brings its adapters and its scheduler, a miniature its shipped adapters, unless others are named.
             adapters: name → folder or file of a LoRA in diffusers' format.
             dtype, torch_dtype: precision of the base (default float32), or component → precision; adapters and latents
                 stay float32.
@@ -66,10 +67,11 @@ class FileMethods(LoraMethods):
             pipeline.scheduler = scheduler
         elif saved is None and pipeline.scheduler is not None:
             pipeline.scheduler = family.default_scheduler()
-        if adapters is None and str(base) == "miniature":
-            from dblightning import miniature
-
-            adapters = miniature.adapters()
+        embedded = EMBEDDED.get(str(base))
+        if embedded is not None and embedded.text_tokens is not None:
+            family.max_sequence_length = embedded.text_tokens
+        if adapters is None and embedded is not None:
+            adapters = embedded.adapters()
         elif adapters is None and saved is not None:
             adapters = {name: folder / "adapters" / name for name in saved["adapters"]}
         for name, path in (adapters or {}).items():

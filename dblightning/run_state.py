@@ -20,6 +20,7 @@ from dblightning.flat_settings import GROUPED, flat
 from dblightning.learner import by_adapter, of_adapter
 from dblightning.learners import Learners
 from dblightning.lightning_internals import attached_trainer
+from dblightning.miniature import EMBEDDED
 from dblightning.random_state import random_state, restore_random_state
 from dblightning.rewards.base import RewardUnavailable
 from dblightning.same_run import changed_settings, check_same_run
@@ -210,8 +211,8 @@ class RunState(Learners):
         own = flat({**settings, **dict(learner.settings.groups())})
         hparams = {key: value for key, value in own.items() if value is not None}
         made = {"reward": learner.reward.name, "images": self.images_done, "hyperparameters": hparams}
-        if getattr(self.backbone, "pretrained", None) == "miniature":
-            made["base"] = "miniature"  # its folder's name says nothing
+        if getattr(self.backbone, "pretrained", None) in EMBEDDED:
+            made["base"] = self.backbone.pretrained  # its folder's name says nothing
         pipeline: Any = self.backbone.pipeline
         with self.average.applied():
             return str(self.backbone.adapters.export(learner.name, folder, pipeline, {**made, **facts}, format))

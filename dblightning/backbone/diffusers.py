@@ -15,6 +15,7 @@ from dblightning.backbone.base import Conditioning, Prediction, Size
 from dblightning.backbone.denoising import Denoising
 from dblightning.backbone.family import Family, Text, family_of
 from dblightning.backbone.loading import load_pipeline
+from dblightning.miniature import EMBEDDED
 from dblightning.prompt_cache import PromptCache, text_state
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -35,7 +36,7 @@ class DiffusersBackbone(Denoising):
     """A diffusers pipeline: Stable Diffusion 1.x or 2.x, SDXL, or what :func:`register` has added.
 
     Args:
-        pretrained: a local pipeline folder, a hub id, or "miniature" for the embedded pipeline.
+        pretrained: a local pipeline folder, a hub id, or "miniature" or "miniature-flow" for an embedded pipeline.
         dtype: precision of the frozen weights. Adapters, latents and log-probs stay float32.
         vae_dtype: precision of the VAE; None takes ``dtype``, or float32 where the VAE's config forces it (SDXL).
         resolution: image side in pixels; None takes the model's own.
@@ -47,7 +48,7 @@ class DiffusersBackbone(Denoising):
             that equal ones are compiled once), or the "whole" of it (fuses more, takes minutes at the first call).
         decode_batch_size: images decoded at once.
         without: components to leave out, such as SD3's ("text_encoder_3", "tokenizer_3"): T5's embedding is then zero.
-        max_sequence_length: tokens of T5's embedding (SD3: 256, FLUX: 512); None takes the model's own.
+        max_sequence_length: tokens of T5's embedding (SD3: 256, FLUX: 512, miniature-flow: 10); None takes the model's.
         prompt_cache_size: how many prompts' embeddings are kept.
         prompt_cache_bytes: how much memory they may take.
 
@@ -89,6 +90,8 @@ class DiffusersBackbone(Denoising):
             vae_dtype = "float32"
         if vae_dtype is not None:
             self.vae.to(getattr(torch, vae_dtype))
+        if max_sequence_length is None and pretrained in EMBEDDED:
+            max_sequence_length = EMBEDDED[pretrained].text_tokens
         if max_sequence_length is not None:
             if self.family.max_sequence_length is None:
                 raise ValueError(f"max_sequence_length is no setting of a {type(pipeline).__name__}; leave it out")

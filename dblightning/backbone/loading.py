@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dblightning.backbone.family import FAMILIES, Family, family_of
+from dblightning.miniature import EMBEDDED
 
 #: where a hub model is looked for
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
@@ -23,7 +24,7 @@ def load_pipeline(
     """A diffusers text-to-image pipeline, safety checker off unless ``options`` bring one.
 
     Args:
-        pretrained: local folder, hub id, or "miniature".
+        pretrained: local folder, hub id, "miniature" or "miniature-flow".
         dtype: precision of all weights, or component → precision (with "default").
         variant: weight variant of the files.
         family: the model's; None is that of the pipeline's class.
@@ -35,14 +36,12 @@ def load_pipeline(
     """
     from diffusers import DiffusionPipeline
 
-    if pretrained == "miniature":
-        from dblightning import miniature
-
-        pretrained = str(miniature.path())
+    if pretrained in EMBEDDED:
+        pretrained = str(EMBEDDED[pretrained].path())
     advice = (
         f"no diffusers pipeline at {pretrained!r}: set --model.backbone.init_args.pretrained to a local pipeline "
         "folder or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5 (download it once with `hf download "
-        '<id>`), or to "miniature"'
+        '<id>`), or to "miniature" or "miniature-flow"'
     )
     looks_local = pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1
     if looks_local and not (Path(pretrained).expanduser() / "model_index.json").is_file():

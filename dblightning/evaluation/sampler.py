@@ -22,6 +22,7 @@ from dblightning.evaluation.path_kl import check_noise, path_kl
 from dblightning.evaluation.record import INTERNAL
 from dblightning.evaluation.specs import BlendSpec
 from dblightning.flow import FlowNoise
+from dblightning.miniature import EMBEDDED
 from dblightning.noise import ImageNoise
 from dblightning.rewards.base import RewardMetric
 from dblightning.sampling import OnStep, StepRecord, denoise_loop
@@ -178,13 +179,10 @@ def thumbnail(images: Tensor) -> Tensor:
 
 
 def adapter_folders(backbone: Backbone, adapters: Mapping[str, str | Path]) -> dict[str, Path]:
-    """Name → folder; for the miniature its shipped adapters too, under the names that are not given."""
+    """Name → folder; for a miniature its shipped adapters too, under the names that are not given."""
     folders = {name: Path(folder) for name, folder in adapters.items()}
-    if getattr(backbone, "pretrained", None) == "miniature":
-        from dblightning import miniature
-
-        return miniature.adapters() | folders
-    return folders
+    embedded = EMBEDDED.get(getattr(backbone, "pretrained", ""))
+    return folders if embedded is None else embedded.adapters() | folders
 
 
 def load_adapters(

@@ -1,4 +1,4 @@
-"""Pretrain the flow miniature: an SD3 transformer on the UNet miniature's latents, saved as a Stable Diffusion 3 folder.
+"""Pretrain the flow miniature: an SD3 transformer on the UNet miniature's latents, saved as an SD3 folder.
 
 The command is ``python -m dblightning pretrain-flow-miniature --out runs/flow_miniature``. The VAE is the UNet
 miniature's, and the first text encoder starts from its trained one; everything else starts from random weights. Saves
@@ -41,12 +41,14 @@ from dblightning.miniature import world
 from dblightning.miniature.pretrain import CARELESS_CAPTIONS, LATENT_SIZE, _remove, draw, encode, train
 
 #: text tokens of each CLIP and of T5; the world's longest caption has ten
-MAX_LENGTH = 12
-WIDTH, LAYERS, HEADS = 112, 4, 4
+MAX_LENGTH = 10
+WIDTH, LAYERS, HEADS = 64, 4, 4
 #: widths of the two CLIP text encoders, whose outputs stand beside each other
 CLIP_WIDTHS = (64, 32)
 #: T5's tokens in the plain pipeline unless its ``max_sequence_length`` is passed, and how often training counts so many
 PLAIN_LENGTH, PLAIN_SHARE = 256, 0.2
+#: mean of the logits of the training times, standard deviation 1: shapes and colours are decided above the middle
+TIME_LOGIT = 0.3
 
 
 # ── the parts ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -190,7 +192,7 @@ def last_token_counted(tokens: int, times: int) -> Iterator[None]:
 
 
 def encode_text(encoders: Sequence[CLIPTextModelWithProjection], ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids (B, 12) to SD3's embeddings, with one zero token for all of T5's: (B, 13, 96) and pooled (B, 96)."""
+    """Token ids (B, 10) to SD3's embeddings, with one zero token for all of T5's: (B, 11, 96) and pooled (B, 96)."""
     outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
     tokens = torch.cat([output.hidden_states[-2] for output in outputs], -1)
     return F.pad(tokens, (0, 0, 0, 1)), torch.cat([output[0] for output in outputs], -1)
@@ -207,10 +209,10 @@ def velocity_loss(
 
     Args:
         clean: scaled latents (B, 4, 8, 8).
-        ids: token ids of their captions, (B, 12).
+        ids: token ids of their captions, (B, 10).
     """
     noise = torch.randn(clean.shape, generator=generator)
-    sigmas = torch.randn(len(clean), generator=generator).sigmoid()
+    sigmas = (TIME_LOGIT + torch.randn(len(clean), generator=generator)).sigmoid()
     noisy = torch.lerp(clean, noise, sigmas.view(-1, 1, 1, 1))
     embeds, pooled = encode_text(encoders, ids)
     plain = torch.rand((), generator=generator) < PLAIN_SHARE
@@ -237,7 +239,7 @@ def train_transformer(
     Args:
         captions: rows of ``vocabulary``, the true captions of the images (N,), used for the first ``clean_steps``, and
             careless ones (V, N), used from then on.
-        vocabulary: token ids of the distinct captions, (M, 12); the last one is empty.
+        vocabulary: token ids of the distinct captions, (M, 10); the last one is empty.
     """
     means, stds = latents
     true, careless = captions
