@@ -31,6 +31,14 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
 
 
+@pytest.fixture(scope="session")
+def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD3's classes at reduced width, with T5."""
+    from tests.tiny_pipelines import save_sd3
+
+    return save_sd3(tmp_path_factory.mktemp("models") / "sd3")
+
+
 def randomize(bank: Any, name: str, seed: int, scale: float = 0.1) -> None:
     """Give an adapter an effect: random B matrices (PEFT starts them at zero)."""
     generator = torch.Generator().manual_seed(seed)

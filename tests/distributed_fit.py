@@ -27,7 +27,7 @@ from dblightning.data import PromptFileDataModule
 from dblightning.distributed import DDP
 from dblightning.module import RewardRLModule
 from dblightning.rewards import RewardUnavailable
-from tests.toy import GaussianBackbone, LinearReward
+from tests.toy import FlowBackbone, GaussianBackbone, LinearReward
 
 SETTINGS: dict[str, Any] = {
     "num_inference_steps": 4, "guidance_scale": 1.0, "clip_range": 0.5, "learning_rate": 0.05, "policy_steps": 2,
@@ -143,10 +143,12 @@ def run(
     num_nodes: int = 1,
     label: str = "",
     basis: dict[str, dict[str, Any]] | None = None,
+    flow: bool = False,
 ) -> dict[str, Any]:
     """One fit; what it ended with.
 
-    ``basis``: name → settings of several adapters, with a slope each, to train together; None trains one.
+    ``basis``: name → settings of several adapters, with a slope each, to train together; None trains one. ``flow``: on
+    the flow path.
     """
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +164,8 @@ def run(
     given = SETTINGS | (settings or {})
     if isinstance(given.get("objective"), dict):  # it has settings of its own
         del given["clip_range"]
-    module = RewardRLModule(GaussianBackbone(2), None if basis else reward, adapters=adapters or None, **given)
+    backbone = FlowBackbone(2) if flow else GaussianBackbone(2)
+    module = RewardRLModule(backbone, None if basis else reward, adapters=adapters or None, **given)
     recorder = Recorder(module, signals or {})
     trainer = L.Trainer(
         accelerator="cpu", devices=world_size() // num_nodes, num_nodes=num_nodes, max_epochs=epochs,

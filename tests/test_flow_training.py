@@ -8,41 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import Tensor
 
-from dblightning.adapters import Gating
-from dblightning.backbone import Conditioning
 from dblightning.flow_solver import FlowSolver
 from dblightning.module import RewardRLModule
 from dblightning.objectives import AWM, DPOK, GRPO, NFT, FlowDPPO, GRPOGuard, RewardGradient
 from tests import toy_fit
-from tests.toy import SCHEDULER, GaussianBackbone, LinearReward
+from tests.toy import FlowBackbone, LinearReward
 from tests.toy_optimum import converged, module
-
-FLOW: dict[str, Any] = dict(
-    FlowMatchEulerDiscreteScheduler(num_train_timesteps=SCHEDULER["num_train_timesteps"], shift=3.0).config
-)
-
-
-class FlowBackbone(GaussianBackbone):
-    """The exact velocity of N(mean, std²) per dimension; the adapter adds a learned constant per step to it."""
-
-    scheduler_config = FLOW  # type: ignore[assignment]
-    prediction = "velocity"  # type: ignore[assignment]
-
-    def _denoise(
-        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float, gating: Gating
-    ) -> Tensor:
-        sigma = (timesteps / FLOW["num_train_timesteps"]).view(-1, 1, 1, 1)
-        clean = 1 - sigma
-        gain = clean * self.std**2 / (clean.square() * self.std**2 + sigma.square())
-        output = (latents - self.mean - gain * (latents - clean * self.mean)) / sigma
-        vectors = gating.vectors(len(latents))
-        if vectors is not None:
-            shifts = torch.stack([shift[timesteps.long() - 1] for shift in self.shifts.values()], dim=1)
-            output = output + (vectors * shifts).sum(1).view(-1, 1, 1, 1)
-        return output
 
 
 def optimal_shift(solver: FlowSolver, std: float, slope: float, alpha: float) -> float:

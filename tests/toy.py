@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from dblightning.adapters import ATTENTION, Gating
@@ -117,6 +118,31 @@ class GaussianBackbone(ExactBackbone):
         if gates is not None:
             shifts = torch.stack([shift[timesteps] for shift in self.shifts.values()], dim=1)
             output = output + (gates * shifts).sum(1).view(-1, 1, 1, 1)
+        return output
+
+
+FLOW: dict[str, Any] = dict(
+    FlowMatchEulerDiscreteScheduler(num_train_timesteps=SCHEDULER["num_train_timesteps"], shift=3.0).config
+)
+
+
+class FlowBackbone(GaussianBackbone):
+    """The exact velocity of N(mean, std²) per dimension; the adapter adds a learned constant per step to it."""
+
+    scheduler_config = FLOW  # type: ignore[assignment]
+    prediction = "velocity"  # type: ignore[assignment]
+
+    def _denoise(
+        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float, gating: Gating
+    ) -> Tensor:
+        sigma = (timesteps / FLOW["num_train_timesteps"]).view(-1, 1, 1, 1)
+        clean = 1 - sigma
+        gain = clean * self.std**2 / (clean.square() * self.std**2 + sigma.square())
+        output = (latents - self.mean - gain * (latents - clean * self.mean)) / sigma
+        vectors = gating.vectors(len(latents))
+        if vectors is not None:
+            shifts = torch.stack([shift[timesteps.long() - 1] for shift in self.shifts.values()], dim=1)
+            output = output + (vectors * shifts).sum(1).view(-1, 1, 1, 1)
         return output
 
 

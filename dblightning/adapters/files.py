@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dblightning.adapters.keys import denoiser_of, parse
+from dblightning.adapters.flux_keys import diffusers_flux_tensors, is_original_flux
+from dblightning.adapters.keys import check_lora, denoiser_of, parse
 from dblightning.adapters.kohya import kohya_name
 from dblightning.adapters.lora import LoraFactors, LoraFile, lora_config, peft_tensors, two_text_encoders
 
@@ -73,6 +74,9 @@ def read_lora(path: str | Path, layers_per_block: int = 2, denoiser: str | None 
     file = find_file(path)
     header = _header(file)
     tensors = load_file(file)
+    if is_original_flux(tensors):
+        check_lora(tensors, file)
+        tensors = diffusers_flux_tensors(tensors, file)
     denoiser = denoiser or denoiser_of(tensors)
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

@@ -5,6 +5,7 @@
 | diffusers | ``unet.<module>.lora_A.weight``; ``unet.<module>.lora.down.weight``, as TRL writes | header |
 | kohya (A1111, ComfyUI) | ``lora_unet_<module with underscores>.lora_down.weight`` | ``.alpha`` per module |
 | the same of a transformer (OneTrainer) | ``lora_transformer_<module with underscores>.…`` | the same |
+| FLUX's original names | ``lora_unet_double_blocks_0_img_attn_qkv.…``, see :mod:`flux_keys` | ``.alpha`` per module |
 | peft | ``base_model.model.<module>.lora_A.weight`` | ``adapter_config.json`` beside the file |
 """
 
@@ -57,11 +58,17 @@ _NOT_LORA: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 
+def check_lora(keys: Iterable[str], file: Path) -> None:
+    """Raises ValueError where a key is of another type of network."""
+    for key in keys:
+        for pattern, kind in _NOT_LORA:
+            if pattern.search(key):
+                raise ValueError(f"{file} holds {kind} ({key!r}), which is not LoRA; load a LoRA or DoRA file")
+
+
 def parse(key: str, file: Path, layers_per_block: int, denoiser: str) -> tuple[str, str, str]:
     """(component, module, part) of a key."""
-    for pattern, kind in _NOT_LORA:
-        if pattern.search(key):
-            raise ValueError(f"{file} holds {kind} ({key!r}), which is not LoRA; load a LoRA or DoRA file")
+    check_lora([key], file)
     kohya = _KOHYA.fullmatch(key)
     if kohya:
         prefix, name, ending = kohya.groups()

@@ -16,7 +16,8 @@ def path_kl(solver: GaussianSolver, steps: Iterable[StepRecord], reference: Call
     """Σ_t KL(p(·|x_t) ‖ p_pre(·|x_t)) = Σ_t ‖μ_t − μ_t,pre‖² / (2 σ_t²) along each image's own path.
 
     Its mean over paths is the KL between the laws of whole paths (eq. (4) of Diffusion Blend). Where a method draws an
-    adapter per step, it is that of the steps drawn, which is at least that of their mixture.
+    adapter per step, it is that of the steps drawn, which is at least that of their mixture. On a flow the path ends
+    before the last step, the ODE's, which is a function of it.
 
     Args:
         solver: of the steps.
@@ -28,6 +29,8 @@ def path_kl(solver: GaussianSolver, steps: Iterable[StepRecord], reference: Call
     """
     total: Tensor | float = 0.0
     for each in steps:
+        if each.step_index >= solver.trainable:
+            continue
         # float64: the difference of two means near one another
         latents = each.latents.double()
         mean, std = solver.gaussian(each.output.double(), latents, each.step_index)
@@ -38,12 +41,12 @@ def path_kl(solver: GaussianSolver, steps: Iterable[StepRecord], reference: Call
 
 
 def check_noise(solver: GaussianSolver) -> None:
-    """Refuse steps without noise, between which a KL is 0 or infinite.
+    """Refuse steps without noise, between which a KL is 0 or infinite; a flow's last step never has any.
 
     Raises:
         ValueError: naming the first such step.
     """
-    silent = (solver.stds() == 0).nonzero().flatten().tolist()
+    silent = (solver.stds()[: solver.trainable] == 0).nonzero().flatten().tolist()
     if silent:
         raise ValueError(
             f"kl needs noise in every step, and step {silent[0] + 1} of {len(solver.timesteps)} has none (eta "

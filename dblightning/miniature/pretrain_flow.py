@@ -302,6 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tokenizer = load_tokenizer()
     vae = AutoencoderKL.from_pretrained(miniature.path() / "vae").requires_grad_(False)
+    vae.register_to_config(shift_factor=0.0)  # the plain pipeline adds one
     encoders = [build_text_encoder(tokenizer, width, layers) for width, layers in zip(CLIP_WIDTHS, (3, 2), strict=True)]
     start_from_trained(encoders[0])
     transformer = build_transformer()

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -97,6 +97,41 @@ def test_the_column_is_the_sum_of_exact_kls_along_the_path(sd15_folder: Path, sp
     assert (kl > 1e-2).all() and kl[0] != kl[1]
     # means that are latents less noise carry float32's rounding, 1e-7 of some 1, against differences of 0.1
     torch.testing.assert_close(kl, from_latents(found, spec), rtol=1e-5, atol=1e-5)
+
+
+def cps(sigma: Tensor, following: Tensor, eta: float, velocity: Tensor, x: Tensor) -> Normal:
+    """CPS from σ to σ', 2509.05952: mean (1−σ') x̂₀ + √(σ'² − s²) ε̂ and standard deviation s = σ' sin(ηπ/2)."""
+    std = following * math.sin(eta * math.pi / 2)
+    mean = (1 - following) * (x - sigma * velocity) + (following**2 - std**2).sqrt() * (x + (1 - sigma) * velocity)
+    return Normal(mean, std.expand_as(mean))
+
+
+@pytest.mark.parametrize("eta", [0.8, 1.0])
+def test_on_a_flow_the_path_ends_before_the_step_without_noise(sd3_folder: Path, eta: float) -> None:
+    found = sampler(sd3_folder, eta=eta)
+    spec = BlendSpec("db-mpa", BOTH)
+    found.check([spec])
+    rows = found.score(BATCH, spec).rows
+    steps: list[StepRecord] = []
+    found.generate(BATCH, spec, steps.append)
+    noise = ImageNoise.of(7, BATCH["prompt_id"].tolist(), BATCH["seed"].tolist(), stream="evaluation")
+    noise((4, 8, 8))  # the first latents
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(found.backbone.scheduler_config)
+    scheduler.set_timesteps(STEPS)
+    sigmas = scheduler.sigmas.double()
+    conditioning = found.backbone.encode(BATCH["prompt"])
+    total = torch.zeros(2, dtype=torch.float64)
+    for index, step in enumerate(steps[:-1]):
+        with torch.no_grad():
+            times = scheduler.timesteps[index].expand(2)
+            velocity = found.backbone.denoise(step.latents, times, conditioning, GUIDANCE).double()
+        base = cps(sigmas[index], sigmas[index + 1], eta, velocity, step.latents.double())
+        mean = step.next_latents.double() - base.stddev * noise((4, 8, 8)).double()
+        total += kl_divergence(Normal(mean, base.stddev), base).flatten(1).sum(1)
+    kl = torch.tensor([row["kl"] for row in rows], dtype=torch.float64)
+    assert len(steps) == STEPS and (kl > 1e-3).all() and kl[0] != kl[1]
+    # means that are latents less noise carry float32's rounding
+    torch.testing.assert_close(kl, total, rtol=1e-4, atol=1e-5)
 
 
 def test_the_base_has_none_and_a_search_no_known_one(sd15_folder: Path) -> None:

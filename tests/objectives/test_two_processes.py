@@ -1,4 +1,4 @@
-"""Passes through a rollout, KL to go and noised samples: two processes against one."""
+"""Passes through a rollout, KL to go, noised samples and a flow's steps: two processes against one."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optimisation": {"epochs": 1},
         "learning_rate": 0.01,
     },
+    "flow": LATEST
+    | {"objective": "ppo", "sampling": {"noise": "cps", "eta": 0.8}, "window": {"size": 2, "position": "random"}},
 }
 
 
@@ -28,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What two ranks ended with, by run."""
     out = tmp_path_factory.mktemp("two")
-    runs = [{"name": name, "settings": settings} for name, settings in SETTINGS.items()]
+    runs = [{"name": name, "settings": settings, "flow": name == "flow"} for name, settings in SETTINGS.items()]
     codes = launching.finish(out, runs, processes=2)
     assert codes == [0, 0], "\n".join((out / f"log{rank}.txt").read_text()[-3000:] for rank in (0, 1))
     return {name: [launching.ended(out, name, rank) for rank in (0, 1)] for name in SETTINGS}
@@ -38,7 +40,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, An
 def test_two_processes_train_what_one_with_twice_the_batch_trains(
     two: dict[str, Any], tmp_path: Path, name: str
 ) -> None:
-    one = run(tmp_path, name, batch_size=8, settings=SETTINGS[name] | {"policy_batch_size": 8})
+    twice = SETTINGS[name] | {"policy_batch_size": 8}
+    one = run(tmp_path, name, batch_size=8, settings=twice, flow=name == "flow")
     first, second = two[name]
     launching.assert_equal(first["trained"], second["trained"])
     assert len(first["steps"]) == len(one["steps"]) == 3 * 2 * (2 if name == "passes" else 1)
