@@ -46,7 +46,7 @@ def module_of(dtype: str, dimensions: int, steps: int) -> RewardRLModule:
     if math.prod(backbone.latent_shape) != dimensions:
         raise ValueError(f"dimensions must be 4 times a square, such as 64, 256 or 1024, got {dimensions}")
     module = RewardRLModule(
-        backbone, ShapeAesthetic(), adapter={"init": str(miniature.adapters()["aesthetic"])},
+        backbone, ShapeAesthetic(), adapter={"init": str(miniature.adapters("0.1")["aesthetic"])},
         sampling={"num_inference_steps": steps}, optimisation={"reward_weight": 1e-30}, kl={"weight": 1.0},
         advantage={"baseline": "prompt"}, replay={"buffer_size": None},
     )  # fmt: skip

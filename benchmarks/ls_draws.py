@@ -77,7 +77,7 @@ def measure(
     """
     backbone = DiffusersBackbone("miniature")
     for name in names:
-        backbone.adapters.load(name, miniature.adapters()[name], backbone.pipeline)
+        backbone.adapters.load(name, miniature.adapters("0.1")[name], backbone.pipeline)
     prompts = MiniatureDataModule(limit_test_prompts=options.images).test_prompts
     rewards = {"alignment": ShapeAlignment(), "aesthetic": ShapeAesthetic()}
     found: dict[str, dict[str, float]] = {}

@@ -76,7 +76,7 @@ def reward_gradient(arguments: dict[str, Any], **changes: Any) -> dict[str, Any]
     """The reward's own gradient: 24 images a round, each of another prompt."""
     settings: dict[str, Any] = {
         "objective": ("RewardGradient", {"clip_reward_gradient": 1.0, **arguments}),
-        "optimisation": {"learning_rate": 1e-3, "batch_size": 24},
+        "optimisation": {"learning_rate": 1e-3, "policy_steps": 1, "batch_size": 24},
         "kl": {"weight": 0.01},
         "data": {"batch_size": 24, "samples_per_prompt": 1},
     }
@@ -163,14 +163,13 @@ class Marks(L.Callback):
         return pd.DataFrame([row for batch in data.val_dataloader() for row in sampler.score(batch, spec).rows])
 
 
-def train(settings: dict[str, Any], seed: int, options: argparse.Namespace) -> list[dict[str, float]]:
-    """The learning curve of a variant."""
-    L.seed_everything(seed, verbose=False)
+def build(settings: dict[str, Any], seed: int) -> RewardRLModule:
+    """The module of a variant."""
     name, arguments = settings["objective"]
     rewards = {"alignment": ShapeAlignment(), "alignment_strict": ShapeAlignment(strict=True)}
     settings = {"replay": {"buffer_size": None}, **settings}
     groups = ("optimisation", "kl", "advantage", "replay")
-    module = RewardRLModule(
+    return RewardRLModule(
         DiffusersBackbone("miniature"),
         WeightedReward(rewards, {"alignment": 0.4, "alignment_strict": 0.6}),
         objective=import_class(f"dblightning.objectives.{name}", "objective", Objective)(**arguments),
@@ -179,6 +178,12 @@ def train(settings: dict[str, Any], seed: int, options: argparse.Namespace) -> l
         seed=seed,
         **{group: settings[group] for group in groups if group in settings},
     )
+
+
+def train(settings: dict[str, Any], seed: int, options: argparse.Namespace) -> list[dict[str, float]]:
+    """The learning curve of a variant."""
+    L.seed_everything(seed, verbose=False)
+    module = build(settings, seed)
     data = MiniatureDataModule(train_on="wide", rollouts_per_epoch=10**6, **settings["data"])
     marks = Marks(options.every, options.seconds, options.prompts)
     with tempfile.TemporaryDirectory() as folder:

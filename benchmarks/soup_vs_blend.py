@@ -55,7 +55,7 @@ def load(options: argparse.Namespace, given: dict[str, str]) -> tuple[DiffusersB
     """The miniature with its shipped adapters or those given, or another base with random ones (to try the script)."""
     backbone = DiffusersBackbone(options.base)
     if not options.random:
-        folders = given or {name: folder for name, folder in shipped_adapters().items() if name in REWARDS}
+        folders = given or {name: folder for name, folder in shipped_adapters("0.1").items() if name in REWARDS}
         for name in sorted(folders, key=list(REWARDS).index):
             backbone.adapters.load(name, folders[name], backbone.pipeline)
         return backbone, backbone.adapters.names

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import kl_precision, memory, profile_round, time_to_gain, training
+from benchmarks import kl_precision, memory, objectives, profile_round, time_to_gain, training
 from benchmarks.peers import environment, trl_ddpo
 from benchmarks.peers.naive import NaiveTrainer, ddim_gaussian, log_density
 from benchmarks.peers.worker import Meter, Settings
@@ -280,6 +280,28 @@ def test_the_bytes_saved_do_not_count_weights() -> None:
     module.policy_loss = lambda inputs: (module(inputs).square().sum(), {})  # type: ignore[assignment]
     # the input (for W's gradient) and the output (for the square's): 4 · 3 · 10 bytes each
     assert memory.saved_bytes(module, torch.randn(3, 10)) == 240  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("variant", list(objectives.VARIANTS))
+def test_every_objective_of_the_comparison_takes_its_settings(variant: str) -> None:
+    module = objectives.build(objectives.VARIANTS[variant], seed=0)
+    assert type(module.objective).__name__ == objectives.VARIANTS[variant]["objective"][0]
+
+
+def test_tiny_comparison_of_objectives_goes_on_from_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, variant = tmp_path / "objectives.json", "ReFL, one update"
+    arguments = ["--tiny", "--only", variant, "--json", str(target)]
+    record = objectives.main(arguments)
+    (run,) = record["runs"]
+    assert run["variant"] == variant and run["curve"][-1]["images"] == 24
+    assert run["curve"][-1]["kl"] > 0
+    assert f"| {variant} | 0 | " in target.with_suffix(".md").read_text()
+    monkeypatch.setattr(objectives, "train", lambda *_: pytest.fail("it trained again"))
+    assert objectives.main(arguments)["runs"] == record["runs"]
+    with pytest.raises(SystemExit, match="name another file"):
+        objectives.main(["--seconds", "9", "--json", str(target)])
 
 
 def test_tiny_memory_benchmark_writes_its_record(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dblightning import miniature
 from dblightning.adapters import file_digest
 from dblightning.backbone import Backbone
 from dblightning.blending import Base
@@ -22,7 +23,6 @@ from dblightning.evaluation.path_kl import check_noise, path_kl
 from dblightning.evaluation.record import INTERNAL
 from dblightning.evaluation.specs import BlendSpec
 from dblightning.flow import FlowNoise
-from dblightning.miniature import EMBEDDED
 from dblightning.noise import ImageNoise
 from dblightning.rewards.base import RewardMetric
 from dblightning.sampling import OnStep, StepRecord, denoise_loop
@@ -180,8 +180,8 @@ def thumbnail(images: Tensor) -> Tensor:
 
 def adapter_folders(backbone: Backbone, adapters: Mapping[str, str | Path]) -> dict[str, Path]:
     """Name → folder; for a miniature its shipped adapters too, under the names that are not given."""
-    folders = {name: Path(folder) for name, folder in adapters.items()}
-    embedded = EMBEDDED.get(getattr(backbone, "pretrained", ""))
+    folders = {name: miniature.adapter_folder(folder) for name, folder in adapters.items()}
+    embedded = miniature.EMBEDDED.get(getattr(backbone, "pretrained", ""))
     return folders if embedded is None else embedded.adapters() | folders
 
 

@@ -67,13 +67,39 @@ def path() -> Path:
     return EMBEDDED["miniature"].path()
 
 
-def adapters() -> dict[str, Path]:
+def adapters(version: str | None = None) -> dict[str, Path]:
     """Folders of the UNet miniature's shipped LoRAs by name, sorted; empty where none is shipped.
 
+    Args:
+        version: "0.1", those of that release (rank 4, policy gradient), which some tables of docs/results are of; None,
+            today's.
+
     Raises:
+        ValueError: a version that is not shipped.
         FileNotFoundError: the package was installed without its data, or a folder holds no LoRA.
     """
-    return EMBEDDED["miniature"].adapters()
+    own = EMBEDDED["miniature"]
+    if version is None:
+        return own.adapters()
+    if version != "0.1":
+        raise ValueError(f"the miniature's adapters are shipped as of version 0.1 and today's, got version {version!r}")
+    return own._replace(loras=f"adapters-{version}").adapters()
+
+
+def adapter_folder(named: str | Path) -> Path:
+    """A folder as settings name it: "miniature:alignment" is a shipped LoRA, "miniature:0.1/alignment" an older one.
+
+    Raises:
+        ValueError: no such LoRA is shipped.
+    """
+    start, _, rest = str(named).partition(":")
+    if start != "miniature" or not rest:
+        return Path(named)
+    version, _, name = rest.rpartition("/")
+    found = adapters(version or None)
+    if name not in found:
+        raise ValueError(f"the miniature ships no adapter {name!r} as of {version or 'today'}; it has {sorted(found)}")
+    return found[name]
 
 
 def flow_path() -> Path:

@@ -96,7 +96,7 @@ def latents_of_every_method(base: str | Path) -> dict[str, Tensor]:
 
 
 def score_table() -> dict[str, Tensor]:
-    """Rewards of a small evaluation of the miniature with its shipped adapters, by column."""
+    """Rewards of a small evaluation of the miniature with its first release's adapters, by column."""
     with tempfile.TemporaryDirectory() as folder:
         evaluation = BlendEvaluationModule(
             DiffusersBackbone("miniature"),
@@ -109,6 +109,7 @@ def score_table() -> dict[str, Tensor]:
                     ls_schedules=["iid"],
                 )
             ],
+            adapters={name: f"miniature:0.1/{name}" for name in ("alignment", "aesthetic")},
             rewards={"alignment": ShapeAlignment(), "aesthetic": ShapeAesthetic()},
             num_inference_steps=STEPS,
             guidance_scale=3.0,

@@ -91,6 +91,17 @@ def test_missing_package_data_says_how_to_get_it(tmp_path: Path, monkeypatch: py
         miniature.adapters()
 
 
+def test_a_shipped_adapter_has_a_name_that_settings_can_use(tmp_path: Path) -> None:
+    assert miniature.adapter_folder("miniature:alignment") == miniature.adapters()["alignment"]
+    assert miniature.adapter_folder("miniature:0.1/alignment") == miniature.adapters("0.1")["alignment"]
+    assert miniature.adapters("0.1")["alignment"] != miniature.adapters()["alignment"]
+    assert miniature.adapter_folder(tmp_path) == tmp_path
+    with pytest.raises(ValueError, match="ships no adapter 'sharpness' as of 0.1; it has"):
+        miniature.adapter_folder("miniature:0.1/sharpness")
+    with pytest.raises(ValueError, match="got version '0.0'"):
+        miniature.adapters("0.0")
+
+
 def test_finding_the_folders_needs_no_torch() -> None:
     code = f"import runpy, sys; runpy.run_path({miniature.__file__!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
