@@ -33,7 +33,7 @@ def generators() -> list[torch.Generator]:
 @pytest.fixture(scope="module")
 def blended() -> tuple[Any, Any]:
     """The soup's images and the base's, by the pipeline; and its scheduler."""
-    pipe = DiffusionBlendPipeline.from_pretrained("miniature")
+    pipe = DiffusionBlendPipeline.from_pretrained("miniature", adapters=miniature.adapters("0.1"))
     made = [
         pipe(PROMPTS, generator=generators(), **settings, **SAMPLING).images
         for settings in ({"weights": WEIGHTS, "method": "rewarded-soup"}, {"method": "base"})
@@ -51,7 +51,7 @@ def plain(scheduler: Any) -> Any:
 
 @pytest.mark.parametrize("format", ["diffusers", "comfyui"])
 def test_plain_diffusers_makes_the_soups_images(tmp_path: Path, blended: Any, format: str) -> None:
-    path, made = export_soup(miniature.adapters(), WEIGHTS, tmp_path, format, name="mix")
+    path, made = export_soup(miniature.adapters("0.1"), WEIGHTS, tmp_path, format, name="mix")
     assert made.error == 0 and made.rank == 12
     assert path.name == {"diffusers": "pytorch_lora_weights.safetensors", "comfyui": "mix.safetensors"}[format]
     pipe = plain(blended[1])
@@ -61,7 +61,7 @@ def test_plain_diffusers_makes_the_soups_images(tmp_path: Path, blended: Any, fo
 
 
 def test_peft_loads_it(tmp_path: Path, blended: Any) -> None:
-    export_soup(miniature.adapters(), WEIGHTS, tmp_path, "peft")
+    export_soup(miniature.adapters("0.1"), WEIGHTS, tmp_path, "peft")
     pipe = plain(blended[1])
     pipe.unet = PeftModel.from_pretrained(pipe.unet, str(tmp_path)).merge_and_unload()
     images = pipe(PROMPTS, generator=generators(), **SAMPLING).images
@@ -70,7 +70,7 @@ def test_peft_loads_it(tmp_path: Path, blended: Any) -> None:
 
 def test_comfyuis_keys_are_the_documented_ones(tmp_path: Path) -> None:
     """``lora_unet_`` + diffusers' module name with underscores, each with down, up and a scalar alpha; nothing else."""
-    path, _ = export_soup(miniature.adapters(), WEIGHTS, tmp_path, "comfyui")
+    path, _ = export_soup(miniature.adapters("0.1"), WEIGHTS, tmp_path, "comfyui")
     unet = UNet2DConditionModel.from_pretrained(miniature.path(), subfolder="unet")
     modules = [
         name
@@ -97,7 +97,7 @@ def delta(lora: LoraFile, module: str) -> torch.Tensor:
 
 
 def test_the_cut_is_the_best_of_its_rank_and_its_error_is_what_is_said() -> None:
-    parts = {name: read_lora(path) for name, path in miniature.adapters().items()}
+    parts = {name: read_lora(path) for name, path in miniature.adapters("0.1").items()}
     whole, cut = soup_lora(parts, WEIGHTS), soup_lora(parts, WEIGHTS, rank=4)
     lost = total = 0.0
     for module in whole.lora.modules["unet"]:
@@ -142,7 +142,7 @@ def test_convolutions_scales_biases_and_modules_of_one_part_alone() -> None:
 
 
 def test_half_precision_stays_close(tmp_path: Path, blended: Any) -> None:
-    export_soup(miniature.adapters(), WEIGHTS, tmp_path, dtype="float16")
+    export_soup(miniature.adapters("0.1"), WEIGHTS, tmp_path, dtype="float16")
     pipe = plain(blended[1])
     pipe.load_lora_weights(tmp_path)
     images = pipe(PROMPTS, generator=generators(), **SAMPLING).images
@@ -151,12 +151,12 @@ def test_half_precision_stays_close(tmp_path: Path, blended: Any) -> None:
 
 
 def test_metadata_name_the_parts_by_digest(tmp_path: Path) -> None:
-    export_soup(miniature.adapters(), {"alignment": 0.4, "aesthetic": 0.6}, tmp_path)
+    export_soup(miniature.adapters("0.1"), {"alignment": 0.4, "aesthetic": 0.6}, tmp_path)
     facts = read_metadata(tmp_path)
     assert facts["weights"] == {"alignment": 0.4, "aesthetic": 0.6} and facts["method"] == "rewarded-soup"
     assert set(facts["parts"]) == {"alignment", "aesthetic"}
     for name in facts["parts"]:
-        assert facts["parts"][name]["sha256"] == file_digest(miniature.adapters()[name])
+        assert facts["parts"][name]["sha256"] == file_digest(miniature.adapters("0.1")[name])
     assert facts["adapter"] == "soup_aesthetic-0.6_alignment-0.4"
     # it loads here as an adapter of the same base
     pipe = DiffusionBlendPipeline.from_pretrained("miniature", adapters={"mix": tmp_path})
@@ -164,7 +164,7 @@ def test_metadata_name_the_parts_by_digest(tmp_path: Path) -> None:
 
 
 def test_what_has_no_soup_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    adapters = miniature.adapters()
+    adapters = miniature.adapters("0.1")
     with pytest.raises(ValueError, match=r"sum to 1, got .* \(sum 0.9\)"):
         export_soup(adapters, {"alignment": 0.4, "aesthetic": 0.5}, tmp_path)
     with pytest.raises(ValueError, match="weights name 'beauty', but the adapters are"):
@@ -192,7 +192,7 @@ def test_the_export_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit, match="exists; name another file, or pass --overwrite"):
         main(command)
     main([*command, "--overwrite"])
-    assert "exact, rank 8" in capsys.readouterr().out
+    assert "exact, rank 32" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="alignment=much is not a number"):
         main(["export", "--weights", "alignment=much", "--out", str(out)])
     with pytest.raises(SystemExit, match="brings no adapters; name them"):
