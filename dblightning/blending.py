@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from dblightning.draws import DEFAULT_DRAWS, DRAWS
-from dblightning.methods import check_options, construct, is_one, kl_scales, load_method, weights_tensor
+from dblightning.methods import (
+    check_options,
+    construct,
+    is_one,
+    kl_scales,
+    load_method,
+    strengths_of,
+    weights_tensor,
+)
 from dblightning.weights import BatchWeights, WeightSchedule
 from dblightning.weights import check_weights as check_weights  # where it was at first
 
@@ -126,6 +134,10 @@ class _Weighted(Blend):
 class DBMPA(_Weighted):
     """DB-MPA, ε = Σᵢ wᵢ εᵢ at each step (Algorithm 1, eq. 9).
 
+    Lemma 1 speaks of adapters of one α. One that was trained at αᵢ takes part in a blend at α with the strength αᵢ/α of
+    DB-KLA (eq. 10): ε = ε_pre + λ Σᵢ wᵢ sᵢ (εᵢ − ε_pre), sᵢ its ``strengths``. The same is how an adapter that has
+    overshot its own α, or not reached it, is set right: its strength is then the λ at which E[r] − α·KL is largest.
+
     With DB-KLA's λ on top (eqs. 9 and 10 together): ε = (1−λ) ε_pre + λ Σᵢ wᵢ εᵢ. Three rows, the base model's first:
 
     >>> step = DBMPA({"a": 0.25, "b": 0.75}, kl_scale=2.0).start(["a", "b"], batch=1, num_steps=50)(0)
@@ -137,6 +149,7 @@ class DBMPA(_Weighted):
             function (step_index, num_steps) → either.
         normalize: divide weights by their sum.
         kl_scale: λ ≥ 0, one for all images or one each; 1 is plain DB-MPA, 0 the base model, above 1 extrapolates.
+        strengths: adapter → sᵢ ≥ 0; those left out have 1.
     """
 
     def __init__(
@@ -144,9 +157,11 @@ class DBMPA(_Weighted):
         weights: BatchWeights | WeightSchedule,
         kl_scale: float | Sequence[float] = 1.0,
         normalize: bool = False,
+        strengths: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(weights, normalize)
         self.kl_scale = kl_scale
+        self.strengths = strengths
 
     def start(
         self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
@@ -157,8 +172,12 @@ class DBMPA(_Weighted):
         # row 0 is the base model, row 1 + i adapter i
         gates = torch.cat([torch.zeros(1, m), torch.eye(m)]).unsqueeze(1).expand(-1, batch, -1)
 
+        own = strengths_of(self.strengths, adapters)
+
         def plan(step_index: int) -> BlendStep:
-            return BlendStep(gates, torch.cat([(1 - scale)[None], scale * table[step_index].T]))
+            weights = table[step_index] if own is None else table[step_index] * own
+            total = scale if own is None else scale * weights.sum(1)
+            return BlendStep(gates, torch.cat([(1 - total)[None], scale * weights.T]))
 
         return plan
 
@@ -203,6 +222,8 @@ class DBMPALS(_Weighted):
             "iid", the paper's independent draw at each step; or "systematic", which gives each adapter its share of
             all steps in random order. Each step's marginal is exactly w in all; see :mod:`dblightning.draws`.
         kl_scale: λ ≥ 0, one for all images or one each; 1 is plain, 0 the base model.
+        strengths: adapter → sᵢ ≥ 0 as of :class:`DBMPA`. Where λ Σᵢ wᵢ sᵢ is at most 1, adapter i is drawn with
+            probability λ wᵢ sᵢ and the base with the rest; else with wᵢ, and runs with its ΔW scaled by λ sᵢ.
     """
 
     needs_noise = True
@@ -213,6 +234,7 @@ class DBMPALS(_Weighted):
         schedule: str = DEFAULT_DRAWS,
         kl_scale: float | Sequence[float] = 1.0,
         normalize: bool = False,
+        strengths: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(weights, normalize)
         if schedule not in DRAWS:
@@ -223,6 +245,7 @@ class DBMPALS(_Weighted):
             )
         self.schedule = schedule
         self.kl_scale = kl_scale
+        self.strengths = strengths
 
     def start(
         self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
@@ -230,7 +253,8 @@ class DBMPALS(_Weighted):
         table = self.table(adapters, batch, num_steps)
         if generators is not None and len(generators) != batch:
             raise ValueError(f"got {len(generators)} generators for a batch of {batch} images")
-        scales = kl_scales(self.kl_scale, batch).tolist()
+        own = strengths_of(self.strengths, adapters)
+        scales = kl_scales(self.kl_scale, batch)[:, None] * (torch.ones(len(adapters)) if own is None else own)
         columns = [
             self._gates(table[:, b], scales[b], None if generators is None else generators[b]) for b in range(batch)
         ]
@@ -238,13 +262,14 @@ class DBMPALS(_Weighted):
         ones = _ones(batch)
         return lambda step_index: BlendStep(gates[step_index][None], ones)
 
-    def _gates(self, weights: Tensor, scale: float, generator: torch.Generator | None) -> Tensor:
-        """Gates of one image at every step, (T, m), from its weights (T, m) and λ."""
+    def _gates(self, weights: Tensor, scales: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Gates of one image at every step, (T, m), from its weights (T, m) and the adapters' λ sᵢ, (m,)."""
         draw = DRAWS[self.schedule]
-        if scale >= 1:
-            return scale * torch.nn.functional.one_hot(draw(weights, generator), weights.shape[1]).float()
-        base = torch.full((len(weights), 1), 1 - scale, dtype=weights.dtype)
-        drawn = draw(torch.cat([base, scale * weights], dim=1), generator)
+        shares = scales * weights
+        base = 1 - shares.sum(1, keepdim=True)
+        if bool((scales == 1).all()) or bool((base < -1e-9).any()):
+            return scales.float() * torch.nn.functional.one_hot(draw(weights, generator), weights.shape[1]).float()
+        drawn = draw(torch.cat([base.clamp_min(0), shares], dim=1), generator)
         return torch.nn.functional.one_hot(drawn, 1 + weights.shape[1]).float()[:, 1:]  # the base's gates are zero
 
 
@@ -252,14 +277,28 @@ class RewardedSoup(_Weighted):
     """Rewarded Soup with the exact weight average, ΔW = Σᵢ wᵢ BᵢAᵢ: one row at the base's cost.
 
     To first order in ΔW it equals DB-MPA.
+
+    Args:
+        weights, normalize: as of :class:`DBMPA`.
+        strengths: adapter → sᵢ ≥ 0, which its weight is multiplied by; those left out have 1.
     """
 
     factors = False
 
+    def __init__(
+        self,
+        weights: BatchWeights | WeightSchedule,
+        normalize: bool = False,
+        strengths: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(weights, normalize)
+        self.strengths = strengths
+
     def start(
         self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
     ) -> BlendPlan:
-        table = self.table(adapters, batch, num_steps).float()
+        table, own = self.table(adapters, batch, num_steps), strengths_of(self.strengths, adapters)
+        table = (table if own is None else table * own).float()
         ones = _ones(batch)
         return lambda step_index: BlendStep(table[step_index][None], ones, self.factors)
 

@@ -50,6 +50,22 @@ def kl_scales(kl_scale: float | Sequence[float], batch: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def strengths_of(strengths: Mapping[str, float] | None, adapters: Sequence[str]) -> Tensor | None:
+    """The strength of each adapter, float64 (m,), 1 where none is given; None where there are none at all.
+
+    Raises:
+        ValueError: a negative or infinite strength, or an adapter that is not there.
+    """
+    if not strengths:
+        return None
+    for name, value in strengths.items():
+        if name not in adapters:
+            raise ValueError(f"strengths names the adapter {name!r}, but the adapters are {list(adapters)}")
+        if not (isinstance(value, numbers.Real) and 0 <= value < float("inf")):
+            raise ValueError(f"the strength of {name!r} must be a finite number >= 0, got {value!r}")
+    return torch.tensor([float(strengths.get(name, 1.0)) for name in adapters], dtype=torch.float64)
+
+
 def is_scalar(value: object) -> bool:
     """Whether one value stands for all images."""
     return isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.ndim == 0)

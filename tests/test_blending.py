@@ -183,6 +183,40 @@ def test_the_expected_coefficients_of_ls_are_those_of_db_mpa_with_lambda(schedul
         assert ((gates[0].double().mean(0) - expected).abs() < bound).all()
 
 
+@pytest.mark.parametrize("schedule", list(DRAWS))
+@pytest.mark.parametrize("strengths", [{"a": 0.5, "c": 0.2}, {"a": 2.0, "b": 0.4}, {"b": 3.0}])
+def test_the_expected_coefficients_of_ls_are_those_of_db_mpa_with_strengths(
+    schedule: str, strengths: dict[str, float]
+) -> None:
+    weights, own = {"a": 0.2, "b": 0.5, "c": 0.3}, [strengths.get(name, 1.0) for name in NAMES]
+    (mixed,) = DBMPA(weights, strengths=strengths).start(NAMES, 1, 1)(0).mix.T
+    assert mixed.sum().item() == pytest.approx(1.0)
+    count, steps = 4000, 4
+    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    plan = DBMPALS(weights, schedule, strengths=strengths).start(NAMES, count, steps, generators)
+    exact = mixed[0] >= 0  # the base is one of the draws
+    for step in range(steps):
+        gates = plan(step).gates[0].double()
+        assert ((gates != 0).sum(-1) <= 1).all()
+        for index, size in enumerate([1.0] * 3 if exact else own):
+            assert set(gates[:, index].unique().tolist()) <= {0.0, torch.tensor(size).item()}
+            share = float(mixed[1 + index]) / size
+            bound = 4.5 * size * (share * (1 - share) / count) ** 0.5
+            assert abs(gates[:, index].mean().item() - float(mixed[1 + index])) < bound
+
+
+def test_strengths_multiply_a_soups_weights_and_change_no_one_elses() -> None:
+    weights = {"a": 0.2, "b": 0.8}
+    assert RewardedSoup(weights, strengths={"b": 0.5}).start(NAMES, 1, 1)(0).gates.flatten().tolist() == (
+        pytest.approx([0.2, 0.4, 0.0])
+    )
+    step, plain = (DBMPA(weights, 0.7, strengths=each).start(NAMES, 1, 1)(0) for each in ({"a": 1.0}, None))
+    torch.testing.assert_close(step.mix, plain.mix, rtol=0, atol=1e-15)
+    for strengths, message in (({"x": 1.0}, "names the adapter 'x'"), ({"a": -1.0}, "finite number >= 0, got -1.0")):
+        with pytest.raises(ValueError, match=message):
+            DBMPA(weights, strengths=strengths).start(NAMES, 1, 1)
+
+
 def test_lambda_of_ls_is_each_images_own_and_1_is_the_plain_draw() -> None:
     def gates(scale: float | list[float], count: int = 3) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in range(count)]

@@ -173,6 +173,20 @@ def test_blends_are_exact_for_linear_rewards_on_a_gaussian(step: int, scale: flo
     torch.testing.assert_close(alone, target.epsilon(points(), alpha), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("step", range(10))
+@pytest.mark.parametrize("alphas", [(0.2, 0.8), (0.4, 0.1)])
+def test_adapters_of_different_alphas_blend_exactly_by_their_strengths(step: int, alphas: tuple[float, float]) -> None:
+    """With sᵢ = αᵢ/α: exact for linear rewards on a Gaussian, where plain weights miss the target."""
+    tilted = {f"r{i}": gaussian().tilted(LINEAR[i].scaled(1 / alphas[i])) for i in range(2)}
+    backbone, weights = MixtureBackbone(gaussian(), tilted), {"r0": WEIGHTS[0], "r1": WEIGHTS[1]}
+    strengths = {f"r{i}": alphas[i] / ALPHA for i in range(2)}
+    got, alpha = blended_epsilon(backbone, DBMPA(weights, strengths=strengths), points(), step)
+    target = gaussian().tilted(Quadratic.weighted(LINEAR, WEIGHTS).scaled(1 / ALPHA)).epsilon(points(), alpha)
+    torch.testing.assert_close(got, target, rtol=0, atol=1e-8)
+    plain, _ = blended_epsilon(backbone, DBMPA(weights), points(), step)
+    assert (plain - target).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("rewards", [LINEAR, QUADRATIC], ids=["linear", "quadratic"])
 @pytest.mark.parametrize("step", [0, 5, 8])
 def test_db_mpa_errs_by_the_difference_of_jensen_gaps(rewards: list[Quadratic], step: int) -> None:

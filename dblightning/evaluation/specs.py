@@ -97,9 +97,11 @@ class BlendSpec:
         # without the zeros: an adapter of weight 0 is not run, so it need not be there
         used = {name: weight for name, weight in self.weights.items() if weight}
         weights = used if self.adapter is None else {self.adapter: 1.0}
-        return resolve_blend(
-            self.method, weights or None, self.kl_scale, ls_schedule=self.ls_schedule, options=self.options
-        )
+        options = dict(self.options)
+        if isinstance(strengths := options.get("strengths"), dict):
+            # of an adapter with weight 0, which need not be there, it says nothing
+            options["strengths"] = {name: strengths[name] for name in strengths if self.weights.get(name) != 0}
+        return resolve_blend(self.method, weights or None, self.kl_scale, ls_schedule=self.ls_schedule, options=options)
 
     @property
     def label(self) -> str:
