@@ -117,11 +117,18 @@ class _Weighted(Blend):
         weights: adapter → weight, each ≥ 0, sum 1; one mapping for all images, a list with one per image, or a
             function (step_index, num_steps) → either.
         normalize: divide weights by their sum.
+        strengths: adapter → sᵢ ≥ 0, see :class:`DBMPA`; those left out have 1.
     """
 
-    def __init__(self, weights: BatchWeights | WeightSchedule, normalize: bool = False) -> None:
+    def __init__(
+        self,
+        weights: BatchWeights | WeightSchedule,
+        normalize: bool = False,
+        strengths: Mapping[str, float] | None = None,
+    ) -> None:
         self.weights = weights
         self.normalize = normalize
+        self.strengths = strengths
 
     def table(self, adapters: Sequence[str], batch: int, num_steps: int) -> Tensor:
         """Weights of every step, (T, B, m); all checked before the first step runs."""
@@ -159,9 +166,8 @@ class DBMPA(_Weighted):
         normalize: bool = False,
         strengths: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(weights, normalize)
+        super().__init__(weights, normalize, strengths)
         self.kl_scale = kl_scale
-        self.strengths = strengths
 
     def start(
         self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
@@ -236,7 +242,7 @@ class DBMPALS(_Weighted):
         normalize: bool = False,
         strengths: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(weights, normalize)
+        super().__init__(weights, normalize, strengths)
         if schedule not in DRAWS:
             raise ValueError(f"schedule must be one of {', '.join(map(repr, DRAWS))}, got {schedule!r}")
         if schedule == "systematic" and callable(weights):
@@ -245,7 +251,6 @@ class DBMPALS(_Weighted):
             )
         self.schedule = schedule
         self.kl_scale = kl_scale
-        self.strengths = strengths
 
     def start(
         self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
@@ -284,15 +289,6 @@ class RewardedSoup(_Weighted):
     """
 
     factors = False
-
-    def __init__(
-        self,
-        weights: BatchWeights | WeightSchedule,
-        normalize: bool = False,
-        strengths: Mapping[str, float] | None = None,
-    ) -> None:
-        super().__init__(weights, normalize)
-        self.strengths = strengths
 
     def start(
         self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
