@@ -89,7 +89,8 @@ def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 GROUPS = {"advantage": {"baseline": "group", "clip": 5.0}}
-TWICE = {"optimisation": {"epochs": 2, "policy_steps": 4}}
+#: two passes of four updates each, as many as the others make
+TWICE = {"optimisation": {"epochs": 2, "batch_size": 240}}
 REFL = {"variant": "refl", "steps": 17}
 #: name → settings
 VARIANTS: dict[str, dict[str, Any]] = {
