@@ -51,7 +51,13 @@ def policy_gradient(objective: str, arguments: dict[str, Any], **changes: Any) -
     """A score-function objective: 96 images a round in groups of eight, the first ten of twenty steps."""
     settings: dict[str, Any] = {
         "objective": (objective, arguments),
-        "optimisation": {"learning_rate": 2e-3, "policy_steps": 8, "batch_size": 96, "skip_last_steps": 10},
+        "optimisation": {
+            "learning_rate": 2e-3,
+            "policy_steps": 8,
+            "batch_size": 96,
+            "accumulation": 1,
+            "skip_last_steps": 10,
+        },
         "kl": {"weight": 0.02},
         "advantage": {"baseline": "prompt", "normalize": True},
         "data": {"batch_size": 96, "samples_per_prompt": 8},
@@ -64,7 +70,7 @@ def forward_process(objective: str, arguments: dict[str, Any], **changes: Any) -
     settings: dict[str, Any] = {
         "objective": (objective, arguments),
         "sampling": {"num_inference_steps": 10},
-        "optimisation": {"learning_rate": 1e-3, "policy_steps": 4, "batch_size": 96},
+        "optimisation": {"learning_rate": 1e-3, "policy_steps": 4, "batch_size": 96, "accumulation": 1},
         "kl": {"weight": 0.0},
         "advantage": {"baseline": "group"},
         "data": {"batch_size": 96, "samples_per_prompt": 8},
