@@ -43,6 +43,11 @@ class Look:
     base_scores: dict[str, list[float]]
     notes: list[str]
 
+    def means(self, base: bool = False) -> dict[str, float]:
+        """Reward → mean over the prompts, of the blend or of the base."""
+        scores = self.base_scores if base else self.scores
+        return {name: sum(each) / len(each) for name, each in scores.items()}
+
 
 @dataclass(frozen=True)
 class Mark:

@@ -16,8 +16,8 @@ METHODS = {
     "Rewarded Soup: average the weights exactly": "rewarded-soup",
     "Rewarded Soup of factors: as the paper's code averages": "rewarded-soup-factors",
 }
-#: those with a λ
-WITH_KL_SCALE = ("db-mpa", "db-mpa-ls")
+#: those without a λ
+WITHOUT_KL_SCALE = ("rewarded-soup", "rewarded-soup-factors", "single")
 #: images that the history keeps, and seconds within which a further change replaces the last one: a drag is one entry
 HISTORY, SAME_DRAG_S = 24, 2.0
 
@@ -36,12 +36,13 @@ class Settings(NamedTuple):
     guidance_scale: float
     chosen: list[str]
     axis: float
+    scheduled: bool  # the preset's own w(t) instead of the sliders
     sliders: tuple[float, ...]
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> Settings:
         """From the controls' values."""
-        return cls._make((*values[:8], tuple(values[8:])))
+        return cls._make((*values[:9], tuple(values[9:])))
 
     def weights(self, names: Sequence[str]) -> dict[str, float]:
         """Weight of each chosen adapter, sum 1.
@@ -63,22 +64,22 @@ class Settings(NamedTuple):
         return {name: value / total for name, value in strengths.items()}
 
     def preset(self, names: Sequence[str], like: Preset) -> Preset:
-        """The preset of these values, with base and adapters of ``like``.
+        """The preset of these values, with what they leave open as in ``like``.
 
         Raises:
             TypeError, ValueError: a value that cannot be.
         """
         if self.seed is None:
             raise ValueError("The seed is empty: give a whole number, 0 or more.")
-        return Preset(
-            weights=self.weights(names),
-            kl_scale=float(self.kl_scale) if self.method in WITH_KL_SCALE else 1.0,
+        return like.replaced(
+            weights=like.weights if self.scheduled else self.weights(names),
+            kl_scale=float(self.kl_scale) if has_kl_scale(self.method) else 1.0,
             method=self.method,
             num_inference_steps=int(self.steps),
             guidance_scale=float(self.guidance_scale),
             seed=int(self.seed),
-            base=like.base,
-            adapters=like.adapters,
+            method_options=like.method_options if self.method == like.method else None,
+            note="",
         )
 
 
@@ -89,6 +90,17 @@ class Entry(NamedTuple):
     caption: str
     settings: Settings
     when: float
+
+
+def has_kl_scale(method: str) -> bool:
+    """Whether a method has a λ."""
+    return method not in WITHOUT_KL_SCALE
+
+
+def methods(like: Preset) -> list[tuple[str, str]]:
+    """What the page calls its methods, and their names; a preset's own among them."""
+    own = [] if like.method in (*METHODS.values(), "base") else [(f"The preset's: {like.method}", like.method)]
+    return [*METHODS.items(), *own]
 
 
 def shares(weights: Mapping[str, float]) -> str:
@@ -120,17 +132,14 @@ def axis_label(names: Sequence[str]) -> str:
 
 def caption(preset: Preset) -> str:
     """A look's line in the history."""
-    weights = preset.weights if isinstance(preset.weights, Mapping) else {}
-    return f"{shares(weights)} · λ {preset.kl_scale:g} · {preset.method} · seed {preset.seed}"
+    share = shares(preset.weights) if isinstance(preset.weights, Mapping) else "w(t)"
+    return f"{share} · λ {preset.kl_scale:g} · {preset.method} · seed {preset.seed}"
 
 
 def score_rows(look: Look) -> list[list[str]]:
     """Reward, blend, base and gain, means over the prompts."""
-    rows = []
-    for name, scores in look.scores.items():
-        blend, base = sum(scores) / len(scores), sum(look.base_scores[name]) / len(scores)
-        rows.append([name, f"{blend:.3f}", f"{base:.3f}", f"{blend - base:+.3f}"])
-    return rows
+    blend, base = look.means(), look.means(base=True)
+    return [[name, f"{blend[name]:.3f}", f"{base[name]:.3f}", f"{blend[name] - base[name]:+.3f}"] for name in blend]
 
 
 def remembered(history: list[Entry], entry: Entry) -> list[Entry]:

@@ -12,13 +12,13 @@ from dblightning.preset import Preset
 from dblightning.studio.blends import Blends, Look, Mark, read_prompts
 from dblightning.studio.compare import read_report
 from dblightning.studio.controls import (
-    METHODS,
     TICKED,
-    WITH_KL_SCALE,
     Entry,
     Settings,
     axis_label,
     caption,
+    has_kl_scale,
+    methods,
     pairs,
     place_label,
     remembered,
@@ -52,11 +52,11 @@ class Studio:
 
     # ── what the controls do ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def develop(self, marks: list[Mark], history: list[Entry], *values: Any) -> tuple[Any, ...]:
+    def develop(self, drawn: Map | None, history: list[Entry], *values: Any) -> tuple[Any, ...]:
         """Make the blend's images and everything that is said of them.
 
         Returns:
-            message, images, scores, triangle, map, the map's points, history, its gallery, preset, lines.
+            message, images, scores, triangle, map, history, its gallery, preset, lines.
         """
         settings = Settings.of(values)
         try:
@@ -64,16 +64,14 @@ class Studio:
             preset = settings.preset(self.names, self.like)
             look = self.blends.look(prompts, preset)
         except (TypeError, ValueError) as error:
-            return (f"⚠️ {error}", *[gr.skip()] * 9)
-        drawn = self.map(marks, look, preset)
+            return (f"⚠️ {error}", *[gr.skip()] * 8)
         history = remembered(history, Entry(shown(look.images[0]), caption(preset), settings, time.monotonic()))
         return (
             " ".join(f"⚠️ {note}" for note in look.notes),
             pairs(look, prompts),
             score_rows(look),
             self.triangle(settings),
-            drawn.picture,
-            drawn.points,
+            gr.skip() if drawn is None else drawn.showing(look.means()),
             history,
             [(entry.image, entry.caption) for entry in reversed(history)],
             preset.to_yaml(),
@@ -84,39 +82,38 @@ class Studio:
         """Make the strip and the map's points, unless they are there already.
 
         Returns:
-            strip, map, the map's points, marks, their key.
+            strip, map, the map with its points, marks, their key.
         """
         settings = Settings.of(values)
         chosen = [name for name in self.names if name in (settings.chosen or [])]
-        wanted = repr(settings._replace(axis=0.0, sliders=(), chosen=chosen))
+        wanted = repr(settings._replace(axis=0.0, sliders=(), scheduled=False, chosen=chosen))
         if wanted == key:
             return (gr.skip(),) * 5
         try:
             prompts = read_prompts(settings.prompts)
             preset = settings.preset(self.names, self.like)
+            settings.weights(self.names)
             marks = self.blends.survey(prompts, preset, chosen)
             look = self.blends.look(prompts, preset)
         except (TypeError, ValueError):
             return (gr.skip(),) * 5  # develop has said it
-        drawn = self.map(marks, look, preset)
+        drawn = self.map(marks, look, settings.chosen)
         strip = filmstrip([mark.image for mark in marks], [place_label(mark.weights, len(chosen)) for mark in marks])
-        return strip, drawn.picture, drawn.points, marks, wanted
+        return strip, drawn.showing(look.means()), drawn, marks, wanted
 
-    def map(self, marks: Sequence[Mark], look: Look, preset: Preset) -> Map:
-        """The Pareto map of a survey and a look."""
-        chosen = list(preset.weights or {})
+    def map(self, marks: Sequence[Mark], look: Look, ticked: Sequence[str]) -> Map:
+        """The Pareto map of a survey, with the base of a look."""
+        chosen = [name for name in self.names if name in ticked]
         scored = [name for name in chosen if name in self.blends.rewards]
         rewards = [*scored, *(name for name in self.blends.rewards if name not in scored)][:2]
-        if len(rewards) < 2 or not marks:
-            return Map(pareto_map([], ["", ""], {}, {}, []).picture)
-        means = [{name: sum(each) / len(each) for name, each in scores.items()} for scores in
-                 (look.base_scores, look.scores)]  # fmt: skip
         labels = [place_label(mark.weights, len(chosen)) for mark in marks]
         if len(chosen) == 2:  # the line shows the order; its ends and middle are enough
             labels = [label if i in (0, len(marks) // 2, len(marks) - 1) else "" for i, label in enumerate(labels)]
         else:
             labels = ["" if " + " in label else label for label in labels]
-        return pareto_map(marks, rewards, means[0], means[1], labels)
+        if len(rewards) < 2:
+            return pareto_map([], ["", ""], {}, [])
+        return pareto_map(marks, rewards, look.means(base=True), labels)
 
     def triangle(self, settings: Settings) -> Any:
         """The triangle, where three rewards are chosen."""
@@ -126,20 +123,20 @@ class Studio:
         return triangle(chosen, settings.weights(self.names))
 
     def place(self, weights: Mapping[str, float]) -> tuple[Any, ...]:
-        """Values of the axis and of every slider that say these weights."""
+        """Values of the axis, of "w(t)" and of every slider that say these weights."""
         first = next(iter(weights.values()))
-        return (first, *(weights.get(name, 0.0) for name in self.names))
+        return (first, False, *(weights.get(name, 0.0) for name in self.names))
 
     def from_triangle(self, chosen: list[str], event: gr.SelectData) -> tuple[Any, ...]:
         """A click on the triangle."""
         names = [name for name in self.names if name in chosen]
         return self.place(dict(zip(names, weights_at(*event.index), strict=True)))
 
-    def from_map(self, marks: list[Mark], points: list[Any], event: gr.SelectData) -> tuple[Any, ...]:
+    def from_map(self, marks: list[Mark], drawn: Map | None, event: gr.SelectData) -> tuple[Any, ...]:
         """A click on the map takes the nearest point."""
-        if not marks or not points:
-            return (gr.skip(),) * (1 + len(self.names))
-        nearest = min(range(len(points)), key=lambda i: _distance(points[i], event.index))
+        nearest = None if drawn is None else drawn.nearest(*event.index)
+        if nearest is None:
+            return (gr.skip(),) * (2 + len(self.names))
         return self.place(marks[nearest].weights)
 
     def from_strip(self, marks: list[Mark], event: gr.SelectData) -> tuple[Any, ...]:
@@ -149,7 +146,7 @@ class Studio:
     def from_history(self, history: list[Entry], event: gr.SelectData) -> tuple[Any, ...]:
         """A click on the history: every control as it was."""
         settings = history[len(history) - 1 - event.index].settings
-        return (*settings[:8], *settings.sliders)
+        return (*settings[:9], *settings.sliders)
 
     def chosen(self, chosen: list[str]) -> tuple[Any, ...]:
         """Controls for the rewards that are ticked: axis, triangle, sliders."""
@@ -181,10 +178,6 @@ class Studio:
         return found.verdict, found.table, found.picture, str(found.page)
 
 
-def _distance(point: Sequence[float], other: Sequence[float]) -> float:
-    return (point[0] - other[0]) ** 2 + (point[1] - other[1]) ** 2
-
-
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -201,9 +194,12 @@ def build_page(studio: Studio) -> gr.Blocks:
 def _blend_tab(page: gr.Blocks, studio: Studio) -> None:
     like, names = studio.like, studio.names
     started = like.weights if isinstance(like.weights, Mapping) else {}
-    chosen_first = [name for name in names if name in started] or names[:2]
+    knots = [] if like.weights is None or isinstance(like.weights, Mapping) else list(like.weights)
+    named = {name for knot in knots for name in knot} or set(started)
+    chosen_first = [name for name in names if name in named] or names[:2]
+    has_schedule = bool(knots)
     marks, key = gr.State([]), gr.State(None)
-    points, history = gr.State([]), gr.State([])
+    drawn, history = gr.State(None), gr.State([])
     with gr.Row():
         with gr.Column(scale=3, min_width=280):
             prompts = gr.Textbox("A red circle.", label="Prompts, one a line", lines=1, max_lines=8, elem_id="prompts")
@@ -220,25 +216,34 @@ def _blend_tab(page: gr.Blocks, studio: Studio) -> None:
             )
             axis = gr.Slider(
                 0, 1, started.get(chosen_first[0], 0.5) if chosen_first else 0.5, step=0.01, elem_id="axis",
-                label=axis_label(chosen_first), visible=len(chosen_first) == 2,
+                label=axis_label(chosen_first), visible=len(chosen_first) == 2, interactive=not has_schedule,
             )  # fmt: skip
+            scheduled = gr.Checkbox(
+                has_schedule,
+                label="The preset's w(t), instead of the sliders",
+                visible=has_schedule,
+                elem_id="scheduled",
+            )
             corner = _picture("Click for weights", "triangle", visible=len(chosen_first) == 3)
             sliders = [
                 gr.Slider(
                     0, 1, started.get(name, 0.5), step=0.01, label=name, elem_id=f"weight-{name}",
-                    visible=len(chosen_first) > 2 and name in chosen_first,
+                    visible=len(chosen_first) > 2 and name in chosen_first, interactive=not has_schedule,
                 )
                 for name in names
             ]  # fmt: skip
             kl_scale = gr.Slider(
-                0, 3, like.kl_scale, step=0.05, label="λ: 0 the base, 1 the adapters, above 1 beyond them", elem_id="kl"
-            )
+                0, max(3, like.kl_scale), like.kl_scale, step=0.05, elem_id="kl",
+                label="λ: 0 the base, 1 the adapters, above 1 beyond them",
+            )  # fmt: skip
             with gr.Accordion("Sampling", open=False, elem_id="sampling"):
-                known = like.method if like.method in METHODS.values() else "db-mpa"
-                method = gr.Dropdown(list(METHODS.items()), value=known, label="Method", elem_id="method")
+                first_method = "db-mpa" if like.method == "base" else like.method
+                method = gr.Dropdown(methods(like), value=first_method, label="Method", elem_id="method")
                 steps = gr.Slider(1, 100, like.num_inference_steps, step=1, label="Denoising steps", elem_id="steps")
-                guidance_first = 7.5 if like.guidance_scale is None else like.guidance_scale
-                guidance = gr.Slider(1, 15, guidance_first, step=0.1, label="Guidance", elem_id="guidance")
+                own = studio.blends.shared.pipe.backbone.family.guidance_scale
+                guidance_first = own if like.guidance_scale is None else like.guidance_scale
+                most = max(15, guidance_first)
+                guidance = gr.Slider(1, most, guidance_first, step=0.1, label="Guidance", elem_id="guidance")
             with gr.Row(equal_height=True):
                 seed = gr.Number(like.seed or 0, precision=0, minimum=0, label="Seed", elem_id="seed", min_width=120)
                 another = gr.Button("Another seed", elem_id="another", min_width=120)
@@ -256,29 +261,31 @@ def _blend_tab(page: gr.Blocks, studio: Studio) -> None:
         file = gr.File(label="Merged LoRA", elem_id="merged", interactive=False)
     past = _gallery("History: click one to go back", "history", columns=6, allow_preview=False)
 
-    controls = [prompts, seed, method, kl_scale, steps, guidance, chosen, axis, *sliders]
-    developed = [message, images, scores, corner, picture, points, history, past, preset, lines]
-    surveyed = [strip, picture, points, marks, key]
+    controls = [prompts, seed, method, kl_scale, steps, guidance, chosen, axis, scheduled, *sliders]
+    developed = [message, images, scores, corner, picture, history, past, preset, lines]
+    surveyed = [strip, picture, drawn, marks, key]
 
     def after(event: Any) -> None:
         """What follows once the controls say something new: the images at once, the survey after them."""
         ended = event(
-            studio.develop, [marks, history, *controls], developed, show_progress="hidden", api_visibility="private"
+            studio.develop, [drawn, history, *controls], developed, show_progress="hidden", api_visibility="private"
         )
         ended.then(studio.survey, [marks, key, *controls], surveyed, show_progress="minimal", api_visibility="private")
 
-    live = [each.input for each in (axis, *sliders, kl_scale, steps, guidance)]
+    live = [each.input for each in (axis, scheduled, *sliders, kl_scale, steps, guidance)]
     after(lambda *args, **options: gr.on(live, *args, trigger_mode="always_last", **options))
     others = [make.click, prompts.submit, seed.change]
     after(lambda *args, **options: gr.on(others, *args, **options))
     after(page.load)
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     after(chosen.input(studio.chosen, chosen, [axis, corner, *sliders], **private).then)
+    moved = [axis, *sliders]
+    scheduled.change(lambda ticked: [gr.update(interactive=not ticked)] * len(moved), scheduled, moved, **private)
     after(method.input(_kl_slider, [method, kl_scale], kl_scale, **private).then)
     another.click(_another_seed, None, seed, **private)
-    spots = [axis, *sliders]
+    spots = [axis, scheduled, *sliders]
     after(corner.select(studio.from_triangle, chosen, spots, **private).then)
-    after(picture.select(studio.from_map, [marks, points], spots, **private).then)
+    after(picture.select(studio.from_map, [marks, drawn], spots, **private).then)
     after(strip.select(studio.from_strip, marks, spots, **private).then)
     returned = past.select(studio.from_history, history, controls, **private)
     after(returned.then(studio.chosen, chosen, [axis, corner, *sliders], **private).then)
@@ -303,7 +310,7 @@ def _picture(label: str, name: str, **options: Any) -> gr.Image:
 
 def _kl_slider(method: str, kl_scale: float) -> Any:
     """λ's slider, at rest where the method has none."""
-    has = method in WITH_KL_SCALE
+    has = has_kl_scale(method)
     return gr.update(interactive=has, value=kl_scale if has else 1.0)
 
 

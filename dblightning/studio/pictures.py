@@ -18,7 +18,7 @@ SHOWN_SIDE = 256
 #: triangle's width and height, and its corners (top, lower right, lower left), in pixels
 WIDTH, HEIGHT = 360, 320
 CORNERS = ((180.0, 44.0), (326.0, 276.0), (34.0, 276.0))
-ACCENT, GREY = "#f97316", "#6b7280"
+ACCENT, BLUE, GREY = "#f97316", "#2563eb", "#6b7280"
 
 
 def shown(image: Tensor) -> Image.Image:
@@ -121,10 +121,15 @@ class Map:
     Attributes:
         picture: the map.
         points: pixel of each mark, in the marks' order.
+        rewards: of x and y; none where there are no scores.
+        start, unit: pixel of the scores (0, 0), and pixels per unit of x and y.
     """
 
     picture: Image.Image
     points: list[tuple[float, float]] = field(default_factory=list)
+    rewards: tuple[str, ...] = ()
+    start: tuple[float, float] = (0.0, 0.0)
+    unit: tuple[float, float] = (0.0, 0.0)
 
     def nearest(self, x: float, y: float) -> int | None:
         """Index of the mark nearest to a pixel; None where there is none."""
@@ -132,27 +137,38 @@ class Map:
             return None
         return min(range(len(self.points)), key=lambda i: math.dist(self.points[i], (x, y)))
 
+    def showing(self, scores: Mapping[str, float]) -> Image.Image:
+        """The map with a star at some scores; at the edge where they lie beyond it."""
+        if not self.rewards or any(name not in scores for name in self.rewards):
+            return self.picture
+        x, y = (start + unit * scores[name] for start, unit, name in
+                zip(self.start, self.unit, self.rewards, strict=True))  # fmt: skip
+        x, y = min(max(x, 12.0), self.picture.width - 12.0), min(max(y, 12.0), self.picture.height - 12.0)
+        picture = self.picture.copy()
+        _star(ImageDraw.Draw(picture), x, y)
+        return picture
 
-def pareto_map(
-    marks: Sequence[Mark],
-    rewards: Sequence[str],
-    base: Mapping[str, float],
-    current: Mapping[str, float],
-    labels: Sequence[str],
-) -> Map:
-    """Two rewards against each other over the places of a survey, with the base model and the blend that is shown.
+
+def _star(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float = 10.0) -> None:
+    turns = [(radius if i % 2 == 0 else radius * 0.45, math.pi * i / 5) for i in range(10)]
+    corners = [(x + r * math.sin(angle), y - r * math.cos(angle)) for r, angle in turns]
+    draw.polygon(corners, fill=ACCENT, outline="white")
+
+
+def pareto_map(marks: Sequence[Mark], rewards: Sequence[str], base: Mapping[str, float], labels: Sequence[str]) -> Map:
+    """Two rewards against each other over the places of a survey, with the base model.
 
     Args:
         marks: of the survey.
         rewards: two rewards, for x and y.
-        base, current: reward → score.
+        base: reward → score.
         labels: of the marks.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     x, y = rewards
-    usable = all(x in each and y in each for each in (base, current, *(mark.scores for mark in marks)))
+    usable = bool(marks) and all(x in each and y in each for each in (base, *(mark.scores for mark in marks)))
     figure = Figure(figsize=(4.2, 3.4), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -163,12 +179,12 @@ def pareto_map(
     points = [(mark.scores[x], mark.scores[y]) for mark in marks] if usable else []
     if usable:
         axes.margins(0.14)
-        line = "-" if len(marks[0].weights) == 2 else "none"
         across, up = [point[0] for point in points], [point[1] for point in points]
+        line = "-" if len(marks[0].weights) == 2 else "none"
         axes.plot(across, up, linestyle=line, color="#9ca3af", zorder=1)
-        axes.scatter(across, up, s=70, color="#2563eb", zorder=2, label="over w")
+        axes.scatter(across, up, s=70, color=BLUE, zorder=2, label="over w")
         axes.scatter(base[x], base[y], s=70, marker="s", color=GREY, zorder=2, label="base")
-        axes.scatter(current[x], current[y], s=150, marker="*", color=ACCENT, zorder=3, label="shown")
+        axes.scatter([], [], s=110, marker="*", color=ACCENT, label="shown")
         for point, label in zip(points, labels, strict=True):
             left = point[0] <= (min(across) + max(across)) / 2
             axes.annotate(
@@ -181,6 +197,8 @@ def pareto_map(
     file = io.BytesIO()
     canvas.print_png(file)
     picture = Image.open(file).convert("RGB")
-    height = picture.height
-    places = [tuple(axes.transData.transform(point)) for point in points]
-    return Map(picture, [(float(place[0]), height - float(place[1])) for place in places])
+    origin, one = axes.transData.transform((0.0, 0.0)), axes.transData.transform((1.0, 1.0))
+    start = (float(origin[0]), picture.height - float(origin[1]))
+    unit = (float(one[0] - origin[0]), -float(one[1] - origin[1]))
+    places = [(start[0] + unit[0] * point[0], start[1] + unit[1] * point[1]) for point in points]
+    return Map(picture, places, (x, y) if usable else (), start, unit)

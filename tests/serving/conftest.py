@@ -78,5 +78,5 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The miniature, with a token, batches of up to 16 images, at most 64 images waiting."""
     log = tmp_path_factory.mktemp("service") / "log"
     arguments = ("--max-batch-size", "16", "--batch-wait", "0.1", "--queue-limit", "64", "--max-images", "4")
-    with running(log, *arguments, "--max-size", "64") as found:
+    with running(log, *arguments, "--max-size", "64", "--timeout", "300") as found:
         yield found

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from dblightning.preset import even_preset
-from dblightning.studio.controls import Entry, Settings, place_label, remembered
+from dblightning.preset import Preset, even_preset
+from dblightning.studio.controls import Entry, Settings, methods, place_label, remembered
 
-PLAIN = Settings("A red circle.", 0, "db-mpa", 1.0, 20, 3.0, ["a", "b"], 0.25, (0.5, 0.5, 0.5))
+PLAIN = Settings("A red circle.", 0, "db-mpa", 1.0, 20, 3.0, ["a", "b"], 0.25, False, (0.5, 0.5, 0.5))
 
 
 def test_settings_that_cannot_be_are_one_sentence() -> None:
     names = ["a", "b", "c"]
 
     def settings(**changes: Any) -> Settings:
-        plain = Settings("A red circle.", 0, "db-mpa", 1.0, 20, 3.0, ["a", "b"], 0.25, (0.5, 0.5, 0.5))
+        plain = Settings("A red circle.", 0, "db-mpa", 1.0, 20, 3.0, ["a", "b"], 0.25, False, (0.5, 0.5, 0.5))
         return plain._replace(**changes)
 
     assert settings().weights(names) == {"a": 0.25, "b": 0.75}
@@ -48,3 +48,19 @@ def test_a_places_label_is_short() -> None:
     assert place_label({"a": 1.0}, 3) == "a"
     assert place_label({"a": 0.5, "c": 0.5}, 3) == "a + c"
     assert place_label({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, 3) == "all"
+
+
+def test_what_the_controls_leave_open_is_the_presets() -> None:
+    knots = [{"a": 1.0}, {"b": 1.0}]
+    like = Preset(weights=knots, eta=0.5, base="somewhere", method="db-mpa-ls", method_options={"schedule": "iid"})
+    kept = PLAIN._replace(scheduled=True, method="db-mpa-ls").preset(["a", "b"], like)
+    assert kept == like.replaced(guidance_scale=3.0, seed=0)
+    moved = PLAIN.preset(["a", "b"], like)
+    assert moved.weights == {"a": 0.25, "b": 0.75}
+    assert (moved.eta, moved.base, moved.method_options) == (0.5, "somewhere", None)
+
+
+def test_a_method_without_a_strength_gets_one() -> None:
+    assert PLAIN._replace(method="rewarded-soup", kl_scale=2.0).preset(["a", "b"], even_preset()).kl_scale == 1.0
+    assert PLAIN._replace(kl_scale=2.0).preset(["a", "b"], even_preset()).kl_scale == 2.0
+    assert methods(Preset(method="db-kla"))[-1][1] == "db-kla" and len(methods(even_preset())) == 4

@@ -166,7 +166,7 @@ def test_a_click_on_the_strip_chooses_its_w(page: Page) -> None:
 def test_a_click_on_the_map_chooses_its_w(page: Page, studio: Studio) -> None:
     preset = even_preset().replaced(seed=0)
     marks = studio.blends.survey(["A red circle."], preset, ["aesthetic", "alignment"])
-    drawn = studio.map(marks, studio.blends.look(["A red circle."], preset), preset)
+    drawn = studio.map(marks, studio.blends.look(["A red circle."], preset), ["aesthetic", "alignment"])
     before = source(page)
     image = page.locator("#map img")
     box = image.bounding_box()

@@ -67,13 +67,19 @@ def test_a_click_on_a_frame_of_the_strip_is_that_frame(count: int) -> None:
 
 def test_the_maps_points_are_where_they_are_drawn() -> None:
     marks = [Mark({"a": w, "b": 1 - w}, torch.zeros(3, 8, 8), {"a": w, "b": 1 - w**2}) for w in (0.0, 0.5, 1.0)]
-    drawn = pareto_map(marks, ["a", "b"], {"a": -0.5, "b": 0.0}, {"a": 0.2, "b": 0.2}, ["w 0", "", "w 1"])
+    drawn = pareto_map(marks, ["a", "b"], {"a": -0.5, "b": 0.0}, ["w 0", "", "w 1"])
     for x, y in drawn.points:
         red, _, blue = drawn.picture.getpixel((round(x), round(y)))  # type: ignore[misc]
         assert blue > 180 and red < 120  # the marks are blue
     assert [drawn.nearest(x + 3, y - 3) for x, y in drawn.points] == [0, 1, 2]
+    for mark, (x, y) in zip(marks, drawn.points, strict=True):
+        red, _, blue = drawn.showing(mark.scores).getpixel((round(x), round(y)))  # type: ignore[misc]
+        assert red > 200 and blue < 100  # the star of what is shown
+    beyond = drawn.showing({"a": 100.0, "b": -100.0})
+    assert beyond.size == drawn.picture.size and beyond.tobytes() != drawn.picture.tobytes()
 
 
 def test_a_map_without_scores_says_so_and_has_no_points() -> None:
-    drawn = pareto_map([], ["a", "b"], {}, {}, [])
+    drawn = pareto_map([], ["a", "b"], {}, [])
     assert drawn.points == [] and drawn.nearest(10, 10) is None
+    assert drawn.showing({"a": 1.0, "b": 1.0}) is drawn.picture
