@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
+from dblightning.miniature import EMBEDDED
 from dblightning.weights import Weights, WeightSchedule, check_kl_scale, check_weights
 
 if TYPE_CHECKING:
@@ -200,10 +201,8 @@ def adapter_names(base: str, adapters: Mapping[str, str] | None = None) -> list[
     """Names of the adapters that a pipeline of this base and these adapters has, without loading it."""
     if adapters is not None:
         return list(adapters)
-    if base == "miniature":
-        from dblightning import miniature
-
-        return list(miniature.adapters())
+    if base in EMBEDDED:
+        return list(EMBEDDED[base].adapters())
     index = Path(base).expanduser() / "dblightning.json"
     return list(json.loads(index.read_text(encoding="utf-8"))["adapters"]) if index.is_file() else []
 
@@ -214,8 +213,8 @@ def even_preset(base: str = "miniature", adapters: Mapping[str, str] | None = No
     return Preset(
         weights={name: 1 / len(names) for name in names} if names else None,
         method="db-mpa" if names else "base",
-        # what the miniature's adapters were trained and measured at
-        guidance_scale=3.0 if base == "miniature" else None,
+        # what the miniatures' adapters were trained and measured at
+        guidance_scale=3.0 if base in EMBEDDED else None,
         base=base,
         adapters=adapters,
     )

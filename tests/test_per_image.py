@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dblightning import miniature
 from dblightning.blending import DBKLA, DBMPA, DBMPALS, Base, RewardedSoup, RewardedSoupFactors, Single
 from dblightning.per_image import PerImage
 from dblightning.preset import Preset
@@ -46,7 +47,8 @@ def test_what_cannot_share_a_batch_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def shared() -> SharedPipeline:
-    return SharedPipeline.load(device="cpu")
+    # of one rank, which averaging factors needs
+    return SharedPipeline.load(adapters=miniature.adapters("0.1"), device="cpu")
 
 
 def preset(**changes: Any) -> Preset:

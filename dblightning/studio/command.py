@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dblightning.arguments import named_paths, studio_parser
+from dblightning.miniature import EMBEDDED
 from dblightning.serving.command import model_of
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def make_studio(options: argparse.Namespace) -> Studio:
 def live_rewards(options: argparse.Namespace, base: str) -> dict[str, Any]:
     """The rewards by name: those named, or the miniature's own."""
     named = named_paths(options.rewards, "--reward")
-    if named is None and base == "miniature":
+    if named is None and base in EMBEDDED:
         from dblightning.miniature.rewards import ShapeAesthetic, ShapeAlignment, compressibility
 
         return {each.name: each for each in (ShapeAesthetic(), ShapeAlignment(), compressibility())}

@@ -97,10 +97,16 @@ def has_kl_scale(method: str) -> bool:
     return method not in WITHOUT_KL_SCALE
 
 
-def methods(like: Preset) -> list[tuple[str, str]]:
-    """What the page calls its methods, and their names; a preset's own among them."""
+def methods(like: Preset, one_rank: bool) -> list[tuple[str, str]]:
+    """What the page calls its methods, and their names; a preset's own among them.
+
+    Args:
+        like: the preset.
+        one_rank: whether the adapters have one rank, which averaging their factors needs.
+    """
+    known = [each for each in METHODS.items() if one_rank or each[1] != "rewarded-soup-factors"]
     own = [] if like.method in (*METHODS.values(), "base") else [(f"The preset's: {like.method}", like.method)]
-    return [*METHODS.items(), *own]
+    return [*known, *own]
 
 
 def shares(weights: Mapping[str, float]) -> str:

@@ -48,6 +48,8 @@ class Studio:
         self.like = like
         self.scores = list(scores)
         self.names = blends.shared.adapters
+        bank = blends.shared.pipe.adapters
+        self.one_rank = len({bank.settings(name)["rank"] for name in self.names}) == 1
         self.folder = tempfile.TemporaryDirectory(prefix="dblightning-studio-")
 
     # ── what the controls do ─────────────────────────────────────────────────────────────────────────────────────────
@@ -238,7 +240,9 @@ def _blend_tab(page: gr.Blocks, studio: Studio) -> None:
             )  # fmt: skip
             with gr.Accordion("Sampling", open=False, elem_id="sampling"):
                 first_method = "db-mpa" if like.method == "base" else like.method
-                method = gr.Dropdown(methods(like), value=first_method, label="Method", elem_id="method")
+                method = gr.Dropdown(
+                    methods(like, studio.one_rank), value=first_method, label="Method", elem_id="method"
+                )
                 steps = gr.Slider(1, 100, like.num_inference_steps, step=1, label="Denoising steps", elem_id="steps")
                 own = studio.blends.shared.pipe.backbone.family.guidance_scale
                 guidance_first = own if like.guidance_scale is None else like.guidance_scale

@@ -9,6 +9,7 @@ from pathlib import Path
 from dblightning.adapters.files import write_lora
 from dblightning.adapters.lora import LoraFactors, LoraFile
 from dblightning.adapters.soup import soup_lora
+from dblightning.miniature import EMBEDDED
 from dblightning.pipeline import DiffusionBlendPipeline
 from dblightning.preset import Preset
 from dblightning.shared_pipeline import SharedPipeline
@@ -70,8 +71,8 @@ def diffusers_lines(pipe: DiffusionBlendPipeline, preset: Preset, prompt: str, f
         file: the merged LoRA.
     """
     kind = type(pipe.backbone.pipeline).__name__
-    shipped = preset.base == "miniature"
-    base = "miniature.path()" if shipped else repr(preset.base)
+    shipped = preset.base in EMBEDDED
+    base = f"miniature.EMBEDDED[{preset.base!r}].path()" if shipped else repr(preset.base)
     guidance = "" if preset.guidance_scale is None else f", guidance_scale={preset.guidance_scale:g}"
     return "\n".join(
         [
