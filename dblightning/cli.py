@@ -6,8 +6,8 @@
     python -m dblightning predict  --config configs/eval/predict.yaml    write images of blends
 
 and ``report`` (tables, figures and one HTML page from score tables), ``seeds`` (one evaluation over several training
-seeds), ``score``, ``export`` (a soup as one LoRA), ``push`` (adapters to the hub), ``convert``, ``pretrain-miniature``,
-``pretrain-flow-miniature``, ``convert-vila``.
+seeds), ``calibrate`` (an adapter's strength at an α), ``score``, ``export`` (a soup as one LoRA), ``push`` (adapters to
+the hub), ``convert``, ``pretrain-miniature``, ``pretrain-flow-miniature``, ``convert-vila``.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ OTHERS = {
     "pretrain-flow-miniature": ("dblightning.miniature.pretrain_flow", "main"),
     "report": ("dblightning.evaluation.report", "report_main"),
     "seeds": ("dblightning.evaluation.training_seeds", "seeds_main"),
+    "calibrate": ("dblightning.evaluation.calibration", "calibrate_main"),
     "score": ("dblightning.rewards.score", "score_main"),
     "studio": ("dblightning.studio.command", "studio_main"),
     "serve": ("dblightning.serving.command", "serve_main"),

@@ -210,6 +210,7 @@ class DiffusionBlendPipeline(FileMethods):
         max_sequence_length: int | None = None,
         mu: float | None = None,
         joint_attention_kwargs: Mapping[str, Any] | None = None,
+        calibrate: bool = False,
     ) -> BlendOutput | tuple[Any, ...]:
         """Make images. What is not explained here is as in diffusers.
 
@@ -241,6 +242,8 @@ class DiffusionBlendPipeline(FileMethods):
             ls_schedule: "rotation", "golden", "iid" (the paper's) or "systematic", of ``db-mpa-ls``.
             rewards: name → reward, of ``code`` and ``rgg``.
             method_options: further arguments of the method's class, such as ``{"candidates": 8}`` of CoDe.
+            calibrate: run adapters at the strengths kept in their metadata (docs/evaluation.md); ``method_options``
+                may name others.
             steering: a CoDe or RGG of your own on top of any blend.
             blend: instead of ``method``: a blend's object, which holds its own settings, or its class.
             execution, max_rows: see :func:`dblightning.sampling.arrange`.
@@ -265,8 +268,9 @@ class DiffusionBlendPipeline(FileMethods):
         self._check(prompts, prompt_embeds, output_type, per_prompt, names)
         if guidance_scale is None:
             guidance_scale = backbone.family.guidance_scale
+        options = self._calibrated(method_options) if calibrate else method_options
         chosen, steering = self._blend(
-            blend, method, weights, kl_scale, normalize, ls_schedule, rewards, method_options, steering
+            blend, method, weights, kl_scale, normalize, ls_schedule, rewards, options, steering
         )
         noisy = steering is not None or chosen.needs_noise
         if eta is None and noisy and takes_eta(self.scheduler):
@@ -365,6 +369,17 @@ class DiffusionBlendPipeline(FileMethods):
         unknown = [name for name in tensors if name not in known]
         if unknown:
             raise ValueError(f"callback_on_step_end_tensor_inputs may name {known}, got {unknown[0]!r}")
+
+    def _calibrated(self, method_options: Mapping[str, Any] | None) -> dict[str, Any]:
+        """A method's options with the adapters' own strengths, as ``python -m dblightning calibrate`` wrote them."""
+        kept = {name: facts.get("calibration") for name, facts in self._metadata.items()}
+        strengths = {name: each["strength"] for name, each in kept.items() if each}
+        if not strengths:
+            raise ValueError(
+                f"calibrate takes strengths from the adapters' metadata, and none of {self.adapters.names} has one; "
+                "python -m dblightning calibrate --write puts it there"
+            )
+        return {"strengths": strengths, **(method_options or {})}
 
     def _blend(
         self,

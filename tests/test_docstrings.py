@@ -19,6 +19,7 @@ MODULES = [
     "blending",
     "class_paths",
     "ddim",
+    "evaluation.calibration",
     "evaluation.equal_terms",
     "flow",
     "gaussian_step",

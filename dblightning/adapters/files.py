@@ -275,6 +275,21 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return json.loads(_header(find_file(path)).get(METADATA_KEY, "{}"))
 
 
+def annotate(path: str | Path, **facts: Any) -> Path:
+    """Add facts to the metadata of an adapter's file (or the one in a folder), its tensors as they are; the file.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: not a safetensors file.
+    """
+    from safetensors.torch import load_file
+
+    file = find_file(path)
+    header = _header(file)
+    known = json.loads(header.get(METADATA_KEY, "{}"))
+    write_tensors(file, load_file(file), header | {METADATA_KEY: json.dumps(known | facts, default=str)})
+    return file
+
+
 def file_digest(path: str | Path) -> str:
     """SHA-256 of an adapter's file (or the one in a folder): which weights something was made with."""
     return hashlib.sha256(find_file(path).read_bytes()).hexdigest()
