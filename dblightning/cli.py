@@ -6,8 +6,9 @@
     python -m dblightning predict  --config configs/eval/predict.yaml    write images of blends
 
 and ``report`` (tables, figures and one HTML page from score tables), ``seeds`` (one evaluation over several training
-seeds), ``calibrate`` (an adapter's strength at an α), ``score``, ``export`` (a soup as one LoRA), ``push`` (adapters to
-the hub), ``convert``, ``pretrain-miniature``, ``pretrain-flow-miniature``, ``convert-vila``.
+seeds), ``calibrate`` (an adapter's strength at an α), ``search`` (a preference for a goal), ``score``, ``export`` (a
+soup as one LoRA), ``push`` (adapters to the hub), ``convert``, ``pretrain-miniature``, ``pretrain-flow-miniature``,
+``convert-vila``.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ OTHERS = {
     "convert-vila": ("dblightning.rewards.vila_convert", "convert_vila_main"),
     "export": ("dblightning.sharing.export", "export_main"),
     "push": ("dblightning.sharing.push", "push_main"),
+    "search": ("dblightning.preference_search.command", "search_main"),
 }
 
 #: commands whose modules are heavy to import → their parser in ``arguments``

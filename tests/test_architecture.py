@@ -20,7 +20,7 @@ PACKAGE = Path(dblightning.__file__).parent
 #: A module imports from its own layer and from those below it. A new module has to be listed here or in a package.
 LAYERS: dict[str, str] = {
     "command line": "__main__ cli help_pages preflight command_tree",
-    "faces": "studio serving",
+    "faces": "studio serving preference_search",
     "callbacks": "callbacks",
     "lightning": "module run_state run_folder progress checkpointing checkpoint_files distributed loggers "
     "lightning_internals scoring storing learners manual_updates reward_gradients data evaluation.module "

@@ -187,3 +187,20 @@ def test_trackio_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(ImportError, match=r"pip install 'dblightning\[trackio\]'"):
         TrackioLogger("shapes").log_metrics({"a": 1.0}, 1)
+
+
+def test_a_reports_pictures_and_tables_reach_the_loggers(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from dblightning.evaluation.module import BlendEvaluationModule
+
+    Image.new("RGBA", (6, 4), "red").save(tmp_path / "pareto.png")
+    (tmp_path / "tables").mkdir()
+    SCORES.to_csv(tmp_path / "tables" / "rewards.csv", index=False)
+    pictures = Pictures()
+    loggers = [pictures, CSVLogger(str(tmp_path), "log", version="")]
+    evaluation: Any = SimpleNamespace(out=tmp_path, trainer=trainer(tmp_path, logger=loggers))
+    BlendEvaluationModule._log_report(evaluation)
+    assert [each["key"] for each in pictures.taken] == ["test/pareto", "test/rewards"]
+    assert pictures.taken[0]["images"][0].getpixel((0, 0)) == (255, 0, 0)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "log" / "tables" / "test_rewards-000000.csv"), SCORES)
