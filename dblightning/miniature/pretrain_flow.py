@@ -142,7 +142,8 @@ def save_pipeline(
     """Write a Stable Diffusion 3 folder in half-precision safetensors, whole or not at all."""
     # copies in half precision: the modules themselves continue training in float32
     halves = {
-        "vae": type(vae).from_config(vae.config),
+        # without where it was loaded from
+        "vae": type(vae).from_config({key: each for key, each in vae.config.items() if not key.startswith("_")}),
         "transformer": type(transformer).from_config(transformer.config),
         "text_encoder": type(encoders[0])(encoders[0].config),
         "text_encoder_2": type(encoders[1])(encoders[1].config),
