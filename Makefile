@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-locked install-extras quickstart test test-all test-extras coverage golden parity lint format lock clean
+.PHONY: help install install-locked install-extras quickstart test test-all test-extras docs coverage golden parity lint format lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,8 +55,13 @@ test-all: $(STAMP)  ## every test that needs neither published weights nor the r
 install-extras: $(STAMP)  ## add the extras studio and serve to .venv, and their tests' clients
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,test-extras]'
 
-test-extras: install-extras  ## the tests of studio and service; in a real Chromium where there is one
-	$(PY) -m pytest tests/studio tests/serving
+test-extras: install-extras  ## the tests of studio, service and docs site; in a real Chromium where there is one
+	$(PY) -m pytest tests/studio tests/serving tests/test_site.py
+
+docs: $(STAMP)  ## add the extra docs to .venv and build the pages of docs/ with the API reference into site/
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo "See site/index.html; with live reload: $(PY) -m mkdocs serve"
 
 coverage: $(STAMP)  ## the everyday tests with the share of lines and branches they run
 	$(PY) -m pytest --cov --cov-report=term
