@@ -2,7 +2,8 @@
 
 A blend of larger λ has more reward and a larger KL, so methods of one preference are compared where both have the same.
 Between the points of a method, which begin at the base, the gain is taken as linear in √KL: near the base the gain
-grows as λ and the KL as λ².
+grows as λ and the KL as λ². That is a lower bound where the gain levels off, so a method of one λ is compared fairly
+only near its own KL; the adapters alone count with every λ of ``db-kla`` that was run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from dblightning.evaluation.analysis import KL, Estimates
+from dblightning.evaluation.analysis import GAIN, KL, Estimates
 from dblightning.evaluation.baselines import BEST_SINGLE
 from dblightning.evaluation.cells import (
     Points,
@@ -33,7 +34,7 @@ from dblightning.evaluation.comparisons import (
     verdict,
 )
 from dblightning.evaluation.intervals import interval
-from dblightning.evaluation.scores import weights_label
+from dblightning.evaluation.scores import WEIGHT, weights_label
 from dblightning.evaluation.table_formats import Table
 
 Weights = tuple[float, ...]
@@ -80,6 +81,7 @@ def compare_at_equal_kl(estimates: Estimates, rewards: Sequence[str]) -> list[Co
     """r(w) of the reference variant less another's where both have the KL that the lesser one reaches, by preference.
 
     Empty without KL or base. The points of every λ that was run are a method's curve from the base on.
+    Those of the adapters alone are of ``single`` and ``db-kla``; the best one has the highest curve there.
     """
     points = preference_points(estimates, rewards)
     reference = reference_variant(estimates, points)
@@ -90,24 +92,55 @@ def compare_at_equal_kl(estimates: Estimates, rewards: Sequence[str]) -> list[Co
     compared = []
     for variant, blends in found.items():
         for weights in own.keys() & blends.keys():
-            difference = _at_equal_kl(estimates, own[weights], blends[weights])
+            curve = _curve(estimates, own[weights])
+            if variant == BEST_SINGLE and min(weights) > 0:
+                others = [_curve(estimates, alone, weights, rewards) for alone in _alone(estimates, rewards, weights)]
+            else:
+                others = [_curve(estimates, blends[weights])]
+            difference = min((_at_equal_kl(estimates, curve, other) for other in others), key=_rank)
             if np.isfinite(difference[0]):
                 compared.append(Comparison(variant, weights, *difference))
     order = {variant: rank for rank, variant in enumerate(found)}
     return sorted(compared, key=lambda each: (order[each.variant], each.weights))
 
 
-def _at_equal_kl(estimates: Estimates, first: Sequence[str], second: Sequence[str]) -> tuple[float, float, float]:
-    """Gain of one curve less another's at the KL that both reach, with the ends of the paired interval."""
-    columns = [estimates.quantities.index(name) for name in (KL, "weighted_gain")]
-    curves = []
-    for blends in (first, second):
-        rows = [estimates.row(blend) for blend in blends]
-        rows = [row for row in rows if np.isfinite(estimates.values[row, columns]).all()]
-        if not rows:
-            return np.nan, np.nan, np.nan
-        values, draws = estimates.values[rows][:, columns], estimates.draws[:, rows][:, :, columns]
-        curves.append(np.concatenate([values[None], draws]))  # the estimate, then the draws
+def _alone(estimates: Estimates, rewards: Sequence[str], weights: Weights) -> list[list[str]]:
+    """The blends that are one adapter alone, at every λ that was run, of each adapter that the preference mixes."""
+    blends = estimates.blends
+    alone = blends[blends["method"].isin(("single", "db-kla")) & blends["adapter"].isna()]
+    found = [
+        alone.loc[alone[WEIGHT + name].eq(1), "blend"].tolist()
+        for name, weight in zip(rewards, weights, strict=True)
+        if weight > 0 and WEIGHT + name in alone
+    ]
+    return [each for each in found if each]
+
+
+def _curve(
+    estimates: Estimates, blends: Sequence[str], weights: Weights | None = None, rewards: Sequence[str] = ()
+) -> np.ndarray:
+    """KL and gain in r(w) of some blends, the estimate and then the draws: (1 + samples, blends, 2).
+
+    ``weights`` of ``rewards`` are w; None takes each blend's own.
+    """
+    names = ["weighted_gain"] if weights is None else [GAIN + name for name in rewards]
+    columns = [estimates.quantities.index(name) for name in (KL, *names)]
+    rows = [estimates.row(blend) for blend in blends]
+    rows = [row for row in rows if np.isfinite(estimates.values[row, columns]).all()]
+    both = np.concatenate([estimates.values[None, rows], estimates.draws[:, rows]])[..., columns]
+    return np.stack([both[..., 0], both[..., 1:] @ np.array(weights or (1.0,))], axis=-1)
+
+
+def _rank(difference: tuple[float, float, float]) -> float:
+    """Lowest first; what has no value last."""
+    return difference[0] if np.isfinite(difference[0]) else np.inf
+
+
+def _at_equal_kl(estimates: Estimates, first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
+    """Gain of one :func:`_curve` less another's at the KL that both reach, with the ends of the paired interval."""
+    curves = (first, second)
+    if 0 in (first.shape[1], second.shape[1]):
+        return np.nan, np.nan, np.nan
     at = np.minimum(*(curve[:, :, 0].max(axis=1) for curve in curves))
     one, two = (gains_at(curve[:, :, 0], curve[:, :, 1], at) for curve in curves)
     low, high = interval((one - two)[1:], estimates.units, estimates.level)

@@ -43,8 +43,8 @@ def table(noise: float = 0.01, prompts: int = 30) -> pd.DataFrame:
     effect = rng.normal(size=(prompts, 1))
     rows = []
     for label, (method, scale, gain, _, _) in POINTS.items():
-        own = label.removeprefix("single ")
-        weights = {own: 1.0} if method == "single" else None if method == "base" else preference(0.5, NAMES)
+        own = label.removeprefix("single ")[0]
+        weights = {own: 1.0} if method in ("single", "db-kla") else None if method == "base" else preference(0.5, NAMES)
         values = {name: effect + gain + noise * rng.normal(size=(prompts, 2)) for name in NAMES}
         rows.append((blend(method, weights, label, kl_scale=scale), values))
     frame = score_table(rows, prompts, 2, names=NAMES)
@@ -87,6 +87,18 @@ def test_methods_are_compared_at_the_kl_that_both_reach() -> None:
     assert "CoDe" not in found  # its KL is not known
     for each in found.values():
         assert each.low < each.value < each.high < each.value + 0.05
+
+
+def test_the_adapters_alone_count_with_every_strength_that_was_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the base and λ = 1 a straight line in √KL would say too little of an adapter whose gain levels off."""
+    points = {label: values for label, values in POINTS.items() if label != "mpa 2"}  # DB-MPA: (4, .8)
+    weaker = {"b at half": ("db-kla", 0.5, 0.75, 4.0, 20)}
+    monkeypatch.setattr("tests.evaluation.test_equal_terms.POINTS", points)
+    line = {each.variant: each for each in compare_at_equal_kl(estimate(table()), NAMES)}[BEST_SINGLE]
+    assert line.value == pytest.approx(0.8 - 0.5, abs=0.02)  # adapter a; b's line has 0.2 there
+    monkeypatch.setattr("tests.evaluation.test_equal_terms.POINTS", points | weaker)
+    curve = {each.variant: each for each in compare_at_equal_kl(estimate(table()), NAMES)}[BEST_SINGLE]
+    assert curve.value == pytest.approx(0.8 - 0.75, abs=0.02)  # b at half strength
 
 
 def test_the_table_and_the_verdict_say_who_wins_at_equal_kl() -> None:
