@@ -101,8 +101,12 @@ REFL = {"variant": "refl", "steps": 17}
 #: name → settings
 VARIANTS: dict[str, dict[str, Any]] = {
     "DPOK": policy_gradient("DPOK", {"clip_range": 5e-3}),
+    "DPOK, a quarter of the rate": policy_gradient("DPOK", {"clip_range": 5e-3}, optimisation={"learning_rate": 5e-4}),
     "PPO": policy_gradient("PPO", {"clip_range": 5e-3}),
     "GRPO": policy_gradient("GRPO", {"clip_range": 5e-3}, **GROUPS, **TWICE),
+    "GRPO, a quarter of the rate": policy_gradient(
+        "GRPO", {"clip_range": 5e-3}, **GROUPS, optimisation={"epochs": 2, "batch_size": 240, "learning_rate": 5e-4}
+    ),
     "GRPO-Guard": policy_gradient("GRPOGuard", {"clip_range": 5e-3}, **GROUPS, **TWICE),
     "Flow-DPPO": policy_gradient(
         "FlowDPPO", {"max_divergence": 1e-4}, **GROUPS, optimisation={"epochs": 2, "policy_steps": 4}
