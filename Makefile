@@ -40,10 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: $(STAMP)  ## train, blend and score the embedded miniature; no download, no GPU
-	$(PY) -m dblightning fit --config configs/quickstart.yaml --overwrite
-	$(PY) -m dblightning test --config configs/eval/quickstart.yaml
-	@echo "See runs/quickstart/before_after.png and runs/quickstart/blend/pareto.png;" \
-	  "the curves: $(VENV)/bin/tensorboard --logdir runs"
+	$(PY) -m dblightning quickstart
 	@echo "For the README's further commands: source $(VENV)/bin/activate"
 
 test: $(STAMP)  ## the everyday tests

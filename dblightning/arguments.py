@@ -161,6 +161,16 @@ def convert_vila_parser() -> CommandParser:
     return parser
 
 
+def quickstart_parser() -> CommandParser:
+    """Of ``quickstart``."""
+    parser = CommandParser(
+        prog="python -m dblightning quickstart",
+        description="Train an adapter on the embedded miniature, blend and score it; pictures in runs/quickstart.",
+    )
+    parser.add_argument("--check", action="store_true", help="one small rollout only: whether the installation works")
+    return parser
+
+
 def serve_parser() -> CommandParser:
     """Of ``serve``."""
     parser = CommandParser(

@@ -1,5 +1,6 @@
 """The command line.
 
+    python -m dblightning quickstart                                     train, blend and score the embedded miniature
     python -m dblightning fit      --config configs/quickstart.yaml      train an adapter; --ckpt_path auto resumes
     python -m dblightning validate --config … --ckpt_path …              score a trained checkpoint
     python -m dblightning test     --config configs/eval/….yaml          compare blends: table, Pareto picture, grid
@@ -31,6 +32,7 @@ from dblightning.arguments import (
     pretrain_flow_parser,
     pretrain_parser,
     push_parser,
+    quickstart_parser,
     serve_parser,
     studio_parser,
 )
@@ -47,6 +49,7 @@ EVALUATION = ("test", "predict")
 OTHERS = {
     "pretrain-miniature": ("dblightning.miniature.pretrain", "main"),
     "pretrain-flow-miniature": ("dblightning.miniature.pretrain_flow", "main"),
+    "quickstart": ("dblightning.quickstart", "quickstart_main"),
     "report": ("dblightning.evaluation.report", "report_main"),
     "seeds": ("dblightning.evaluation.training_seeds", "seeds_main"),
     "calibrate": ("dblightning.evaluation.calibration", "calibrate_main"),
@@ -66,6 +69,7 @@ LIGHT_PARSERS = {
     "convert-vila": convert_vila_parser,
     "export": export_parser,
     "push": push_parser,
+    "quickstart": quickstart_parser,
     "pretrain-miniature": pretrain_parser,
     "serve": serve_parser,
     "studio": studio_parser,

@@ -19,7 +19,7 @@ PACKAGE = Path(dblightning.__file__).parent
 #: layers from the top down; a package's name stands for all its modules that are not listed apart.
 #: A module imports from its own layer and from those below it. A new module has to be listed here or in a package.
 LAYERS: dict[str, str] = {
-    "command line": "__main__ cli help_pages preflight command_tree",
+    "command line": "__main__ cli help_pages preflight command_tree quickstart",
     "faces": "studio serving preference_search",
     "callbacks": "callbacks",
     "lightning": "module run_state run_folder progress checkpointing checkpoint_files distributed loggers "
