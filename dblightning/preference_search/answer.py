@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from dblightning.preference_search.measure import Comparison
 from dblightning.preference_search.space import Candidate
@@ -22,6 +22,7 @@ class Answer:
         merit: the goal's merit of the answer less the grid's best, on the check prompts; None without a grid, or where
             the answer is a point of it.
         evaluated: candidates evaluated, the base left out.
+        needed: reward → gain that the goal needs.
     """
 
     preset: Preset
@@ -31,19 +32,34 @@ class Answer:
     grid_gains: dict[str, Comparison]
     merit: Comparison | None
     evaluated: int
+    needed: Mapping[str, float] = field(default_factory=dict)
+
+    def missed(self) -> list[str]:
+        """The goal's needs that the check does not confirm, each in words; the mean alone decides."""
+        return [
+            f"{name} gains {self.gains[name]} there, and {need:+g} is needed"
+            for name, need in self.needed.items()
+            if self.gains[name].value < need
+        ]
 
     def verdict(self) -> str:
-        """One sentence: whether the search beat the fixed grid."""
+        """One sentence: whether the search beat the fixed grid, and whether the goal's needs hold on the check."""
         if self.grid is None:
-            return "no fixed grid was evaluated to compare with"
-        if self.merit is None:
-            return "nothing beats the fixed grid's best, which is the answer"
-        difference = f"merit {self.merit} on prompts not searched on"
-        if self.merit.low > 0:
-            return f"it beats the fixed grid's best: {difference}"
-        if self.merit.high < 0:
-            return f"it is worse than the fixed grid's best on prompts not searched on: {difference}"
-        return f"it does not beat the fixed grid's best measurably: {difference}"
+            against = "no fixed grid was evaluated to compare with"
+        elif self.merit is None:
+            against = "nothing beats the fixed grid's best, which is the answer"
+        else:
+            difference = f"merit {self.merit} on prompts not searched on"
+            if self.merit.low > 0:
+                against = f"it beats the fixed grid's best: {difference}"
+            elif self.merit.high < 0:
+                against = f"it is worse than the fixed grid's best on prompts not searched on: {difference}"
+            else:
+                against = f"it does not beat the fixed grid's best measurably: {difference}"
+        missed = self.missed()
+        if not missed:
+            return against
+        return f"the goal is missed on prompts not searched on ({'; '.join(missed)}); beside that, {against}"
 
 
 def summary(answer: Answer, rewards: Iterable[str]) -> str:

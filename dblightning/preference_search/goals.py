@@ -45,6 +45,10 @@ class Goal(ABC):
     def merit(self, means: np.ndarray) -> np.ndarray:
         """What the answer has most of: (…, rewards) → (…). Known after ``settle``."""
 
+    def needed(self) -> dict[str, float]:
+        """Reward → gain over the base that an answer must have."""
+        return {}
+
     def values(self, means: np.ndarray) -> list[float]:
         """What Optuna is told of a candidate's mean rewards (rewards,)."""
         return [float(self.merit(means))]
@@ -84,6 +88,9 @@ class Maximise(Goal):
 
     def wanted(self) -> list[str]:
         return [self.reward, *self.at_least]
+
+    def needed(self) -> dict[str, float]:
+        return self.at_least
 
     def merit(self, means: np.ndarray) -> np.ndarray:
         return means[..., self.names.index(self.reward)]

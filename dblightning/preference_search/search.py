@@ -303,8 +303,9 @@ class PreferenceSearch:
 
         best = None if grid is None else grid.candidate
         return Answer(
-            self._preset(answer.candidate), answer.candidate, best, gains(own), gains(other), merit, evaluated
-        )
+            self._preset(answer.candidate), answer.candidate, best, gains(own), gains(other), merit, evaluated,
+            self.goal.needed(),
+        )  # fmt: skip
 
     def _preset(self, candidate: Candidate) -> Preset:
         knots = [{name: each.get(name, 0.0) for name in candidate.adapters} for each in candidate.knots]

@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dblightning.preference_search import Candidate, Grid, Knee, Liked, Maximise
+from dblightning.preference_search import Answer, Candidate, Grid, Knee, Liked, Maximise
 from dblightning.preference_search.goals import non_dominated
-from dblightning.preference_search.measure import beside, compared, gains_of
+from dblightning.preference_search.measure import Comparison, beside, compared, gains_of
 from dblightning.preference_search.space import Space
+from dblightning.preset import Preset
 
 REWARDS: dict[str, Any] = {"aesthetic": None, "alignment": None}
 
@@ -134,3 +135,15 @@ def test_gains_and_differences_are_paired_over_prompts() -> None:
     assert found.high == pytest.approx(gains[0] + 2.01 * errors[0], abs=0.2 * errors[0])
     both = beside(np.arange(6.0).reshape(6, 1), 10 + np.arange(6.0).reshape(6, 1), seeds=2)
     assert both[:, 0].tolist() == [0, 1, 10, 11, 2, 3, 12, 13, 4, 5, 14, 15]
+
+
+def test_a_verdict_says_where_the_goal_is_missed_on_the_check() -> None:
+    point = Candidate(method="db-mpa", knots=[{"alignment": 1.0}])
+    gains = {"aesthetic": Comparison(0.4, 0.3, 0.5), "alignment": Comparison(0.1, -0.1, 0.3)}
+    merit = Comparison(0.15, 0.12, 0.18)
+    given: dict[str, Any] = {"preset": Preset(), "candidate": point, "grid": point, "gains": gains, "grid_gains": {}}
+    kept = Answer(**given, merit=merit, evaluated=3, needed={"alignment": 0.05})
+    assert kept.verdict() == "it beats the fixed grid's best: merit +0.150 [+0.120, +0.180] on prompts not searched on"
+    lost = Answer(**given, merit=merit, evaluated=3, needed={"alignment": 0.2})
+    assert lost.missed() == ["alignment gains +0.100 [-0.100, +0.300] there, and +0.2 is needed"]
+    assert lost.verdict().startswith(f"the goal is missed on prompts not searched on ({lost.missed()[0]})")
