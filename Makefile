@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-locked install-extras quickstart test test-all test-extras docs coverage golden parity lint format lock clean
+.PHONY: help install install-locked install-extras quickstart test test-all test-extras docs coverage golden parity gpu lint format lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ parity: $(STAMP)  ## compare ImageReward with the image-reward package, in an en
 	mkdir -p runs
 	.venv-image-reward/bin/python tests/rewards/make_image_reward_fixture.py runs/parity.npz --seed $$(date +%s)
 	DBLIGHTNING_PARITY_FIXTURE=$(CURDIR)/runs/parity.npz $(PY) -m pytest -m parity tests/rewards
+
+gpu: $(STAMP)  ## measure what needs a GPU, in 25 minutes, into benchmarks/results/gpu_<name>.json and a page
+	$(PY) benchmarks/gpu.py
 
 lint: $(STAMP)  ## style, formatting and types
 	$(PY) -m ruff check .

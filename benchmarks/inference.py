@@ -89,18 +89,25 @@ def pipeline(model: str, dtype: torch.dtype) -> Any:
 
 def backbones(options: argparse.Namespace) -> tuple[DiffusersBackbone, DiffusersBackbone]:
     """The plain model, and the one with adapters; they share the base's weights."""
-    made = pipeline(options.model, DTYPES[options.dtype]).to(options.device)
+    plain, adapted = pair_of(pipeline(options.model, DTYPES[options.dtype]).to(options.device), options.resolution)
+    for backbone in (plain, adapted):
+        backbone.compile_denoiser(options.compile)
+    return plain, adapted
+
+
+def pair_of(made: Any, resolution: int | None) -> tuple[DiffusersBackbone, DiffusersBackbone]:
+    """A pipeline's backbone without adapters, and one with four of random weights; they share the base's weights."""
     other = copy.copy(made)
-    other.unet = copy.deepcopy(made.unet, {id(weight): weight for weight in made.unet.parameters()})
-    plain = DiffusersBackbone.from_pipeline(other, options.resolution)
-    adapted = DiffusersBackbone.from_pipeline(made, options.resolution)
+    name = "unet" if hasattr(made, "unet") else "transformer"
+    denoiser = getattr(made, name)
+    setattr(other, name, copy.deepcopy(denoiser, {id(weight): weight for weight in denoiser.parameters()}))
+    plain = DiffusersBackbone.from_pipeline(other, resolution)
+    adapted = DiffusersBackbone.from_pipeline(made, resolution)
     for seed, name in enumerate(NAMES):
         adapted.adapters.add(name, rank=4, seed=seed)
         for layer in adapted.adapters.layers():
             torch.nn.init.normal_(layer.lora_B[name].weight, std=0.02)
     adapted.adapters.train_only(None)
-    for backbone in (plain, adapted):
-        backbone.compile_denoiser(options.compile)
     return plain, adapted
 
 

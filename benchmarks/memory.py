@@ -123,9 +123,10 @@ def update_module(backbone: DiffusersBackbone, checkpointing: bool) -> RewardRLM
 
 def random_transitions(module: RewardRLModule, count: int) -> Transitions:
     """``count`` transitions of noise."""
-    latents = torch.randn(2, count, *module.backbone.latent_shape)
-    ones, zeros = torch.ones(count), torch.zeros(count, dtype=torch.long)
-    return Transitions(latents[0], latents[1], torch.arange(count), ones, ones, 0 * ones, ones, zeros, zeros)
+    device = module.backbone.device
+    latents = torch.randn(2, count, *module.backbone.latent_shape).to(device)
+    ones, zeros = torch.ones(count, device=device), torch.zeros(count, dtype=torch.long)
+    return Transitions(latents[0], latents[1], torch.arange(count), ones, ones, 0 * ones, ones, zeros, zeros.to(device))
 
 
 def saved_bytes(module: RewardRLModule, transitions: Transitions) -> int:
