@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import kl_precision, memory, objectives, profile_round, time_to_gain, training
+from benchmarks import flow_inference, kl_precision, memory, objectives, profile_round, time_to_gain, training
 from benchmarks.peers import environment, trl_ddpo
 from benchmarks.peers.naive import NaiveTrainer, ddim_gaussian, log_density
 from benchmarks.peers.worker import Meter, Settings
@@ -341,3 +341,11 @@ def test_the_kl_in_bfloat16_is_within_five_percent_and_its_table_says_so(tmp_pat
     assert row["model_kl"] > 2 * row["kl"]
     assert (row["model_rows"], row["float32_rows"]) == (2, 3)
     assert "| 64 | 7.5 | bfloat16 |" in target.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_the_flow_miniatures_calls_are_timed_against_the_plain_pipeline() -> None:
+    options = argparse.Namespace(batch=1, steps=2, guidance_scale=3.0, repeats=1)
+    rows = flow_inference.measure(options)
+    assert [row["call"] for row in rows] == [flow_inference.PLAIN, *flow_inference.CALLS]
+    assert rows[0]["ratio"] == 1.0 and all(row["seconds_per_image"] > 0 for row in rows)
+    assert flow_inference.to_markdown(rows).count("\n") == 1 + len(rows)
