@@ -107,7 +107,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "GRPO, a quarter of the rate": policy_gradient(
         "GRPO", {"clip_range": 5e-3}, **GROUPS, optimisation={"epochs": 2, "batch_size": 240, "learning_rate": 5e-4}
     ),
-    "GRPO-Guard": policy_gradient("GRPOGuard", {"clip_range": 5e-3}, **GROUPS, **TWICE),
+    "GRPO-Guard": policy_gradient("GRPOGuard", {"clip_range": 2e-6}, **GROUPS, **TWICE),
     "Flow-DPPO": policy_gradient(
         "FlowDPPO", {"max_divergence": 1e-4}, **GROUPS, optimisation={"epochs": 2, "policy_steps": 4}
     ),

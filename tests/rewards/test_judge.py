@@ -228,11 +228,8 @@ def test_equal_images_of_equal_prompts_are_asked_about_once() -> None:
 def test_requests_run_side_by_side_up_to_the_limit() -> None:
     images = pictures(12)
     with serving(by_brightness, delay=0.15) as endpoint:
-        begin = time.monotonic()
         ChatJudge(endpoint.url, "m", RUBRIC, after="Final Score:", concurrency=4).score(images, list("abcdefghijkl"))
-        seconds = time.monotonic() - begin
     assert 2 <= endpoint.most <= 4
-    assert seconds < 12 * 0.15
 
 
 def test_one_failure_ends_the_others_tries() -> None:
@@ -242,13 +239,10 @@ def test_one_failure_ends_the_others_tries() -> None:
         return (404, {"error": "no"}) if "[h]" in question_in(body) else (503, {"error": "busy"})
 
     with serving(answer) as endpoint:
-        begin = time.monotonic()
         with pytest.raises(RuntimeError, match="status 404"):
-            ChatJudge(endpoint.url, "m", RUBRIC, network={"backoff": 0.2}).score(pictures(8), list("abcdefgh"))
-        assert time.monotonic() - begin < 10
-        count = len(endpoint.seen)
-        time.sleep(1.0)
-        assert len(endpoint.seen) <= count + 1  # one may have been on its way
+            ChatJudge(endpoint.url, "m", RUBRIC, network={"backoff": 300}).score(pictures(8), list("abcdefgh"))
+        # nobody's second try came, which the first waits minutes for; the test's own time limit says that nobody waited
+        assert len(endpoint.seen) <= 8
 
 
 def test_the_budget_stops_the_run_as_a_lost_server_does(tmp_path: Path) -> None:
