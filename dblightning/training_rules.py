@@ -16,10 +16,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 #: objectives that compare the images of a prompt with each other
 GROUP_OBJECTIVES = ("GRPO", "GRPOGuard")
+#: objectives on steps of trajectories; none named is DPOK
+TRAJECTORY_OBJECTIVES = ("", "DPOK", "PPO", "GRPO", "GRPOGuard", "FlowDPPO")
 #: objectives on noised final samples
 FORWARD_OBJECTIVES = ("NFT", "AWM", "BestOfN")
 #: those of them whose samples are of an old policy
 OLD_POLICY_OBJECTIVES = ("NFT", "AWM")
+#: what is said of a window without a stochastic step where the objective trains on such steps
+NO_STEP = "window.size 0 leaves no stochastic step, and the objective trains on them; set it to 1 or more"
 
 
 def conflicts(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -124,6 +128,8 @@ def objective_problems(
         yield from gradient_problems(groups, own)
     if objective in FORWARD_OBJECTIVES:
         yield from forward_problems(objective, groups, objective in OLD_POLICY_OBJECTIVES)
+    if objective in TRAJECTORY_OBJECTIVES and _with_defaults(groups)["window"]["size"] == 0:
+        yield NO_STEP
     if objective in GROUP_OBJECTIVES:
         yield from group_problem(objective, groups)
 

@@ -11,7 +11,7 @@ from dblightning.noise import ImageNoise, image_seed
 from dblightning.ode import Level, MultistepODE
 from dblightning.settings import check
 from dblightning.solvers import GaussianSolver
-from dblightning.training_rules import window_problems
+from dblightning.training_rules import NO_STEP, window_problems
 from dblightning.training_settings import WindowSettings
 
 
@@ -94,10 +94,7 @@ class Window:
             "the objective trains on final samples, and a window stores its own steps alone; leave window.size out, "
             f"or set it to 0 for rollouts without noise, got {settings.size}",
         )
-        check(
-            settings.size != 0 or noised,
-            "window.size 0 leaves no stochastic step, and the objective trains on them; set it to 1 or more",
-        )
+        check(settings.size != 0 or noised, NO_STEP)
         for problem in window_problems(asdict(settings), steps, skipped):  # a flow's last step is never trained
             raise ValueError(problem)
         self.settings, self.seed = settings, seed

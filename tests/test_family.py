@@ -258,4 +258,4 @@ def test_a_family_without_something_says_so(tiny: Any, folder: Path) -> None:
         tiny.TinyBackbone(str(folder), attention="eager")
     family: Family = tiny.TinyBackbone(str(folder)).family
     with pytest.raises(ValueError, match="embeddings cannot be given to a TinyPipeline here"):
-        family.complete({}, {}, torch.device("cpu"), 1, False, None)
+        family.complete({}, {}, {})
