@@ -228,8 +228,15 @@ def recovered(service: Service) -> None:
 
 def workers(service: Service) -> list[int]:
     """Process ids of a service's workers."""
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in service.children()}
-    return [pid for pid, command in commands.items() if "spawn_main" in command]
+    return [pid for pid in service.children() if "spawn_main" in command_of(pid)]
+
+
+def command_of(pid: int) -> str:
+    """Its command line; empty where it has ended since it was listed."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def running_still(pids: list[int]) -> list[int]:
