@@ -304,6 +304,7 @@ def test_tiny_comparison_of_objectives_goes_on_from_its_record(
         objectives.main(["--seconds", "9", "--json", str(target)])
 
 
+@pytest.mark.slow
 def test_tiny_memory_benchmark_writes_its_record(tmp_path: Path) -> None:
     # in fresh processes, as it is meant: a process that ran other tests holds freed memory, and its peak does not move
     target = tmp_path / "memory.json"

@@ -67,7 +67,7 @@ def fixed_point(backbone: GaussianBackbone, solver: DDIMSolver, alpha: float, n:
     return total * (mean - backbone.mean + best * variance**0.5) / (1 - total)
 
 
-@pytest.mark.parametrize(("alpha", "keep"), [(1.0, 16), (0.3, 4)])
+@pytest.mark.parametrize(("alpha", "keep"), [(1.0, 16), pytest.param(0.3, 4, marks=pytest.mark.slow)])
 def test_best_of_n_reaches_its_fixed_point(tmp_path: Path, alpha: float, keep: int) -> None:
     run = module(
         BestOfN(keep=keep, text_dropout=0.0),

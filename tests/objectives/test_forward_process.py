@@ -152,7 +152,7 @@ def fixed_shift(
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
-@pytest.mark.parametrize("weight", [1.0, 0.4])
+@pytest.mark.parametrize("weight", [1.0, pytest.param(0.4, marks=pytest.mark.slow)])
 def test_nft_finds_its_fixed_point(tmp_path: Path, weight: float, adaptive: bool) -> None:
     backbone = GaussianBackbone()
     objective = NFT(adaptive=adaptive, decay_rate=0.0)
@@ -164,7 +164,7 @@ def test_nft_finds_its_fixed_point(tmp_path: Path, weight: float, adaptive: bool
     assert found.item() == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.4])
+@pytest.mark.parametrize("weight", [1.0, pytest.param(0.4, marks=pytest.mark.slow)])
 def test_awm_finds_its_fixed_point(tmp_path: Path, weight: float) -> None:
     backbone = GaussianBackbone()
     run = module(backbone, objective=AWM(0.5), kl_weight=weight, advantage=GROUP, learning_rate=0.01)

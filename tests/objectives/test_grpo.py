@@ -22,7 +22,7 @@ GROUP = {"baseline": "group"}
 QUICK = {"buffer_size": None, "objective": GRPO(0.5), "advantage": GROUP}
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.4])
+@pytest.mark.parametrize("alpha", [1.0, pytest.param(0.4, marks=pytest.mark.slow)])
 def test_grpo_with_two_passes_per_rollout_finds_the_optimum_of_eq_4(tmp_path: Path, alpha: float) -> None:
     backbone = GaussianBackbone()
     run = module(backbone, objective=GRPO(0.5), kl_weight=alpha, advantage=GROUP, optimisation={"epochs": 2},

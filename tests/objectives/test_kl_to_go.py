@@ -82,7 +82,7 @@ def sampled_gradient(folder: Path, alpha: float, to_go: bool, images: int = 10_0
     return -4 * gradient[run.solver.timesteps].double(), run
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.3])
+@pytest.mark.parametrize("alpha", [1.0, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_with_it_the_gradient_is_that_of_eq_4(tmp_path: Path, alpha: float) -> None:
     found, run = sampled_gradient(tmp_path, alpha, to_go=True)
     expected, without = (exact_gradient(run.backbone, run.solver, alpha, later) for later in (1.0, 0.0))  # type: ignore

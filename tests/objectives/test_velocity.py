@@ -18,6 +18,8 @@ from tests.toy_optimum import converged, module
 
 SLOPE = 0.5
 NOISES = [("flow_sde", 0.7), ("cps", 0.8)]
+#: of the forward-process objectives, eight seconds each
+FORWARD = [("flow_sde", 0.7, 1.0), pytest.param("cps", 0.8, 0.4, marks=pytest.mark.slow)]
 
 
 class Step(NamedTuple):
@@ -137,7 +139,7 @@ def test_grpo_guard_finds_its_fixed_point(tmp_path: Path, noise: str, eta: float
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
-@pytest.mark.parametrize(("noise", "eta", "weight"), [("flow_sde", 0.7, 1.0), ("cps", 0.8, 0.4)])
+@pytest.mark.parametrize(("noise", "eta", "weight"), FORWARD)
 def test_nft_finds_its_fixed_point(tmp_path: Path, noise: str, eta: float, weight: float, adaptive: bool) -> None:
     objective = NFT(noise_draws=3, adaptive=adaptive, decay_rate=0.0)
     run = run_of(objective, weight, noise, eta, learning_rate=0.05)
@@ -146,7 +148,7 @@ def test_nft_finds_its_fixed_point(tmp_path: Path, noise: str, eta: float, weigh
     assert found == pytest.approx(expected, rel=0.05)  # as above
 
 
-@pytest.mark.parametrize(("noise", "eta", "weight"), [("flow_sde", 0.7, 1.0), ("cps", 0.8, 0.4)])
+@pytest.mark.parametrize(("noise", "eta", "weight"), FORWARD)
 def test_awm_finds_its_fixed_point(tmp_path: Path, noise: str, eta: float, weight: float) -> None:
     run = run_of(AWM(0.5, noise_draws=3), weight, noise, eta, learning_rate=0.05)
     found, expected = fixed_point(tmp_path, run, forward_shifts(steps_of(run.solver, 0.7), weight, awm=True))
