@@ -199,12 +199,16 @@ class Preset:
 
 def adapter_names(base: str, adapters: Mapping[str, str] | None = None) -> list[str]:
     """Names of the adapters that a pipeline of this base and these adapters has, without loading it."""
-    if adapters is not None:
-        return list(adapters)
-    if base in EMBEDDED:
-        return list(EMBEDDED[base].adapters())
+    return list(adapters_of(base) if adapters is None else adapters)
+
+
+def adapters_of(base: str | Path) -> dict[str, Path]:
+    """Name → folder of the adapters that a base brings: an embedded pipeline's, or a saved one's; {} for others."""
+    if str(base) in EMBEDDED:
+        return EMBEDDED[str(base)].adapters()
     index = Path(base).expanduser() / "dblightning.json"
-    return list(json.loads(index.read_text(encoding="utf-8"))["adapters"]) if index.is_file() else []
+    names = json.loads(index.read_text(encoding="utf-8"))["adapters"] if index.is_file() else []
+    return {name: index.parent / "adapters" / name for name in names}
 
 
 def even_preset(base: str = "miniature", adapters: Mapping[str, str] | None = None) -> Preset:

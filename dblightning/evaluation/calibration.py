@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from dblightning.arguments import CommandParser
+from dblightning.arguments import CommandParser, numbers_by_name
 from dblightning.evaluation.analysis import KL, Estimates, estimate
 from dblightning.evaluation.intervals import interval
 from dblightning.evaluation.scores import REWARD, WEIGHT, read_scores
@@ -141,8 +141,8 @@ def calibrate_main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="keep λ* in the metadata of the LoRA in FOLDER")
     options = parser.parse_args(arguments)
     try:
-        reward = {name: float(share) for name, _, share in (each.partition("=") for each in options.reward)}
-        found = calibrate(read_scores(options.scores)[0], options.adapter, options.alpha, reward or None)
+        reward = numbers_by_name(options.reward) or None
+        found = calibrate(read_scores(options.scores)[0], options.adapter, options.alpha, reward)
         print(found.sentence)
         if options.write is not None:
             print(f"wrote it to {write_strength(options.write, found)}")

@@ -90,14 +90,14 @@ def compare_at_equal_kl(estimates: Estimates, rewards: Sequence[str]) -> list[Co
     found = families(points)
     own = found.pop(reference.partition(" λ=")[0])
     compared = []
+    curves = {weights: _curve(estimates, each) for weights, each in own.items()}
     for variant, blends in found.items():
         for weights in own.keys() & blends.keys():
-            curve = _curve(estimates, own[weights])
             if variant == BEST_SINGLE and min(weights) > 0:
                 others = [_curve(estimates, alone, weights, rewards) for alone in _alone(estimates, rewards, weights)]
             else:
                 others = [_curve(estimates, blends[weights])]
-            difference = min((_at_equal_kl(estimates, curve, other) for other in others), key=_rank)
+            difference = min((_at_equal_kl(estimates, curves[weights], other) for other in others), key=_rank)
             if np.isfinite(difference[0]):
                 compared.append(Comparison(variant, weights, *difference))
     order = {variant: rank for rank, variant in enumerate(found)}
@@ -127,7 +127,8 @@ def _curve(
     columns = [estimates.quantities.index(name) for name in (KL, *names)]
     rows = [estimates.row(blend) for blend in blends]
     rows = [row for row in rows if np.isfinite(estimates.values[row, columns]).all()]
-    both = np.concatenate([estimates.values[None, rows], estimates.draws[:, rows]])[..., columns]
+    at = np.ix_(rows, columns)
+    both = np.concatenate([estimates.values[at][None], estimates.draws[:, at[0], at[1]]])
     return np.stack([both[..., 0], both[..., 1:] @ np.array(weights or (1.0,))], axis=-1)
 
 

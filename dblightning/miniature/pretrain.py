@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -139,8 +139,6 @@ def save_pipeline(
 ) -> None:
     """Write a Stable Diffusion folder in fp16 safetensors, whole or not at all."""
     pipeline = build_pipeline(vae, text_encoder, unet, tokenizer)
-    scratch = folder.with_name(folder.name + ".writing")
-    _remove(scratch)
     # a copy in half precision: the modules themselves continue training in float32
     halves = {
         name: type(part).from_config(part.config) if name != "text_encoder" else type(part)(part.config)
@@ -149,10 +147,17 @@ def save_pipeline(
     for name, half in halves.items():
         half.load_state_dict(getattr(pipeline, name).state_dict())
         setattr(pipeline, name, half.half())
+    write_whole(pipeline, folder)
+
+
+def write_whole(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Write a pipeline's folder, or leave what was there."""
+    scratch = folder.with_name(folder.name + ".writing")
+    _remove(scratch)
     pipeline.save_pretrained(scratch)
     # transformers loads in the stored precision unless its config says otherwise, diffusers in float32: make them agree
-    config = scratch / "text_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for config in scratch.glob("text_encoder*/config.json"):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     _remove(folder)
     scratch.rename(folder)
 

@@ -7,7 +7,6 @@ its state every two minutes; ``--resume`` continues.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +37,7 @@ from transformers import (
 from dblightning import miniature
 from dblightning.arguments import pretrain_flow_parser
 from dblightning.miniature import world
-from dblightning.miniature.pretrain import CARELESS_CAPTIONS, LATENT_SIZE, _remove, draw, encode, train
+from dblightning.miniature.pretrain import CARELESS_CAPTIONS, LATENT_SIZE, draw, encode, train, write_whole
 
 #: text tokens of each CLIP and of T5; the world's longest caption has ten
 MAX_LENGTH = 10
@@ -158,15 +157,7 @@ def save_pipeline(
         tokenizer_3=tokenizer,
         scheduler=build_scheduler(),
     )
-    scratch = folder.with_name(folder.name + ".writing")
-    _remove(scratch)
-    pipeline.save_pretrained(scratch)
-    # transformers loads in the stored precision unless its config says otherwise, diffusers in float32: make them agree
-    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-        config = scratch / name / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    _remove(folder)
-    scratch.rename(folder)
+    write_whole(pipeline, folder)
 
 
 # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -247,11 +248,15 @@ class PreferenceSearch:
             bar.update(images, True)
         bar.close()
 
+    @cached_property
+    def _grid_points(self) -> set[str]:
+        """The grid's candidates, described."""
+        return {json.dumps(each.described()) for each in self.space.points(self.grid)}
+
     def _found(self, candidate: Candidate, base: np.ndarray) -> Found:
         rewards = self.score(candidate, self.search_set)
         constraints = self.goal.constraints(*gains_of(rewards, base, self.seeds))
-        points = {json.dumps(each.described()) for each in self.space.points(self.grid)}
-        candidate.grid = json.dumps(candidate.described()) in points
+        candidate.grid = json.dumps(candidate.described()) in self._grid_points
         return Found(candidate, rewards, all(each <= 0 for each in constraints))
 
     def _choose(self, found: Sequence[Found], base: np.ndarray) -> tuple[Found, Found | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,22 +10,11 @@ from pathlib import Path
 from dblightning.adapters.files import Form, file_digest, file_in, read_lora, write_lora
 from dblightning.adapters.soup import Soup, as_dtype, soup_lora
 from dblightning.arguments import export_parser, numbers_by_name, paths_by_name
-from dblightning.pipeline_files import INDEX_NAME
+from dblightning.preset import Preset, adapters_of
 
 #: the command's formats → forms of a LoRA file
 FORMATS: dict[str, Form] = {"diffusers": "diffusers", "comfyui": "kohya", "peft": "peft"}
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-def adapters_of(base: str | Path) -> dict[str, Path]:
-    """Name → folder of the adapters that a base brings: the miniature's, or a saved pipeline's; {} for others."""
-    if str(base) == "miniature":
-        from dblightning import miniature
-
-        return miniature.adapters()
-    index = Path(base).expanduser() / INDEX_NAME
-    names = json.loads(index.read_text(encoding="utf-8"))["adapters"] if index.is_file() else []
-    return {name: index.parent / "adapters" / name for name in names}
 
 
 def export_soup(
@@ -96,8 +84,6 @@ def preset_parts(path: str | Path) -> tuple[dict[str, float], dict[str, Path]]:
         ValueError: not a preset, or weights that change along the trajectory, none at all, or a λ other than 1: what
             one LoRA has no place for.
     """
-    from dblightning.preset import Preset
-
     preset = Preset.read(path)
     if not isinstance(preset.weights, Mapping):
         what = "no weights" if preset.weights is None else "weights that change along the trajectory"
