@@ -41,6 +41,8 @@ __all__ = ["Estimates", "bootstrap", "compare", "diversity", "estimate", "held_o
 GAIN, MISSING = "gain/", "missing/"
 #: path KL to the base model in nats, a column of the score table and a quantity
 KL = "kl"
+#: gain in r(w) less α times the path KL: the value of eq. (4) over the base's, whose KL is 0
+OBJECTIVE = "objective"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Estimates:
     """Every quantity of every blend, with the bootstrap draws behind it.
 
     Quantities: ``reward/<name>``; ``gain/<name>``, the paired gain over the base; ``weighted``, r(w) = Σ wᵢ rᵢ of the
-    blend's own weights; ``weighted_gain``; ``kl``, where it was measured; ``diversity``.
+    blend's own weights; ``weighted_gain``; ``kl``, where it was measured; ``objective``, the gain less α times the KL,
+    where α was given; ``diversity``.
 
     The rows are the evaluated blends, then the baselines of every preference (:mod:`dblightning.evaluation.baselines`).
     """
@@ -121,21 +124,25 @@ class Estimates:
         return self.parts[blend] if self.methods()[blend] == RANDOM_METHOD else {blend: 1.0}
 
 
-def estimate(frame: pd.DataFrame, samples: int = SAMPLES, seed: int = 0, level: float = 0.95) -> Estimates:
+def estimate(
+    frame: pd.DataFrame, samples: int = SAMPLES, seed: int = 0, level: float = 0.95, alpha: float | None = None
+) -> Estimates:
     """Estimate every quantity of every blend on the same resampled prompts.
 
     Args:
         frame: one row per image.
         samples, seed: of the bootstrap.
         level: of the intervals.
+        alpha: α of eq. (4), reward per nat, ≥ 0; None leaves the objective out.
 
     Raises:
-        ValueError: an unfinished evaluation; see :func:`intervals.images_of`.
+        ValueError: an unfinished evaluation, see :func:`intervals.images_of`; α without base or KL, or below 0.
     """
     frame = with_defaults(frame)
     rewards = reward_names(frame)
     images, blends = images_of(frame, rewards), blend_table(frame)
     evaluated = len(blends)
+    _check_alpha(alpha, frame, blends)
     baselines, parts = baseline_rows(blends, rewards)
     rows = pd.concat([_with_costs(blends, frame, images).assign(adapter_alone=None), baselines], ignore_index=True)
     positions = {blend: row for row, blend in enumerate(rows["blend"])}
@@ -147,6 +154,7 @@ def estimate(frame: pd.DataFrame, samples: int = SAMPLES, seed: int = 0, level: 
     columns = [scores, gains, weighted[..., None], (weighted - weighted_base)[..., None]]
     if KL in frame and np.isfinite(frame[KL].astype(float)).any():
         columns.append(_with_mixtures(frame[KL].to_numpy(dtype=float)[images.rows][..., None], mixtures))
+        columns += [columns[3] - alpha * columns[4]] if alpha is not None else []
     means = unit_means(np.concatenate(columns, axis=-1), images.starts)
     one_prompt = len(np.unique(images.prompts)) == 1
     distances = _of_parts(_distances(frame, images), mixtures)
@@ -160,7 +168,7 @@ def estimate(frame: pd.DataFrame, samples: int = SAMPLES, seed: int = 0, level: 
     draws = weighted_means(resampled, means)
     low, high = interval(draws, units, level)
     quantities = [REWARD + name for name in rewards] + [GAIN + name for name in rewards]
-    quantities += ["weighted", "weighted_gain", *([KL] if len(columns) > 4 else []), "diversity"]
+    quantities += ["weighted", "weighted_gain", *[KL, OBJECTIVE][: len(columns) - 4], "diversity"]
     rows[[MISSING + name for name in rewards]] = np.isnan(scores).sum(axis=1)
     seconds = rows["seconds"].to_numpy()[:evaluated, None, None]
     denoiser_rows = rows["denoiser_rows"].to_numpy(dtype=float)[:evaluated, None, None]
@@ -170,6 +178,17 @@ def estimate(frame: pd.DataFrame, samples: int = SAMPLES, seed: int = 0, level: 
         rows, evaluated, quantities, values, draws, low, high, units, level, held_out_rewards(frame), parts, weighted,
         images.starts, resampled,
     )  # fmt: skip
+
+
+def _check_alpha(alpha: float | None, frame: pd.DataFrame, blends: pd.DataFrame) -> None:
+    if alpha is None:
+        return
+    if not 0 <= alpha < float("inf"):
+        raise ValueError(f"alpha must be >= 0 and finite, got {alpha}")
+    if KL not in frame or not np.isfinite(frame[KL].astype(float)).any():
+        raise ValueError("alpha weighs the KL to the base, which this evaluation did not measure: set --model.kl true")
+    if _base_row(blends) is None:
+        raise ValueError("E[r(w)] - alpha * KL is stated over the base's, which was not evaluated: add {method: base}")
 
 
 def _with_mixtures(values: np.ndarray, mixtures: Sequence[Mapping[int, float]]) -> np.ndarray:

@@ -53,14 +53,14 @@ def mixed(points: Points) -> Points:
     return {weights: blend for weights, blend in points.items() if min(weights) > 0}
 
 
-def compare_all(estimates: Estimates, rewards: Sequence[str]) -> list[Comparison]:
-    """The reference variant against every other at every preference that mixes rewards."""
+def compare_all(estimates: Estimates, rewards: Sequence[str], quantity: str = "weighted") -> list[Comparison]:
+    """The reference variant against every other at every preference that mixes rewards, by a quantity (r(w))."""
     points = preference_points(estimates, rewards)
     reference = reference_variant(estimates, points)
     if reference is None:
         return []
     return [
-        Comparison(variant, weights, *estimates.difference(blend, points[variant][weights], "weighted"))
+        Comparison(variant, weights, *estimates.difference(blend, points[variant][weights], quantity))
         for variant in points
         for weights, blend in mixed(points[reference]).items()
         if variant != reference and weights in points[variant]
@@ -72,13 +72,9 @@ def compare_all(estimates: Estimates, rewards: Sequence[str]) -> list[Comparison
 
 def paired_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
     """r(w) less the reference variant's at the same preference, paired image by image; positive is better than it."""
-    found = [each for each in compare_all(estimates, rewards) if np.isfinite(each.value)]
     reference = reference_variant(estimates, preference_points(estimates, rewards))
-    digits = decimals([(each.high - each.low) / 2 for each in found])
-    cells = {
-        (each.variant, each.weights): cell((-each.value, -each.high, -each.low), digits, sign=True) for each in found
-    }
-    return by_weights("paired", f"r(w) less that of {reference}, paired", rewards, cells)
+    found = compare_all(estimates, rewards)
+    return differences_table("paired", f"r(w) less that of {reference}, paired", rewards, found)
 
 
 def win_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
@@ -135,6 +131,16 @@ def category_table(frame: pd.DataFrame, rewards: Sequence[str], samples: int, le
     return Table("categories", caption, decorate(table.set_axis(columns, axis=1), labels, "category"), marks)
 
 
+def differences_table(name: str, caption: str, rewards: Sequence[str], found: Sequence[Comparison]) -> Table:
+    """Comparisons turned round, the others less the reference, as a table of preferences by variants."""
+    found = [each for each in found if np.isfinite(each.value)]
+    digits = decimals([(each.high - each.low) / 2 for each in found])
+    cells = {
+        (each.variant, each.weights): cell((-each.value, -each.high, -each.low), digits, sign=True) for each in found
+    }
+    return by_weights(name, caption, rewards, cells)
+
+
 def by_weights(
     name: str, caption: str, rewards: Sequence[str], cells: dict[tuple[str, tuple[float, ...]], str]
 ) -> Table:
@@ -187,6 +193,17 @@ def verdict(estimates: Estimates, rewards: Sequence[str]) -> Verdict:
         text = "the adapters were not evaluated alone, so it is not known whether blending beats the better of them; "
         lines.insert(0, ("Missing", text + "add a {method: single} blend for each."))
     return Verdict(title, lines)
+
+
+def sides(found: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+    """What the reference loses to, beats, and is not distinguishable from, the lost ones first; without empty ones."""
+    known = [each for each in found if np.isfinite(each.low)]
+    kinds = {
+        "loses to": [each for each in known if each.high < 0],
+        "beats": [each for each in known if each.low > 0],
+        "is not distinguishable from": [each for each in known if each.low <= 0 <= each.high],
+    }
+    return {kind: part for kind, part in kinds.items() if part}
 
 
 def listed(found: Sequence[Comparison], total: int, adapters: dict[tuple[float, ...], str]) -> str:

@@ -28,12 +28,15 @@ from dblightning.evaluation.comparisons import (
     Comparison,
     Verdict,
     by_weights,
+    differences_table,
     listed,
     mixed,
     reference_variant,
+    sides,
     verdict,
 )
 from dblightning.evaluation.intervals import interval
+from dblightning.evaluation.objective_value import objective_lines
 from dblightning.evaluation.scores import WEIGHT, weights_label
 from dblightning.evaluation.table_formats import Table
 
@@ -152,12 +155,8 @@ def equal_kl_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
     """r(w) less the reference variant's at equal KL, paired image by image; positive is better than it."""
     found = compare_at_equal_kl(estimates, rewards)
     reference = reference_variant(estimates, preference_points(estimates, rewards))
-    digits = decimals([(each.high - each.low) / 2 for each in found])
-    cells = {
-        (each.variant, each.weights): cell((-each.value, -each.high, -each.low), digits, sign=True) for each in found
-    }
     caption = f"r(w) less that of {reference} at the KL to the base that both reach, paired"
-    return by_weights("equal_kl", caption, rewards, cells)
+    return differences_table("equal_kl", caption, rewards, found)
 
 
 def kl_values_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
@@ -242,22 +241,17 @@ def cost_best_table(estimates: Estimates, rewards: Sequence[str]) -> Table:
 def whole_verdict(estimates: Estimates, rewards: Sequence[str]) -> Verdict:
     """The verdict on these rewards, then who wins at equal KL and within a cost."""
     title, lines = verdict(estimates, rewards)
-    return Verdict(title, lines + _kl_lines(estimates, rewards) + _cost_lines(estimates, rewards))
+    lines = lines + objective_lines(estimates, rewards) + _kl_lines(estimates, rewards)
+    return Verdict(title, lines + _cost_lines(estimates, rewards))
 
 
 def _kl_lines(estimates: Estimates, rewards: Sequence[str]) -> list[tuple[str, str]]:
     points, oracles = preference_points(estimates, rewards), oracle_variants(estimates)
     reference = reference_variant(estimates, points)
-    found = [each for each in compare_at_equal_kl(estimates, rewards) if np.isfinite(each.low)]
-    fair = [each for each in found if each.variant not in oracles]
+    fair = [each for each in compare_at_equal_kl(estimates, rewards) if each.variant not in oracles]
     singles = adapter_names(estimates, points.get(BEST_SINGLE, {}))
     total = len(mixed(points[reference])) if reference is not None else 0
-    kinds = {
-        "loses to": [each for each in fair if each.high < 0],
-        "beats": [each for each in fair if each.low > 0],
-        "is not distinguishable from": [each for each in fair if each.low <= 0 <= each.high],
-    }
-    return [(f"At equal KL {reference} {kind}", listed(part, total, singles)) for kind, part in kinds.items() if part]
+    return [(f"At equal KL {reference} {kind}", listed(part, total, singles)) for kind, part in sides(fair).items()]
 
 
 def _cost_lines(estimates: Estimates, rewards: Sequence[str]) -> list[tuple[str, str]]:

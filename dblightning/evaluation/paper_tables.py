@@ -30,6 +30,7 @@ from dblightning.evaluation.cells import (
 from dblightning.evaluation.comparisons import adapters_table, paired_table, win_table
 from dblightning.evaluation.equal_terms import cost_best_table, equal_kl_table, kl_values_table
 from dblightning.evaluation.fronts import hypervolume_orders, hypervolumes, reference_points
+from dblightning.evaluation.objective_value import objective_table, paired_objective_table
 from dblightning.evaluation.scores import WEIGHT, weights_label, weights_of
 from dblightning.evaluation.table_formats import SECONDS, Table, to_csv, to_html, to_latex, to_markdown
 
@@ -342,6 +343,7 @@ def all_tables(
     for rewards in sets:
         parts = [make(estimates, rewards) for make in by_set]
         parts += [paired_table(estimates, rewards), win_table(estimates, rewards), adapters_table(estimates, rewards)]
+        parts += [objective_table(estimates, rewards), paired_objective_table(estimates, rewards)]
         parts += [equal_kl_table(estimates, rewards), kl_values_table(estimates, rewards)]
         parts += [cost_best_table(estimates, rewards)]
         parts.append(hypervolume_table(estimates, rewards, reference if len(sets) == 1 else None))

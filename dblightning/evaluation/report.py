@@ -37,6 +37,7 @@ def write_report(
     seed: int = 0,
     level: float = 0.95,
     show: bool = False,
+    alpha: float | None = None,
 ) -> list[Path]:
     """Write ``report.html``, ``pareto.png`` and further figures, ``tables/`` and ``summary.csv``.
 
@@ -46,6 +47,7 @@ def write_report(
         images: folder of ``<blend label>/<prompt_id>-<seed>.png``; None looks in ``images`` beside each score table.
         samples, seed, level: of the bootstrap; see :func:`analysis.estimate`.
         show: also print the summary and the verdict, from the same draws.
+        alpha: α of eq. (4), reward per nat; adds E[r(w)] − α·KL to tables and verdict.
 
     Returns:
         What was written, ``report.html`` first.
@@ -58,7 +60,7 @@ def write_report(
     out = Path(out)
     _check_out(out)
     frame, record = read_all(files)
-    estimates = estimate(frame, samples, seed, level)
+    estimates = estimate(frame, samples, seed, level, alpha)
     folders = [Path(images)] if images is not None else [file.parent / "images" for file in files]
     sets = preference_sets(frame)
     tables = all_tables(estimates, sets)
@@ -111,6 +113,7 @@ def report_main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, help="folder of images; default: images beside each score table")
     parser.add_argument("--samples", type=int, default=SAMPLES, help=f"bootstrap samples (default {SAMPLES})")
     parser.add_argument("--level", type=float, default=0.95, help="level of the intervals (default 0.95)")
+    parser.add_argument("--alpha", type=float, help="α of eq. (4), reward per nat: judge by E[r(w)] − α·KL too")
     options = parser.parse_args(arguments)
     if options.samples < 1 or not 0 < options.level < 1:
         parser.error("--samples must be 1 or more, --level between 0 and 1")
@@ -119,7 +122,7 @@ def report_main(arguments: Sequence[str] | None = None) -> None:
     try:
         written = write_report(
             options.scores, options.out or options.scores[0].parent, options.images, options.samples,
-            level=options.level,
+            level=options.level, alpha=options.alpha,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -211,7 +214,7 @@ def _page(
 
 
 #: tables that answer "which method?", in the order of the page; the others follow
-_LEADING = ("paired", "equal_kl", "best_by_cost", "win_rates", "weighted", "adapters_alone", "categories")
+_LEADING = ("paired", "objective", "equal_kl", "best_by_cost", "win_rates", "weighted", "adapters_alone", "categories")
 
 
 def _first(name: str) -> int:

@@ -71,8 +71,8 @@ def adapters(version: str | None = None) -> dict[str, Path]:
     """Folders of the UNet miniature's shipped LoRAs by name, sorted; empty where none is shipped.
 
     Args:
-        version: "0.1", those of that release (rank 4, policy gradient), which some tables of docs/results are of; None,
-            today's.
+        version: "0.1", those of that release (rank 4, policy gradient), which some tables of docs/results are of;
+            "one-alpha", an aesthetic one of the same α as today's alignment, which Lemma 1 asks for; None, today's.
 
     Raises:
         ValueError: a version that is not shipped.
@@ -81,8 +81,8 @@ def adapters(version: str | None = None) -> dict[str, Path]:
     own = EMBEDDED["miniature"]
     if version is None:
         return own.adapters()
-    if version != "0.1":
-        raise ValueError(f"the miniature's adapters are shipped as of version 0.1 and today's, got version {version!r}")
+    if version not in ("0.1", "one-alpha"):
+        raise ValueError(f"the miniature's adapters are shipped as 0.1, one-alpha and today's, got version {version!r}")
     return own._replace(loras=f"adapters-{version}").adapters()
 
 

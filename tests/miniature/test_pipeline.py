@@ -95,6 +95,7 @@ def test_a_shipped_adapter_has_a_name_that_settings_can_use(tmp_path: Path) -> N
     assert miniature.adapter_folder("miniature:alignment") == miniature.adapters()["alignment"]
     assert miniature.adapter_folder("miniature:0.1/alignment") == miniature.adapters("0.1")["alignment"]
     assert miniature.adapters("0.1")["alignment"] != miniature.adapters()["alignment"]
+    assert miniature.adapter_folder("miniature:one-alpha/aesthetic") != miniature.adapters()["aesthetic"]
     assert miniature.adapter_folder(tmp_path) == tmp_path
     with pytest.raises(ValueError, match="ships no adapter 'sharpness' as of 0.1; it has"):
         miniature.adapter_folder("miniature:0.1/sharpness")
