@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from dblightning import few_rows
+from dblightning.blend_step import BlendPlan as BlendPlan
+from dblightning.blend_step import BlendStep as BlendStep
+from dblightning.blend_step import PartialStep as PartialStep
 from dblightning.draws import DEFAULT_DRAWS, DRAWS
 from dblightning.methods import (
     check_options,
@@ -29,18 +33,6 @@ from dblightning.methods import (
 )
 from dblightning.weights import BatchWeights, WeightSchedule
 from dblightning.weights import check_weights as check_weights  # where it was at first
-
-
-class BlendStep(NamedTuple):
-    """Rows and mix of one denoising step, on the CPU."""
-
-    gates: Tensor  # (K, B, m) float32
-    mix: Tensor  # (K, B) float64, sums to 1 over K
-    factors: bool = False  # gate A and B apart (the paper code's Rewarded Soup)
-
-
-#: what a blend returns for a run: step_index → BlendStep
-BlendPlan = Callable[[int], BlendStep]
 
 
 class Blend(ABC):
@@ -157,6 +149,9 @@ class DBMPA(_Weighted):
         normalize: divide weights by their sum.
         kl_scale: λ ≥ 0, one for all images or one each; 1 is plain DB-MPA, 0 the base model, above 1 extrapolates.
         strengths: adapter → sᵢ ≥ 0; those left out have 1.
+        full_share: in [0, 1], of the steps: the first ones, which compute every row. Later ones compute one row in
+            turn and take the others' differences to it from the last full step, see :mod:`dblightning.few_rows`.
+        refresh: steps from one full step to the next after the first share; None: none after it.
     """
 
     def __init__(
@@ -165,9 +160,13 @@ class DBMPA(_Weighted):
         kl_scale: float | Sequence[float] = 1.0,
         normalize: bool = False,
         strengths: Mapping[str, float] | None = None,
+        full_share: float = 1.0,
+        refresh: int | None = None,
     ) -> None:
         super().__init__(weights, normalize, strengths)
+        few_rows.check(full_share, refresh)
         self.kl_scale = kl_scale
+        self.full_share, self.refresh = full_share, refresh
 
     def start(
         self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
@@ -179,13 +178,13 @@ class DBMPA(_Weighted):
         gates = torch.cat([torch.zeros(1, m), torch.eye(m)]).unsqueeze(1).expand(-1, batch, -1)
 
         own = strengths_of(self.strengths, adapters)
-
-        def plan(step_index: int) -> BlendStep:
-            weights = table[step_index] if own is None else table[step_index] * own
-            total = scale if own is None else scale * weights.sum(1)
-            return BlendStep(gates, torch.cat([(1 - total)[None], scale * weights.T]))
-
-        return plan
+        shares = table if own is None else table * own
+        base = 1 - (scale.expand(num_steps, -1) if own is None else scale * shares.sum(2))
+        mixes = torch.cat([base[:, None], (scale[:, None] * shares).mT], dim=1)  # (T, 1 + m, B)
+        if self.full_share == 1:
+            return lambda step_index: BlendStep(gates, mixes[step_index])
+        now = few_rows.in_turn(mixes, ["", *adapters], self.full_share, self.refresh)
+        return lambda step_index: PartialStep.of(BlendStep(gates, mixes[step_index]), now[step_index])
 
 
 class DBKLA(DBMPA):

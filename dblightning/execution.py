@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dblightning.adapters import Gating
 from dblightning.backbone import Backbone, Conditioning
-from dblightning.blending import BlendPlan, BlendStep
+from dblightning.blend_step import BlendPlan, BlendStep
+from dblightning.kept_outputs import Recalled
 
 Execution = Literal["auto", "gated", "merged"]
 
@@ -122,6 +123,7 @@ def predict(
     conditioning: Conditioning,
     calls: Calls,
     guidance_scale: float,
+    recalled: Recalled | None = None,
 ) -> Tensor:
     """The blended prediction of B images, Σ_k mix[k, b] · ε(x_b, t, c_b ; gates[k, b]).
 
@@ -132,6 +134,7 @@ def predict(
         calls: of :func:`arrange`.
         guidance_scale: classifier-free guidance; 1 off. Applied per row, which equals applying it to the mix; where it
             is not affine in the predictions, both passes are mixed and guided once.
+        recalled: outputs of earlier steps, which are part of the mix.
 
     Returns:
         (B, C, h, w), float32.
@@ -148,22 +151,24 @@ def predict(
         )
         for call in calls.calls
     ]
-    mixed = _mixed(outputs, calls, len(latents))
+    rows = _in_place(outputs, calls, len(latents))
+    if calls.mix is None:
+        mixed = rows[0]
+    else:
+        mixed = (calls.mix.to(rows.dtype).view(*calls.mix.shape, *[1] * (rows.ndim - 2)) * rows).sum(0)
+    if recalled is not None:
+        mixed = recalled.complete(mixed, rows)
     if guided_last:
         return backbone.guide(mixed[:, 0], mixed[:, 1], guidance_scale, conditioning)
     return mixed
 
 
-def _mixed(outputs: list[Tensor], calls: Calls, images: int) -> Tensor:
-    """Each call's outputs, put in the place of their images and mixed."""
+def _in_place(outputs: list[Tensor], calls: Calls, images: int) -> Tensor:
+    """Each call's outputs, put in the place of their rows and images: (K, B, …)."""
     if calls.mix is None and len(outputs) == 1:
-        return outputs[0]
+        return outputs[0][None]
     output = torch.cat(outputs)
     # scattered to (K, B) and summed over K, not index_add: atomics would make a GPU's sum depend on its order
     height = 1 if calls.mix is None else len(calls.mix)
     rows = torch.zeros(height * images, *output.shape[1:], dtype=output.dtype, device=output.device)
-    rows = rows.index_copy(0, torch.cat([call.rows for call in calls.calls]), output)
-    if calls.mix is None:
-        return rows
-    shape = (height, images, *[1] * (output.ndim - 1))
-    return (calls.mix.to(output.dtype).view(shape) * rows.unflatten(0, shape[:2])).sum(0)
+    return rows.index_copy(0, torch.cat([call.rows for call in calls.calls]), output).unflatten(0, (height, images))

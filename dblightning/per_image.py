@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dblightning.blending import Blend, BlendPlan, BlendStep
+from dblightning.blending import Blend, BlendPlan, BlendStep, PartialStep
 
 
 class PerImage(Blend):
@@ -51,8 +51,10 @@ def _beside(steps: Sequence[BlendStep]) -> BlendStep:
         raise ValueError("rewarded-soup-factors gates A and B apart, so its images need a batch of their own")
     height = max(len(step.mix) for step in steps)
     gates = torch.zeros(height, len(steps), steps[0].gates.shape[-1])
-    mix = torch.zeros(height, len(steps), dtype=torch.float64)
+    mix, now = torch.zeros(2, height, len(steps), dtype=torch.float64)
     for image, step in enumerate(steps):
         gates[: len(step.mix), image] = step.gates[:, 0]
         mix[: len(step.mix), image] = step.mix[:, 0]
-    return BlendStep(gates, mix, factors.pop())
+        now[: len(step.mix), image] = (step.now if isinstance(step, PartialStep) else step.mix)[:, 0]
+    whole = BlendStep(gates, mix, factors.pop())
+    return PartialStep.of(whole, now) if any(isinstance(step, PartialStep) for step in steps) else whole

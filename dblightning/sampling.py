@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dblightning.backbone import Backbone, Conditioning
-from dblightning.blending import Blend, BlendPlan, BlendStep
+from dblightning.blending import Blend, BlendPlan, BlendStep, PartialStep
 from dblightning.execution import (
     MERGED_GROUP,
     Call,
@@ -25,6 +25,7 @@ from dblightning.execution import (
     count_vectors,
     predict,
 )
+from dblightning.kept_outputs import KeptOutputs
 from dblightning.methods import construct
 from dblightning.noise import ImageNoise
 from dblightning.solvers import Solver
@@ -71,9 +72,12 @@ class Run:
     prompts: list[str] | None = None  # for steering, which scores images
     _arranged: dict[tuple[Any, ...], Calls] = field(default_factory=dict)
     _copied: dict[int, Conditioning] = field(default_factory=dict)
+    _kept: KeptOutputs | None = field(default=None, init=False)  # of a blend that does not compute all its rows
 
     def __post_init__(self) -> None:
         check_execution(self.execution, self.max_rows)
+        if any(isinstance(self.plan(step_index), PartialStep) for step_index in range(self.num_steps)):
+            self._kept = KeptOutputs()
         limit = self.backbone.adapters.merged_limit
         if self.execution == "auto" and count_vectors(self.plan, self.num_steps) > limit:
             self.execution = "gated"  # merging anew at every step costs more than gating
@@ -88,6 +92,11 @@ class Run:
         """T, the number of denoising steps."""
         return len(self.solver.timesteps)
 
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether steps take outputs of earlier ones, so that they have to be predicted once each and in order."""
+        return self._kept is not None
+
     def images(self, part: slice) -> Run:
         """The same run for some of its images."""
         index = torch.arange(self.batch)[part]
@@ -95,8 +104,9 @@ class Run:
             return self
 
         def plan(step_index: int) -> BlendStep:
-            gates, mix, factors = self.plan(step_index)
-            return BlendStep(gates[:, index], mix[:, index], factors)
+            step = self.plan(step_index)
+            part = BlendStep(step.gates[:, index], step.mix[:, index], step.factors)
+            return PartialStep.of(part, step.now[:, index]) if isinstance(step, PartialStep) else part
 
         prompts = None if self.prompts is None else self.prompts[part]
         return replace(
@@ -110,10 +120,12 @@ class Run:
         if change.conditioning is not None:
             self.conditioning = change.conditioning
             self._copied.clear()
-            state = State(state.latents)
         if change.guidance_scale is not None:
             self.guidance_scale = change.guidance_scale
+        if change.conditioning is not None or change.guidance_scale is not None:
             state = State(state.latents)
+            if self._kept is not None:
+                self._kept.drop()
         if change.latents is not None and change.latents is not state.latents:
             state = State(change.latents.to(state.latents.dtype))
         return state
@@ -123,11 +135,15 @@ class Run:
         copies = len(latents) // self.batch
         scaled = self.solver.scale(latents, step_index)
         timesteps = self.solver.timesteps[step_index].to(latents.device).expand(len(latents))
+        step, recalled = self.plan(step_index), None
+        if self._kept is not None:
+            step, recalled = self._kept.split(step)
         while True:
-            calls = self._calls(self.plan(step_index), copies, latents.device)
+            calls = self._calls(step, copies, latents.device)
             largest = max(len(call.rows) for call in calls.calls)
             try:
-                return predict(self.backbone, scaled, timesteps, self._rows(copies), calls, self.guidance_scale)
+                rows = self._rows(copies)
+                return predict(self.backbone, scaled, timesteps, rows, calls, self.guidance_scale, recalled)
             except torch.OutOfMemoryError:
                 if largest == 1:
                     raise
@@ -298,6 +314,11 @@ def denoise_loop(
         max_rows,
         None if prompts is None else list(prompts),
     )
+    if steering is not None and run.keeps_outputs:
+        raise ValueError(
+            f"{type(blend).__name__} takes outputs of earlier steps, which a {type(steering).__name__} cannot follow; "
+            "compute every row at every step (full_share 1)"
+        )
     steering = steering or Unsteered()
     steering.start(run)
     if latents is None:

@@ -27,8 +27,9 @@ LAYERS: dict[str, str] = {
     "trackio_logger",
     "evaluation": "evaluation sharing",
     "pipeline": "pipeline pipeline_call pipeline_files pipeline_inputs pipeline_lora preset shared_pipeline",
-    "algorithm": "rollout sampling execution blending per_image methods draws search steering policy_gradient replay "
-    "value batch_size average objectives training_settings rollout_sampler same_run window learner basis",
+    "algorithm": "rollout sampling execution blend_step blending few_rows kept_outputs per_image methods draws search "
+    "steering policy_gradient replay value batch_size average objectives training_settings "
+    "rollout_sampler same_run window learner basis",
     "model": "backbone adapters solvers schedule ddim flow flow_solver gaussian_step ode noise prompt_cache "
     "gaussian_mixture",
     "rewards and miniature": "rewards miniature",

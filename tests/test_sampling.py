@@ -151,6 +151,51 @@ def test_a_blend_is_what_set_adapter_and_ddim_scheduler_make(plain: Any, ours: A
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
+#: a blend for fewer rows: its coefficients, and whose turn it is at the twelve of twenty steps that compute one row
+FEW_ROWS = {
+    "two": (DBMPA({"a": 0.3, "b": 0.7}, full_share=0.25, refresh=5), {"a": 0.3, "b": 0.7}, "babbabbbabba"),
+    "two, lambda 2": (
+        DBMPA({"a": 0.5, "c": 0.5}, 2.0, full_share=0.25, refresh=5),
+        {None: -1.0, "a": 1.0, "c": 1.0},
+        "acacacacacac",
+    ),
+}
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("case", FEW_ROWS)
+def test_db_mpa_for_fewer_rows_is_diffusers_with_predictions_kept_by_hand(
+    plain: Any, ours: Any, case: str, eta: float
+) -> None:
+    """ε = εᵢ + Σⱼ cⱼ (εⱼ − εᵢ), the differences of step 4, 9 or 14: one prediction is new."""
+    blend, coefficients, turns = FEW_ROWS[case]
+    first, noises = noises_of(2)
+    scheduler = DDIMScheduler.from_config(plain.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    texts, latents, kept, turn = embed(plain, [""] * len(PROMPTS) + PROMPTS), first, {}, iter(turns)
+    for index, timestep in enumerate(scheduler.timesteps):
+
+        def guided(name: str | None, x: Any = latents, time: Any = timestep) -> Any:
+            unconditional, conditional = plain.models[name](torch.cat([x] * 2), time, texts).sample.chunk(2)
+            return unconditional + GUIDANCE * (conditional - unconditional)
+
+        with torch.no_grad():
+            if index in (0, 1, 2, 3, 4, 9, 14, 19):
+                kept = {name: guided(name) for name in coefficients}
+                blended = sum(c * kept[name] for name, c in coefficients.items())
+            else:
+                name = next(turn)
+                blended = guided(name) + sum(c * (kept[each] - kept[name]) for each, c in coefficients.items())
+        variance_noise = {"variance_noise": noises[index]} if eta else {}
+        latents = scheduler.step(blended, timestep, latents, eta=eta, **variance_noise).prev_sample
+    ours.rows_run = 0
+    got = our_blend(ours, blend, eta, steps=STEPS)
+    torch.testing.assert_close(got, latents, rtol=0, atol=2e-4)  # twice the above: λ = 2 doubles the rounding
+    assert ours.rows_run == len(PROMPTS) * (8 * len(coefficients) + 12)
+    exact = our_blend(ours, DBMPA(blend.weights, blend.kl_scale), eta, steps=STEPS)
+    assert (got - exact).abs().max() > 1e-2  # the twelve steps are approximations here
+
+
 def test_the_adapters_of_this_file_make_a_difference(ours: Any) -> None:
     base = our_blend(ours, Base(), 0.0)
     for name in ADAPTERS:  # a hundred times the tolerance above, or those comparisons would show nothing
