@@ -29,7 +29,7 @@ def check(full_share: float, refresh: int | None) -> None:
 def full_steps(num_steps: int, full_share: float, refresh: int | None) -> Tensor:
     """The steps at which every row is computed, bool (T,).
 
-    >>> full_steps(10, 0.25, 4).int().tolist()
+    >>> full_steps(10, 0.2, 4).int().tolist()
     [1, 1, 0, 0, 0, 1, 0, 0, 0, 1]
 
     Args:
