@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import moocore
 import numpy as np
 import pandas as pd
 
@@ -35,7 +34,9 @@ def pareto(points: np.ndarray) -> np.ndarray:
         raise ValueError(f"a front needs points of two or more rewards, shape (n, m); got shape {points.shape}")
     flags = np.isfinite(points).all(axis=1)
     if flags.any():
-        flags[flags] = moocore.is_nondominated(points[flags], maximise=True, keep_weakly=True)
+        rivals = points[flags]
+        as_good = (rivals[None] >= rivals[:, None]).all(-1)  # the second index is at least as good as the first
+        flags[flags] = ~(as_good & ~as_good.T).any(1)
     return flags
 
 
@@ -54,13 +55,14 @@ def hypervolume(points: np.ndarray, reference: Sequence[float] | np.ndarray) -> 
         raise ValueError(f"points (n, m) and reference (m,) do not fit: {points.shape} and {reference.shape}")
     if not (np.isfinite(points).all() and np.isfinite(reference).all()):
         raise ValueError("hypervolume needs finite points and a finite reference; leave out points with a NaN")
-    return float(moocore.hypervolume(points, reference, maximise=True)) if len(points) else 0.0
+    return float(drawn_hypervolumes(points[None], reference)[0]) if len(points) else 0.0
 
 
 def drawn_hypervolumes(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Hypervolume of many point sets at once.
 
-    In two dimensions the staircase in order of the first reward: Σ (xᵢ − xᵢ₊₁) · max(y₁ … yᵢ); in more, slices of it.
+    In two dimensions the staircase in order of the first reward: Σ (xᵢ − xᵢ₊₁) · max(y₁ … yᵢ); in more, slices of it:
+    work grows as samples · n^(m−1). 10,000 samples of 66 points in three rewards take a second.
 
     Args:
         points: (samples, n, m), m ≥ 2.
@@ -69,9 +71,6 @@ def drawn_hypervolumes(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
     Returns:
         (samples,).
     """
-    _, count, rewards = points.shape
-    if count ** (rewards - 2) > 30:  # as many slices take longer than one call per sample
-        return np.array([hypervolume(each, reference) for each in points])
     return _staircase(np.clip(points - reference, 0, None))
 
 

@@ -294,10 +294,15 @@ class BlendEvaluationModule(L.LightningModule):
         path = self.out / "scores.parquet"
         counted = {"images": {"scored": len(images), "available": available}}
         write_scores(path, scores, self.record() | counted | self._kl_record())
-        write_report(path, self.out, self.out / "images", show=True)
+        written = write_report(path, self.out, self.out / "images", show=True)
         self._save_grid(scores)
         self._log_report()
-        print(f"scores, tables and report.html: {self.out}")
+        page = "report.html"
+        if written[0].name == page:
+            print(f"scores, tables and {page}: {self.out}")
+        else:
+            print(f"scores, tables and figures: {self.out}")
+            print(f"for one page of them: pip install 'dblightning[report]' && python -m dblightning report {path}")
 
     def _log_report(self) -> None:
         """The report's pictures and tables, to the trainer's loggers where it has any."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-from tabulate import tabulate
 
 #: last row of the table of rewards: one cell per method, not one per reward
 SECONDS = "seconds / image"
@@ -51,8 +50,15 @@ def to_markdown(table: Table) -> str:
         for i, (label, row) in enumerate(zip(table.cells.index, table.cells.to_numpy(), strict=True))
     ]
     headings = [escape(text) for text in [table.cells.index.name, *_headings(table)]]
-    body = tabulate(rows, headings, tablefmt="pipe", disable_numparse=True)
-    return f"{escape(table.caption)}\n\n{body}\n"
+    return f"{escape(table.caption)}\n\n{pipe_table(rows, headings)}\n"
+
+
+def pipe_table(rows: Sequence[Sequence[object]], headings: Sequence[object]) -> str:
+    """Text cells as a Markdown table whose columns are as wide as their widest cells; a cell's line ends are spaces."""
+    lines = [[" ".join(str(cell).splitlines()) for cell in line] for line in (headings, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    head, *body = (f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+    return "\n".join([head, f"|{'|'.join(':' + '-' * (width + 1) for width in widths)}|", *body])
 
 
 _LATEX = {

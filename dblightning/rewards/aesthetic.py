@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dblightning.extras import check_extra
 from dblightning.rewards import _convert
 from dblightning.rewards.clip import HUGGINGFACE_FILES, OPEN_CLIP_FILES, CLIPReward, load_clip, open_clip_tokenizer
 from dblightning.rewards.linear_head import LinearHead, head_widths
@@ -43,6 +44,7 @@ class AestheticScore(CLIPReward):
         micro_batch_size: int | None = 32,
         **kwargs: Any,
     ) -> None:
+        check_extra("AestheticScore", "open_clip", "clip")
         # the head first: a file of 4 MB tells that something is wrong before one of 1.7 GB is read
         head = load_head(_convert.find_file(weights, HEAD_FILES, "trl-lib/ddpo-aesthetic-predictor", "AestheticScore"))
         names = HUGGINGFACE_FILES + OPEN_CLIP_FILES

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dblightning.extras import check_extra
 from dblightning.rewards import _convert
 from dblightning.rewards.base import RewardMetric
 from dblightning.rewards.preprocess import (
@@ -133,6 +134,18 @@ class CLIPReward(RewardMetric):
         self._texts.clear()
 
 
+def open_clip_library(purpose: str = "a reward by CLIP") -> Any:
+    """The package open_clip, which imports timm: only where a network is built.
+
+    Raises:
+        ImportError: the extra is not installed.
+    """
+    check_extra(purpose, "open_clip", "clip")
+    import open_clip
+
+    return open_clip
+
+
 def _unit(features: Tensor) -> Tensor:
     return functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
@@ -153,16 +166,16 @@ def load_clip(
         purpose: the reward's name, for error texts.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it does not hold this network's weights.
+        ImportError: the extra ``clip`` is not installed. FileNotFoundError: no such file. ValueError: it does not hold
+            this network's weights.
     """
+    open_clip = open_clip_library(purpose)
     path = _convert.find_file(weights, names, default_repo, purpose)
     state = _convert.open_clip_state(_convert.read_state_dict(path), str(path))
     config = _config_beside(path, weights) or _named_config(architecture)
     # written by old versions of both libraries; computed here
     state = {key: value for key, value in state.items() if key not in ("attn_mask", "visual.attn_mask")}
     if _is_plain(config):
-        import open_clip
-
         fields = {key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")}
         quick_gelu = bool(config.get("quick_gelu", False))
         return _convert.build_and_load(lambda: open_clip.CLIP(**fields, quick_gelu=quick_gelu), state, str(path))
@@ -171,8 +184,7 @@ def load_clip(
 
 def open_clip_tokenizer(architecture: str | dict[str, Any] | None = None) -> Tokenizer:
     """open_clip's tokenizer for a network (its text is cleaned by ftfy and lower-cased); needs no file or network."""
-    import open_clip
-
+    open_clip = open_clip_library()
     if isinstance(architecture, str):
         return open_clip.get_tokenizer(architecture)
     return open_clip.SimpleTokenizer(context_length=77)
@@ -196,9 +208,7 @@ def huggingface_tokenizer(
     if source is not None:
         tokenizer = CLIPTokenizer.from_pretrained(source)
     else:
-        import open_clip
-
-        ours = open_clip.SimpleTokenizer()
+        ours = open_clip_library().SimpleTokenizer()
         names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
         vocabulary = {names.get(token, token): index for token, index in ours.encoder.items()}
         merges = sorted(ours.bpe_ranks, key=lambda pair: ours.bpe_ranks[pair])
@@ -284,9 +294,7 @@ def huggingface_config(config: dict[str, Any], source: str) -> dict[str, Any]:
 def _named_config(architecture: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(architecture, dict):
         return architecture
-    import open_clip
-
-    config = open_clip.get_model_config(architecture)
+    config = open_clip_library().get_model_config(architecture)
     if config is None:
         raise ValueError(f"open_clip knows no model {architecture!r}; open_clip.list_models() lists them")
     return config
@@ -302,8 +310,7 @@ def _is_plain(config: dict[str, Any]) -> bool:
 def _load_other(architecture: str | dict[str, Any], path: Path) -> nn.Module:
     if not isinstance(architecture, str):
         raise ValueError("a network that is not a plain CLIP has to be given by its open_clip name")
-    import open_clip
-
+    open_clip = open_clip_library()
     model = open_clip.create_model(architecture, pretrained=None)
     try:
         open_clip.load_checkpoint(model, str(path))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dblightning.rewards.clip import CLIPReward, load_clip, open_clip_tokenizer
+from dblightning.rewards.clip import CLIPReward, load_clip, open_clip_library, open_clip_tokenizer
 from dblightning.rewards.preprocess import Preprocessing
 
 
@@ -64,9 +64,7 @@ class CLIPScore(CLIPReward):
 def _is_tag(weights: str | Path, architecture: str | dict[str, Any]) -> bool:
     if isinstance(architecture, dict) or Path(weights).expanduser().exists():
         return False
-    import open_clip
-
-    return str(weights) in open_clip.list_pretrained_tags_by_model(architecture)
+    return str(weights) in open_clip_library("CLIPScore").list_pretrained_tags_by_model(architecture)
 
 
 def load_tagged(tag: str | Path, architecture: str | dict[str, Any]) -> Any:
@@ -75,8 +73,7 @@ def load_tagged(tag: str | Path, architecture: str | dict[str, Any]) -> Any:
     Raises:
         FileNotFoundError: neither gives them.
     """
-    import open_clip
-
+    open_clip = open_clip_library("CLIPScore")
     try:
         return open_clip.create_model(str(architecture), pretrained=str(tag))
     except Exception as error:

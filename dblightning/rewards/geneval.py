@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dblightning.extras import check_extra
 from dblightning.geneval_prompts import COLORS, TAGS
 from dblightning.rewards.clip import HUGGINGFACE_FILES, OPEN_CLIP_FILES, CLIPReward, load_clip, open_clip_tokenizer
 from dblightning.rewards.detection import MASK2FORMER, Detection, Detector, TransformersDetector
@@ -85,6 +86,7 @@ class GenEvalAccuracy(CLIPReward):
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")
         if max_objects < 5:
             raise ValueError(f"max_objects must be >= 5, or a count of four cannot fail, got {max_objects}")
+        check_extra("GenEval's colours", "open_clip", "clip")  # before the detector is read
         samples = known_samples(metadata)
         found: Any = TransformersDetector(detector) if isinstance(detector, str | Path) else detector
         super().__init__(

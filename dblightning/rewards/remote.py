@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dblightning.extras import check_extra
 from dblightning.rewards.base import RewardMetric, RewardUnavailable
 from dblightning.rewards.preprocess import map_images
 
@@ -64,7 +65,7 @@ class RemoteReward(RewardMetric):
         kwargs: as of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: an argument outside its range.
+        ImportError: the extra ``remote`` is not installed. ValueError: an argument outside its range.
     """
 
     #: where requests go, below ``url``
@@ -86,6 +87,7 @@ class RemoteReward(RewardMetric):
         trust_env: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_extra(type(self).__name__, "httpx2", "remote")
         super().__init__(micro_batch_size, **kwargs)
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -40,11 +40,10 @@ def gains_of(path: str | Path, level: float = 0.95) -> Gains:
     Raises:
         FileNotFoundError, ValueError: not a score table; or one without a base, over which nothing is a gain.
     """
-    from tabulate import tabulate
-
     from dblightning.evaluation.analysis import GAIN, estimate
     from dblightning.evaluation.cells import cell, estimate_cell, readable_labels
     from dblightning.evaluation.scores import REWARD, read_scores
+    from dblightning.evaluation.table_formats import pipe_table
 
     frame, record = read_scores(path)
     estimates = estimate(frame, level=level)
@@ -68,7 +67,7 @@ def gains_of(path: str | Path, level: float = 0.95) -> Gains:
         f"{prompts} prompts × {seeds} seeds{''.join(f', {each}' for each in settings)}; the same noise for every row, "
         f"gains paired, {level:.0%} bootstrap intervals over {unit}"
     )
-    table = tabulate(rows, ["blend", *estimates.rewards], tablefmt="pipe", disable_numparse=True)
+    table = pipe_table(rows, ["blend", *estimates.rewards])
     return Gains(table, where, estimates.held_out, max(0, len(order) - MAX_ROWS))
 
 

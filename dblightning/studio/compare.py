@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from dblightning.extras import check_extra
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -30,7 +32,7 @@ def read_report(scores: Path, folder: Path) -> Report:
         folder: where a folder of its own is made; the same table is written once.
 
     Raises:
-        FileNotFoundError, ValueError: not a score table, or one that is not finished.
+        FileNotFoundError, ValueError: not a score table, or one that is not finished. ImportError: no plotly.
     """
     import pandas as pd
 
@@ -38,9 +40,10 @@ def read_report(scores: Path, folder: Path) -> Report:
     from dblightning.evaluation.cells import cell
     from dblightning.evaluation.equal_terms import whole_verdict
     from dblightning.evaluation.merge import read_all
-    from dblightning.evaluation.report import write_report
+    from dblightning.evaluation.report import PAGE_NEEDS, write_report
     from dblightning.evaluation.scores import preference_sets
 
+    check_extra("the Compare tab", PAGE_NEEDS, "studio")
     if not scores.is_file():
         raise FileNotFoundError(f"no score table {scores}")
     out = folder / hashlib.sha256(scores.read_bytes()).hexdigest()[:12]

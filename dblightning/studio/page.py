@@ -175,7 +175,7 @@ class Studio:
             return "⚠️ Choose a score table, or upload one.", gr.skip(), gr.skip(), gr.skip()
         try:
             found = read_report(file, Path(self.folder.name))
-        except (OSError, ValueError, KeyError) as error:
+        except (ImportError, OSError, ValueError, KeyError) as error:
             return f"⚠️ {error}", gr.skip(), gr.skip(), gr.skip()
         return found.verdict, found.table, found.picture, str(found.page)
 

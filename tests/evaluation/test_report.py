@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+pytest.importorskip("plotly", reason="needs pip install 'dblightning[report]'")
+
 from dblightning.evaluation import report, report_parts
 from dblightning.evaluation.analysis import estimate
 from dblightning.evaluation.merge import read_all
 from dblightning.evaluation.report import print_summary, report_main, write_report
 from dblightning.evaluation.report_parts import IMAGE_BYTES, image_grids, image_uri, pareto_plots
 from dblightning.evaluation.scores import preference_sets, write_scores
+from dblightning.evaluation.table_formats import pipe_table
 from tests.evaluation.synthetic import blend, evaluation, preference, score_table
 
 RECORD = {
@@ -358,3 +362,29 @@ def test_the_printed_summary_has_every_blend(capsys: pytest.CaptureFixture[str])
     print_summary(frame)
     printed = capsys.readouterr().out
     assert all(label in printed for label in frame["blend"])
+
+
+def test_without_the_extra_everything_but_the_page_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = tmp_path / "scores.parquet"
+    write_scores(scores, evaluation(prompts=3), RECORD)
+    files = {}
+    for name in ("with", "without"):
+        if name == "without":
+            monkeypatch.setitem(sys.modules, "plotly", None)
+        written = write_report(scores, tmp_path / name, samples=50, show=True)
+        files[name] = {str(file.relative_to(tmp_path / name)) for file in written}
+    assert files["with"] - files["without"] == {"report.html"} and len(files["without"]) > 20
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        report_main([str(tmp_path / "nowhere.parquet")])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "plotly" in said and "pip install 'dblightning[report]'" in said and "nowhere" not in said
+
+
+def test_a_markdown_table_is_as_wide_as_its_cells_and_a_row_one_line() -> None:
+    assert pipe_table([["a", "1 ± 2"], ["long\nname", ""]], ["blend", "r"]) == (
+        "| blend     | r     |\n|:----------|:------|\n| a         | 1 ± 2 |\n| long name |       |"
+    )

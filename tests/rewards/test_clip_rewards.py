@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +19,8 @@ from dblightning.rewards._convert import open_clip_state
 from dblightning.rewards.clip import huggingface_config, huggingface_tokenizer, open_clip_tokenizer
 from dblightning.rewards.preprocess import CLIP_MEAN, CLIP_STD, to_uint8
 from tests.rewards import tiny
+
+open_clip = pytest.importorskip("open_clip", reason="needs pip install 'dblightning[clip]'")
 
 PROMPTS = [
     "a photo of a cat",

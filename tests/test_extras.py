@@ -1,0 +1,141 @@
+"""What the core install brings, and what is said where an extra is missing."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from dblightning.extras import check_extra
+from tests.test_architecture import imported, trees
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+#: modules that are imported by a feature of an extra alone
+OF_EXTRAS = {
+    "evaluation.report_page": "report",
+    "evaluation.report_parts": "report",
+    "rewards.server": "reward-server",
+    "serving.service": "serve",
+    "serving.worker": "serve",
+    "studio.page": "studio",
+}
+#: imported, not declared: what each of them is brought by, whatever is chosen
+BROUGHT = {
+    "huggingface_hub": "diffusers",
+    "safetensors": "diffusers",
+    "tokenizers": "transformers",
+    "tqdm": "lightning",
+    "PyYAML": "lightning",
+}
+#: the same of extras
+BROUGHT_BY_EXTRAS = {"serve": {"fastapi"}}
+#: imported where an environment of one's own has them
+FOREIGN = {"pytorch_lightning", "IPython"}
+#: distributions whose module has another name
+NAMES = {"PIL": "pillow", "yaml": "PyYAML", "open_clip": "open_clip_torch", "tensorflow": "tensorflow-cpu"}
+
+
+def distribution(requirement: str) -> str:
+    """A requirement's name, as distributions are compared: lower case, "-"."""
+    return re.split(r"[\[<>=!~; ]", requirement)[0].lower().replace("_", "-")
+
+
+def core() -> set[str]:
+    return {distribution(each) for each in PROJECT["dependencies"]}
+
+
+def of_extra(extra: str) -> set[str]:
+    found = set()
+    for each in PROJECT["optional-dependencies"][extra]:
+        nested = re.fullmatch(r"dblightning\[(.+)\]", each)
+        found |= set().union(*map(of_extra, nested[1].split(","))) if nested else {distribution(each)}
+    return found
+
+
+def third_party(name: str) -> set[tuple[str, bool]]:
+    """Distributions that a module imports, each with whether inside a function."""
+    tops = {(dotted.split(".")[0], inside) for dotted, inside in imported(trees()[name])}
+    return {
+        (distribution(NAMES.get(top, top)), inside)
+        for top, inside in tops
+        if top not in sys.stdlib_module_names and top not in {"dblightning", *FOREIGN}
+    }
+
+
+def test_the_core_has_at_most_15_direct_dependencies() -> None:
+    assert len(PROJECT["dependencies"]) <= 15
+
+
+def test_what_is_imported_undeclared_is_brought_by_a_dependency_of_the_core() -> None:
+    for name, by in BROUGHT.items():
+        assert distribution(by) in core() and distribution(name) not in core()
+        brought = [each for each in metadata.requires(by) or [] if "extra ==" not in each]
+        assert distribution(name) in map(distribution, brought), name
+
+
+def test_every_import_is_of_the_core_or_of_an_extra() -> None:
+    """At a module's top only of the core, unless the module is an extra's."""
+    always = core() | set(map(distribution, BROUGHT))
+    extras = {name: of_extra(name) | BROUGHT_BY_EXTRAS.get(name, set()) for name in PROJECT["optional-dependencies"]}
+    optional = set().union(*extras.values())
+    for name in trees():
+        own = extras[OF_EXTRAS[name]] if name in OF_EXTRAS else set()
+        for each, inside in third_party(name):
+            assert each in always | own | (optional if inside else set()), f"{name} imports {each}"
+
+
+def test_nothing_of_the_core_goes_unused() -> None:
+    used = {each for name in trees() for each, _ in third_party(name)}
+    # TensorBoardLogger, lightning's default, imports it
+    assert core() - used == {"tensorboard"}
+
+
+def test_every_module_of_the_core_is_imported_without_an_extra() -> None:
+    always = core() | set(map(distribution, BROUGHT))
+    names = {top for name in trees() for dotted, _ in imported(trees()[name]) for top in [dotted.split(".")[0]]}
+    extras = {
+        top
+        for top in names - set(sys.stdlib_module_names) - {"dblightning", *FOREIGN}
+        if distribution(NAMES.get(top, top)) not in always
+    }
+    assert {"plotly", "open_clip", "httpx2", "gradio", "litserve", "optuna"} <= extras
+    extras -= {"httpx2"}  # huggingface_hub 2 imports it itself
+    modules = [name for name in trees() if name not in OF_EXTRAS and name not in ("__main__", "dblightning")]
+    code = (
+        f"import sys, importlib\nsys.modules |= dict.fromkeys({sorted(extras)})\n"
+        f"for name in {modules}: importlib.import_module('dblightning.' + name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("reward", "arguments", "module", "extra"),
+    [
+        ("PickScore", {"weights": "nowhere"}, "open_clip", "clip"),
+        ("HPSv2", {"weights": "nowhere"}, "open_clip", "clip"),
+        ("AestheticScore", {"weights": "nowhere"}, "open_clip", "clip"),
+        ("CLIPScore", {}, "open_clip", "clip"),
+        ("GenEvalAccuracy", {"detector": "nowhere"}, "open_clip", "clip"),
+        ("RemoteReward", {"url": "http://localhost:1"}, "httpx2", "remote"),
+        ("ChatJudge", {"url": "http://localhost:1/v1", "model": "any", "rubric": "any"}, "httpx2", "remote"),
+    ],
+)
+def test_a_reward_names_its_extra_before_it_reads_a_file(
+    reward: str, arguments: dict[str, str], module: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dblightning import rewards
+
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"needs {module}.*pip install 'dblightning\[{extra}\]'"):
+        getattr(rewards, reward)(**arguments)
+
+
+def test_an_installed_library_is_no_complaint() -> None:
+    check_extra("this", "torch", "none")
