@@ -1,6 +1,7 @@
 """Every objective on the miniature's alignment at the same CPU seconds: gains, and the KL they were paid with.
 
     python benchmarks/objectives.py --seconds 180 --json benchmarks/results/objectives.json
+    python benchmarks/objectives.py --base miniature-flow --only "ReFL, eight updates" Flow-DPPO
     python benchmarks/objectives.py --tiny
 
 All train the same adapter (rank 16, feed-forward layers too) on the same reward (0.4 smooth and 0.6 strict alignment)
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,11 +38,27 @@ from dblightning.module import RewardRLModule
 from dblightning.objectives import Objective
 from dblightning.rewards import WeightedReward
 
-ADAPTER = {
-    "name": "alignment",
-    "rank": 16,
-    "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
-}
+
+class Base(NamedTuple):
+    """An embedded pipeline: which layers are adapted, and how it is sampled."""
+
+    target_modules: tuple[str, ...]
+    sampling: dict[str, Any]
+
+
+BASES = {
+    "miniature": Base(
+        ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+        {"num_inference_steps": 20, "eta": 1.0, "guidance_scale": 3.0},
+    ),
+    "miniature-flow": Base(
+        (
+            "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+            "attn.add_v_proj", "ff.net.0.proj", "ff.net.2",
+        ),
+        {"num_inference_steps": 10, "noise": "cps", "eta": 1.0, "guidance_scale": 3.0},
+    ),
+}  # fmt: skip
 #: gains whose CPU seconds and images are reported
 TARGETS = (0.25, 0.5, 0.75)
 MEASURED = ("alignment", "alignment_strict", "aesthetic")
@@ -136,10 +153,11 @@ class Marks(L.Callback):
     Args:
         every, until: seconds between two marks, and in all.
         prompts: how many validation prompts.
+        sampling: of their images.
     """
 
-    def __init__(self, every: float, until: float, prompts: int) -> None:
-        self.every, self.until, self.prompts = every, until, prompts
+    def __init__(self, every: float, until: float, prompts: int, sampling: dict[str, Any]) -> None:
+        self.every, self.until, self.prompts, self.sampling = every, until, prompts, sampling
         self.seconds, self.images, self._since = 0.0, 0, 0.0
         self.curve: list[dict[str, float]] = []
         self._base: pd.DataFrame | None = None
@@ -168,24 +186,42 @@ class Marks(L.Callback):
 
     def _scores(self, module: Any, spec: BlendSpec) -> pd.DataFrame:
         rewards = dict(zip(MEASURED, (ShapeAlignment(), ShapeAlignment(strict=True), ShapeAesthetic()), strict=True))
-        sampler = BlendSampler(module.backbone, rewards, 20, 1.0, 3.0, None, seed=0, kl=True)
+        own = self.sampling
+        steps, eta, guidance = own["num_inference_steps"], own["eta"], own["guidance_scale"]
+        sampler = BlendSampler(
+            module.backbone, rewards, steps, eta, guidance, None, seed=0, kl=True, noise=own.get("noise")
+        )
         data = MiniatureDataModule(eval_batch_size=32, limit_val_prompts=self.prompts)
         data.setup("validate")
         return pd.DataFrame([row for batch in data.val_dataloader() for row in sampler.score(batch, spec).rows])
 
 
-def build(settings: dict[str, Any], seed: int) -> RewardRLModule:
+def halved(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same for the flow miniature's ten steps instead of twenty: the first five, or ReFL at the last seven."""
+    name, arguments = settings["objective"]
+    if arguments.get("variant") == "refl":
+        arguments = {**arguments, "steps": 7}
+    found = {**settings, "objective": (name, arguments)}
+    own = settings.get("sampling", {})
+    found["sampling"] = {**own, **{key: 10 for key in ("num_inference_steps", "eval_steps") if key in own}}
+    if "skip_last_steps" in settings["optimisation"]:
+        found["optimisation"] = {**settings["optimisation"], "skip_last_steps": 5}
+    return found
+
+
+def build(settings: dict[str, Any], seed: int, base: str = "miniature") -> RewardRLModule:
     """The module of a variant."""
+    settings = halved(settings) if base == "miniature-flow" else settings
     name, arguments = settings["objective"]
     rewards = {"alignment": ShapeAlignment(), "alignment_strict": ShapeAlignment(strict=True)}
     settings = {"replay": {"buffer_size": None}, **settings}
     groups = ("optimisation", "kl", "advantage", "replay")
     return RewardRLModule(
-        DiffusersBackbone("miniature"),
+        DiffusersBackbone(base),
         WeightedReward(rewards, {"alignment": 0.4, "alignment_strict": 0.6}),
         objective=import_class(f"dblightning.objectives.{name}", "objective", Objective)(**arguments),
-        adapter=ADAPTER,
-        sampling={"num_inference_steps": 20, "eta": 1.0, "guidance_scale": 3.0, **settings.get("sampling", {})},
+        adapter={"name": "alignment", "rank": 16, "target_modules": list(BASES[base].target_modules)},
+        sampling={**BASES[base].sampling, **settings.get("sampling", {})},
         seed=seed,
         **{group: settings[group] for group in groups if group in settings},
     )
@@ -194,9 +230,9 @@ def build(settings: dict[str, Any], seed: int) -> RewardRLModule:
 def train(settings: dict[str, Any], seed: int, options: argparse.Namespace) -> list[dict[str, float]]:
     """The learning curve of a variant."""
     L.seed_everything(seed, verbose=False)
-    module = build(settings, seed)
+    module = build(settings, seed, options.base)
     data = MiniatureDataModule(train_on="wide", rollouts_per_epoch=10**6, **settings["data"])
-    marks = Marks(options.every, options.seconds, options.prompts)
+    marks = Marks(options.every, options.seconds, options.prompts, BASES[options.base].sampling)
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -218,7 +254,8 @@ def markdown(record: dict[str, Any]) -> str:
     settings = record["settings"]
     heads = " | ".join(f"CPU s (images) to +{target:g}" for target in TARGETS)
     lines = [
-        f"{settings['seconds']:g} CPU seconds of training each, {settings['prompts']} validation prompts, scored every "
+        f"{settings.get('base', 'miniature')}, {settings['seconds']:g} CPU seconds of training each, "
+        f"{settings['prompts']} validation prompts, scored every "
         f"{settings['every']:g} seconds; gains over the base at the end, ± half a 95 % interval, and the path KL in "
         f"nats. One thread. {machine.sentence(record['machine'])}.",
         "",
@@ -247,6 +284,7 @@ def state(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, An
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--base", choices=list(BASES), default="miniature")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--seconds", type=float, default=180.0, help="CPU seconds of training")
     parser.add_argument("--every", type=float, default=45.0, help="CPU seconds between two scorings")
@@ -257,7 +295,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.tiny:
         options.seconds, options.every, options.prompts = 0.0, 1.0, 4
     torch.set_num_threads(1)
-    record = state(options, {name: getattr(options, name) for name in ("seconds", "every", "prompts")})
+    settings = {name: getattr(options, name) for name in ("seconds", "every", "prompts")}
+    record = state(options, settings | ({"base": options.base} if options.base != "miniature" else {}))
     done = {(run["variant"], run["seed"]) for run in record["runs"]}
     left = [(name, seed) for seed in options.seeds for name in options.only if (name, seed) not in done]
     for name, seed in left:
