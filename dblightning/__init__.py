@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dblightning.module import RewardRLModule as RewardRLModule
     from dblightning.pipeline import DiffusionBlendPipeline as DiffusionBlendPipeline
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["DiffusionBlendPipeline", "RewardRLModule", "__version__"]
 
 _HOMES = {"DiffusionBlendPipeline": "dblightning.pipeline", "RewardRLModule": "dblightning.module"}
