@@ -4,10 +4,10 @@
     python benchmarks/basis.py --tiny
 
 Both sides are whole commands, ``python -m dblightning fit`` with the start of Python, a validation before and after,
-and the export. The basis is ``configs/miniature/basis.yaml`` for so many rollouts; each single run is that file with
-one adapter's reward and settings, and the same seed. Runs are interleaved, one thread each. The table says how far the
-adapters of the two sides are apart, too. A second table has one update pass alone, forward and backward, three
-adapters' rows together against one adapter's three times over: what is left of the gain in a long run.
+and the export. The basis is ``configs/miniature/basis_policy_gradient.yaml`` for so many rollouts; each single run is
+that file with one adapter's reward and settings, and the same seed. Runs are interleaved, one thread each. The table
+says how far the adapters of the two sides are apart, too. A second table has one update pass alone, forward and
+backward, three adapters' rows together against one adapter's three times over: what is left of the gain in a long run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks import machine
 from benchmarks.publish import publish
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "configs" / "miniature" / "basis.yaml"
+CONFIG = ROOT / "configs" / "miniature" / "basis_policy_gradient.yaml"
 #: name → settings of the update; the first are the config's own
 SETTINGS: dict[str, dict[str, Any]] = {
     "the config's micro-batch": {},

@@ -16,7 +16,7 @@ from dblightning.objectives.old_policy import OldPolicy
 from dblightning.objectives.value import ValueFunction
 from dblightning.rewards.base import RewardMetric
 from dblightning.settings import check
-from dblightning.training_settings import AdapterSettings, BasisAdapter, TrainingSettings, group_of
+from dblightning.training_settings import OF_OBJECTIVE, AdapterSettings, BasisAdapter, TrainingSettings, group_of
 
 
 def make_learners(
@@ -37,34 +37,38 @@ def make_learners(
         reward: of an only adapter.
         adapters: of a basis: name → :class:`BasisAdapter`, or its settings by name.
         settings: the run's.
-        objective: of the first adapter; each other one gets a copy.
+        objective: of the first adapter; each other one gets a copy, and each with settings of its own.
         seed: of the run.
         texts: vectors of prompts, for the value functions.
 
     Raises:
-        ValueError: settings of an adapter out of range, adapters that differ in rank, or an objective for one alone.
+        ValueError: settings of an adapter out of range, adapters that differ in rank, an objective for one alone, or a
+            reward that it cannot train on.
     """
     if adapters is None:
         assert reward is not None
-        given = {settings.adapter.name or reward.name: (reward, settings)}
+        given = {settings.adapter.name or reward.name: (reward, settings, objective)}
     else:
         basis = {name: group_of(BasisAdapter, own) for name, own in adapters.items()}
-        given = {name: (own.reward, settings.of_adapter(name, own)) for name, own in basis.items()}
+        given = {
+            name: (own.reward, settings.of_adapter(name, own), objective.of_adapter(name, own.given(*OF_OBJECTIVE)))
+            for name, own in basis.items()
+        }
         kind = type(objective)
         check(
             kind.several or len(given) == 1,
             f"objective {kind.__name__} trains one adapter, got {', '.join(given)}; train each in a run of its own",
         )
-    for its, own in given.values():
-        objective.check(own)
-        objective.check_reward(its)
+    for name, (its, own, theirs) in given.items():
+        theirs.check(own)
+        _check_reward(theirs, its, "" if adapters is None else f"adapters.{name}.reward: ")
     learners = []
-    for place, (name, (its, own)) in enumerate(given.items()):
+    for place, (name, (its, own, theirs)) in enumerate(given.items()):
         whole = _with_adapter(backbone, name, own, seed)
         learner = Learner(
             name,
             its,
-            objective if place == 0 else copy.deepcopy(objective),
+            theirs if place == 0 else copy.deepcopy(theirs),
             whole,
             _value_function(backbone, own, seed),
             seed,
@@ -79,6 +83,13 @@ def make_learners(
     # one copy of merged weights for each, or rollouts would merge anew at every step
     backbone.adapters.merged_limit = max(backbone.adapters.merged_limit, len(learners))
     return learners
+
+
+def _check_reward(objective: Objective, reward: RewardMetric, whose: str) -> None:
+    try:
+        objective.check_reward(reward)
+    except ValueError as error:
+        raise ValueError(f"{whose}{error}") from error
 
 
 def _with_adapter(backbone: Backbone, name: str, settings: TrainingSettings, seed: int) -> TrainingSettings:

@@ -91,6 +91,7 @@ class Learner(nn.Module):
             "kl_weight": kl.weight,
             "kl_target": kl.target,
             "init": self.settings.adapter.init,
+            **{name: getattr(self.objective, name) for name in self.objective.per_adapter},
         }
 
     def rows(self, count: int) -> slice:

@@ -115,21 +115,20 @@ class RewardRLModule(RewardGradients):
         self.seed, self.validate_first = seed, validate_first
         self.backbone = backbone
         self.eval_rewards = nn.ModuleDict(eval_rewards or {})
-        learners = make_learners(
-            backbone, reward, adapters, self.settings, objective_of(objective), seed, self._vectors
-        )
+        common = objective_of(objective)
+        learners = make_learners(backbone, reward, adapters, self.settings, common, seed, self._vectors)
         self._learners.extend(learners)
         # a file to start from decides rank, lora_alpha and target_modules
         own, given = learners[0].settings.adapter, self.settings.adapter
         self.settings = replace(self.settings, adapter=replace(own, name=given.name, init=given.init))
-        self._save_settings(adapters is not None)
+        self._save_settings(common, adapters is not None)
         self._build()
 
-    def _save_settings(self, several: bool) -> None:
+    def _save_settings(self, objective: Objective, several: bool) -> None:
         run = {"seed": self.seed, "validate_first": self.validate_first}
         basis = {"adapters": {each.name: each.own_settings() for each in self.learners}} if several else {}
         groups = dict(self.settings.groups())
-        self.save_hyperparameters({**run, "objective": described(self.objective), **groups, **basis})
+        self.save_hyperparameters({**run, "objective": described(objective), **groups, **basis})
 
     def _build(self) -> None:
         """Solver, sampler and policy by the settings; and the state of a run that is new."""

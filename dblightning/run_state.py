@@ -21,6 +21,7 @@ from dblightning.learner import by_adapter, of_adapter
 from dblightning.learners import Learners
 from dblightning.lightning_internals import attached_trainer
 from dblightning.miniature import EMBEDDED
+from dblightning.objectives.named import described
 from dblightning.random_state import random_state, restore_random_state
 from dblightning.rewards.base import RewardUnavailable
 from dblightning.same_run import changed_settings, check_same_run
@@ -208,7 +209,7 @@ class RunState(Learners):
         learner = self.learner(adapter)
         check_finite(self.backbone.adapters.state_dict(learner.name), f"the adapter in {folder}")
         settings = {name: value for name, value in self.hparams.items() if name != "adapters"}
-        own = flat({**settings, **dict(learner.settings.groups())})
+        own = flat({**settings, "objective": described(learner.objective), **dict(learner.settings.groups())})
         hparams = {key: value for key, value in own.items() if value is not None}
         made = {"reward": learner.reward.name, "images": self.images_done, "hyperparameters": hparams}
         if getattr(self.backbone, "pretrained", None) in EMBEDDED:

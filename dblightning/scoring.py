@@ -262,4 +262,5 @@ class Scoring(RunState):
             total, count, dropped = map(sum, zip(*(each[name] for each in gathered if name in each), strict=True))
             self.log(name, total / count if count else float("nan"), prog_bar=name.split("/")[1] == "reward")
             if dropped:
-                self.log(f"{name}_dropped", float(dropped))
+                whose = next((each.suffix for each in self.learners if name.endswith(each.suffix)), "")
+                self.log(f"{name.removesuffix(whose)}_dropped{whose}", float(dropped))

@@ -48,6 +48,7 @@ class BasisAdapter:
         learning_rate, clip_grad_norm: see ``optimisation``.
         kl_weight, kl_target: see ``kl``.
         init: folder of a LoRA to start from, of the rank that all have.
+        clip_reward_gradient, clip_adjoint, clip_to_median: of ``objective``, where that is ``RewardGradient``.
     """
 
     reward: RewardMetric
@@ -56,6 +57,18 @@ class BasisAdapter:
     kl_weight: float | None = None
     kl_target: float | None = None
     init: str | None = None
+    clip_reward_gradient: float | None = None
+    clip_adjoint: float | None = None
+    clip_to_median: float | None = None
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of the settings that it has a value of its own for."""
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+#: settings of a :class:`BasisAdapter` that are those of the objective
+OF_OBJECTIVE = ("clip_reward_gradient", "clip_adjoint", "clip_to_median")
 
 
 @dataclass(frozen=True)
@@ -263,15 +276,13 @@ class TrainingSettings:
         Raises:
             ValueError: its own are out of range.
         """
-        given = {field.name: getattr(own, field.name) for field in fields(own) if field.name not in ("reward", "init")}
-        check_settings(given, rules_of("adapters"), f"adapters.{name}")
-        chosen = {setting: value for setting, value in given.items() if value is not None}
-        kl = {setting.removeprefix("kl_"): value for setting, value in chosen.items() if setting.startswith("kl_")}
-        rest = {setting: value for setting, value in chosen.items() if not setting.startswith("kl_")}
+        numbers = [field.name for field in fields(own) if field.name not in ("reward", "init")]
+        check_settings({each: getattr(own, each) for each in numbers}, rules_of("adapters"), f"adapters.{name}")
+        kl = {each.removeprefix("kl_"): value for each, value in own.given("kl_weight", "kl_target").items()}
         found = replace(
             self,
             adapter=replace(self.adapter, name=name, init=own.init),
-            optimisation=replace(self.optimisation, **rest),
+            optimisation=replace(self.optimisation, **own.given("learning_rate", "clip_grad_norm")),
             kl=replace(self.kl, **kl),
         )
         found.check()

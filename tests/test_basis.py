@@ -343,8 +343,10 @@ def test_two_adapters_of_one_name_in_a_file_are_refused_by_name(tmp_path: Path) 
         check_command("fit", ["--config", str(file)])
 
 
-@pytest.mark.parametrize("name", ["miniature", "sd15"])
+@pytest.mark.parametrize(
+    "name", ["miniature/basis", "miniature/basis_policy_gradient", "miniature_flow/basis", "sd15/basis"]
+)
 def test_the_configs_of_a_basis_pass_the_first_check(name: str) -> None:
     from dblightning.preflight import check_command
 
-    check_command("fit", ["--config", str(Path(__file__).parent.parent / "configs" / name / "basis.yaml")])
+    check_command("fit", ["--config", str(Path(__file__).parent.parent / "configs" / f"{name}.yaml")])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from dblightning.replay import Transitions
 from dblightning.schedule import GaussianStep
-from dblightning.settings import check_settings
+from dblightning.settings import check, check_settings
 from dblightning.solvers import GaussianSolver
 from dblightning.training_settings import TrainingSettings
 
@@ -55,6 +57,7 @@ class Objective(ABC):
         stores: what a rollout stores of each step beside latents and log-probs: "mean", the mean of its Gaussian under
             the policy that sampled it, which doubles the buffer's memory.
         several: whether the adapters of a basis may be trained by it together, each with an objective of its own.
+        per_adapter: its settings of which each adapter of a basis may have a value of its own (:class:`BasisAdapter`).
     """
 
     needs: ClassVar[Needs] = "trajectories"
@@ -63,10 +66,29 @@ class Objective(ABC):
     text_dropout: float = 0.0
     stores: ClassVar[tuple[Literal["mean"], ...]] = ()
     several: ClassVar[bool] = True
+    per_adapter: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Of subclasses that are dataclasses: their settings' ranges."""
         check_settings(vars(self))
+
+    def of_adapter(self, name: str, settings: Mapping[str, Any]) -> Objective:
+        """A copy for one adapter of a basis, with its own values of some settings; itself where it has none.
+
+        Raises:
+            ValueError: a setting that the objective does not have, or not one per adapter.
+        """
+        for setting in settings:
+            check(
+                setting in self.per_adapter,
+                f"adapters.{name}.{setting} is not a setting of objective {type(self).__name__}; leave it out",
+            )
+        if not settings:
+            return self
+        found = copy.deepcopy(self)
+        for setting, value in settings.items():
+            setattr(found, setting, value)
+        return found
 
     def check(self, settings: TrainingSettings) -> None:  # noqa: B027  # most go with any
         """Refuse training settings that do not go with the objective, before any work.

@@ -4,22 +4,22 @@ A step is x_{t−1} = μ_θ(x_t, t) + σ_t z with z fixed, so an image is a diff
 
     ∇_θ [r(x₀) − α Σ_t KL_t],   KL_t = ‖μ_θ(x_t) − μ_pre(x_t)‖² / (2σ_t²)
 
-is computed along sampled trajectories from their end to their start. The *adjoint* a_t is the loss's gradient at x_t:
-a_0 = −∂r/∂x₀, and each step is run anew from its stored x_t to give a_t, and its share of ∇_θ, from a_{t−1}.
+is computed along sampled trajectories from their end to their start, by ``pathwise.WayBack``.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from dblightning.gaussian_step import gaussian_kl
 from dblightning.noise import image_seed
 from dblightning.objectives.base import Metrics, Objective, Policy
+from dblightning.objectives.pathwise import Ends, Paths, Terms, WayBack
 from dblightning.objectives.policy import AdapterPolicy
 from dblightning.replay import Transitions
 from dblightning.settings import check, check_settings, rules_of
@@ -31,47 +31,6 @@ Variant = Literal["draft", "draft_lv", "alignprop", "refl"]
 
 #: updates whose gradient norms the median of ``clip_to_median`` is taken over, and fewest of them
 NORMS_KEPT, FEWEST_NORMS = 32, 5
-
-
-class Paths(NamedTuple):
-    """Sampled trajectories of B images, to go back along."""
-
-    latents: Tensor  # (T + 1, B, C, h, w) float32, from noise to image
-    prompt_id: Tensor  # (B,) int64, on the CPU
-    seed: Tensor  # (B,) int64, on the CPU: of the image's noise
-    run_seed: int = 0
-    visit: int = 0  # updates that were made of this rollout before
-
-    def at(self, rows: Tensor) -> Paths:
-        """Some of them: ``rows`` is int64 (n,), on the CPU."""
-        latents = self.latents[:, rows.to(self.latents.device)]
-        return self._replace(latents=latents, prompt_id=self.prompt_id[rows], seed=self.seed[rows])
-
-
-class Ends(NamedTuple):
-    """Latents of which the reward is taken, N ≥ B of them, and where they come from; without gradients."""
-
-    latents: Tensor  # (N, C, h, w)
-    path: Tensor  # (N,) int64, on the CPU: the trajectory of each
-    first: Tensor  # (N,) int64, on the CPU: the first step that the gradient reaches
-    state: Tensor | None = None  # (N, C, h, w), x_t whose x̂₀ they are, t = first; None: they are the last latents
-
-    def at(self, rows: Tensor) -> Ends:
-        """Some of them: ``rows`` is int64 (n,), on the CPU."""
-        at = rows.to(self.latents.device)
-        state = None if self.state is None else self.state[at]
-        return Ends(self.latents[at], self.path[rows], self.first[rows], state)
-
-
-class Terms(NamedTuple):
-    """What the loss is made of: (−``reward_weight`` · r + ``kl_weight`` · Σ KL) · ``factor``, summed over images."""
-
-    reward_weight: float
-    kl_weight: float  # 0: the KL is measured, if at all, without a gradient
-    factor: float  # one over the number of images, times a loss scale
-    trained_steps: int  # steps from this one on pass gradients back and train nothing
-    with_kl: bool = True  # whether the base model is run
-    precise_kl: bool = True  # in float32 arithmetic, also where the model's is coarser
 
 
 @dataclass
@@ -112,7 +71,7 @@ class RewardGradient(Objective):
     clip_to_median: float | None = None
 
     needs = "gradients"
-    several = False
+    per_adapter: ClassVar[tuple[str, ...]] = ("clip_reward_gradient", "clip_adjoint", "clip_to_median")
 
     def __post_init__(self) -> None:
         check_settings(vars(self), rules_of("objective"))
@@ -125,7 +84,7 @@ class RewardGradient(Objective):
         check(
             not stuck,
             f"RewardGradient follows the reward's gradient, and {' and '.join(stuck)} has none; train on it with DPOK "
-            "or PPO, or take a differentiable reward",
+            "or PPO (a basis has one objective: in a run of its own), or take a differentiable reward",
         )
 
     def check(self, settings: TrainingSettings) -> None:
@@ -164,7 +123,7 @@ class RewardGradient(Objective):
             )
             clean = last.repeat_interleave(self.draws, 0)
             state = policy.solver.noised(clean, noise.to(last), step_index)
-        output = policy.output(_steps(state, step_index, paths.prompt_id[rows]), policy.adapter)
+        output = policy.output(paths.steps(state, step_index, rows), policy.adapter)
         return Ends(policy.solver.original(output, state, step_index), rows, step_index, state)
 
     def span(self, trained_steps: int) -> int:
@@ -193,94 +152,37 @@ class RewardGradient(Objective):
 
     # ── the way back ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def backward(self, policy: AdapterPolicy, paths: Paths, ends: Ends, gradient: Tensor, terms: Terms) -> Metrics:
-        """Add the loss's gradient to the adapter's, one step after the other; what to log about it.
+    def terms(self, reward_weight: float, kl_weight: float, factor: float, with_kl: bool = True) -> Terms:
+        """The terms of the loss of the adapter that this is the objective of, with its clips."""
+        factor /= self.draws if self.variant == "draft_lv" else 1
+        return Terms(reward_weight, kl_weight, factor, with_kl, self.clip_reward_gradient, self.clip_adjoint)
+
+    def backward(
+        self,
+        policy: AdapterPolicy,
+        paths: Paths,
+        ends: Ends,
+        gradient: Tensor,
+        terms: Sequence[Terms],
+        trained_steps: int,
+        precise_kl: bool = True,
+    ) -> list[Metrics]:
+        """Add the loss's gradient to the adapters', all of them in one pass; what to log about each.
 
         Args:
             policy: the denoiser.
             paths: B trajectories.
             ends: N, of these trajectories.
-            gradient: ∂r/∂latents at the ends, (N, C, h, w).
-            terms: of the loss.
+            gradient: ∂r/∂latents at the ends, each of its own adapter's reward, (N, C, h, w).
+            terms: :meth:`terms` of each adapter's objective, by its place.
+            trained_steps: steps from this one on pass gradients back and train nothing.
+            precise_kl: compute the KL in float32 arithmetic, also where the model's is coarser.
         """
-        draws = self.draws if self.variant == "draft_lv" else 1
-        terms = terms._replace(factor=terms.factor / draws)
-        norms = gradient.flatten(1).norm(dim=1)
-        adjoint = -terms.reward_weight * terms.factor * clipped(gradient, self.clip_reward_gradient)
-        kl = torch.zeros(len(gradient), device=gradient.device)
-        if ends.state is not None:
-            self._jump_back(policy, paths, ends, adjoint, terms, kl)
-        else:
-            for step_index in reversed(range(int(ends.first.min()), len(paths.latents) - 1)):
-                self._step_back(policy, paths, ends, adjoint, terms, kl, step_index)
-        logged = {
-            "train/reward_gradient_norm": norms.mean(),
-            "train/reward_gradient_norm_max": norms.max(),
-            "train/adjoint_norm": adjoint.flatten(1).norm(dim=1).mean() / terms.factor,
-        }
-        return logged | ({"train/kl": kl.mean()} if terms.with_kl else {})
 
-    def _step_back(
-        self, policy: AdapterPolicy, paths: Paths, ends: Ends, adjoint: Tensor, terms: Terms, kl: Tensor, step: int
-    ) -> None:
-        """One step of the chain: the adjoints behind it become those before it, in place."""
-        rows = (ends.first <= step).nonzero().flatten()
-        at = rows.to(adjoint.device)
-        trained = step < terms.trained_steps
-        with torch.enable_grad():
-            latents = paths.latents[step, ends.path[rows].to(adjoint.device)].clone()
-            latents.requires_grad_(step > int(ends.first.min()))
-            taken = _steps(latents, torch.full_like(rows, step), paths.prompt_id[ends.path[rows]])
-            output = policy.output(taken, policy.adapter)
-            made = policy.solver.gaussian(output, latents, taken.step_index)
-            loss = (adjoint[at] * made.mean).sum()
-            if trained and terms.with_kl:
-                penalty = self._kl(policy, taken, output, terms)
-                kl[at] += penalty.detach() / self._chance(step, terms.trained_steps)
-                if terms.kl_weight > 0:
-                    loss = loss + terms.kl_weight * terms.factor * penalty.sum()
-        if trained:
-            loss.backward()
-        before = latents.grad if trained else torch.autograd.grad(loss, latents)[0]
-        if before is not None:
-            limit = None if self.clip_adjoint is None else self.clip_adjoint * terms.factor
-            adjoint[at] = clipped(before, limit)
+        def chance(step_index: int) -> float:
+            return self._chance(step_index, trained_steps)
 
-    def _jump_back(
-        self, policy: AdapterPolicy, paths: Paths, ends: Ends, adjoint: Tensor, terms: Terms, kl: Tensor
-    ) -> None:
-        """From x̂₀ to the one step that made it."""
-        assert ends.state is not None
-        with torch.enable_grad():
-            taken = _steps(ends.state, ends.first, paths.prompt_id[ends.path])
-            output = policy.output(taken, policy.adapter)
-            loss = (adjoint * policy.solver.original(output, ends.state, ends.first)).sum()
-            if terms.with_kl:
-                penalty = self._kl(policy, taken, output, terms)
-                kl += penalty.detach() / self._chance(terms.trained_steps - 1, terms.trained_steps)
-                if terms.kl_weight > 0:
-                    loss = loss + terms.kl_weight * terms.factor * penalty.sum()
-        loss.backward()
-
-    def _kl(self, policy: AdapterPolicy, taken: Transitions, output: Tensor, terms: Terms) -> Tensor:
-        """Exact KL of steps to the base model's, (n,), nats; with its gradients if it is paid for.
-
-        It has two: by way of the adapter, and by way of x_t, on which both predictions depend.
-        """
-        paid = terms.kl_weight > 0
-        with torch.set_grad_enabled(paid):
-            with torch.set_grad_enabled(paid and taken.latents.requires_grad):
-                reference = policy.output(taken, None)
-            output = output if paid else output.detach()
-            if terms.precise_kl and not policy.in_float32(output.device):
-                # the float32 values with the gradients of the forwards at hand, as in :class:`kl.KLTerm`
-                with torch.no_grad():
-                    exact = policy.output(taken, policy.adapter, float32=True)
-                    exact_reference = policy.output(taken, None, float32=True)
-                output = exact + (output - output.detach())
-                reference = exact_reference + (reference - reference.detach())
-            pair = (policy.solver.gaussian(each, taken.latents, taken.step_index) for each in (output, reference))
-            return gaussian_kl(*pair)
+        return WayBack(policy, paths, ends, gradient, terms, trained_steps, chance, precise_kl).go()
 
     # ── outlying updates ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -300,25 +202,6 @@ class RewardGradient(Objective):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._norms = list(state.get("norms", []))
-
-
-def clipped(vectors: Tensor, limit: float | None) -> Tensor:
-    """Each row of (N, …) shortened to a norm of at most ``limit``; None clips none.
-
-    >>> clipped(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0)
-    tensor([[0.6000, 0.8000],
-            [0.3000, 0.4000]])
-    """
-    if limit is None:
-        return vectors
-    norms = vectors.flatten(1).norm(dim=1).clamp_min(limit)
-    return vectors * (limit / norms).view(-1, *[1] * (vectors.ndim - 1))
-
-
-def _steps(latents: Tensor, step_index: Tensor, prompt_id: Tensor) -> Transitions:
-    """Steps to run, of which only these are known."""
-    none = latents.new_zeros(len(latents))
-    return Transitions(latents, latents, step_index, none, none, none, none, prompt_id, none)
 
 
 def _without_gradient(reward: Reward) -> list[str]:

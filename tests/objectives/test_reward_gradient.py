@@ -16,8 +16,8 @@ from dblightning.data import PromptFileDataModule
 from dblightning.module import RewardRLModule
 from dblightning.noise import ImageNoise
 from dblightning.objectives import RewardGradient
+from dblightning.objectives.pathwise import Ends, Paths, clipped
 from dblightning.objectives.policy import AdapterPolicy
-from dblightning.objectives.reward_gradient import Ends, Paths, Terms, clipped
 from dblightning.preflight import Refused, check_command
 from dblightning.rewards import JPEGCompressibility, RewardMetric, WeightedReward
 from dblightning.solvers import DDIMSolver, make_solver
@@ -110,7 +110,7 @@ def pathwise(
     (gradient,) = torch.autograd.grad(reward(latents).sum(), latents)
     (parameter,) = policy.backbone.adapters.parameters("a")
     parameter.grad = None
-    objective.backward(policy, paths, ends, gradient, Terms(weight, kl_weight, 1.0, trained))
+    objective.backward(policy, paths, ends, gradient, [objective.terms(weight, kl_weight, 1.0)], trained)
     assert parameter.grad is not None
     return parameter.grad.clone(), ends
 
@@ -270,7 +270,7 @@ def test_clipping_the_reward_gradient_bounds_what_one_image_does() -> None:
         ends = objective.ends(policy, paths, STEPS)
         slopes = unit * torch.tensor([0.5, 0.5, steepness, 0.5]).view(-1, 1, 1, 1)
         parameter.grad = None
-        metrics = objective.backward(policy, paths, ends, slopes, Terms(1.0, 0.0, 1.0, STEPS))
+        (metrics,) = objective.backward(policy, paths, ends, slopes, [objective.terms(1.0, 0.0, 1.0)], STEPS)
         assert metrics["train/reward_gradient_norm_max"].item() == pytest.approx(max(steepness, 0.5))
         assert parameter.grad is not None
         return parameter.grad.clone()
