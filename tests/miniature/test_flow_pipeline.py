@@ -64,8 +64,8 @@ def test_plain_diffusers_draws_our_adapters_images(plain: Any, ours: DiffusionBl
 def test_it_draws_the_colours_its_prompt_asks_for_at_either_number_of_t5s_tokens(plain: Any, tokens: int) -> None:
     made, reward = images(plain, PROMPTS, max_sequence_length=tokens), ShapeAlignment()
     others = torch.stack([reward.score(made, PROMPTS[k:] + PROMPTS[:k]) for k in range(1, 32)]).mean(0)
-    # 1.6 apart over 96 test prompts; 32 images of standard deviation 0.6 leave 0.1 of standard error
-    assert reward.score(made, PROMPTS).mean() > others.mean() + 1.0
+    # 1.0 apart over 200 test prompts; 32 images of standard deviation 0.9 leave 0.15 of standard error
+    assert reward.score(made, PROMPTS).mean() > others.mean() + 0.5
 
 
 def test_the_weights_are_half_precision_of_at_most_six_megabytes_and_load_as_float32(plain: Any) -> None:
