@@ -8,8 +8,9 @@ adapters has m (guidance doubles them all). Compared are
 
 * the exact soup and DB-MPA-LS in rotation, one row each;
 * all rows for a first share of the steps, then LS in rotation;
-* all rows for a first share, then one row in turn with the others' differences to it kept from the last full step,
-  of which there are more every ``refresh`` steps or none (``full_share`` and ``refresh`` of ``db-mpa``).
+* all rows for a first share, then one row in turn with the others' differences to it kept from the last full step: the
+  option ``full_share`` of ``db-mpa``;
+* the same with a full step every five steps after the first share: no option, for it buys no more than a larger share.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from benchmarks.ls_draws import final_latents
 from benchmarks.machine import describe, sentence
 from benchmarks.publish import publish
 from benchmarks.soup_vs_blend import rescale
-from dblightning import miniature
+from dblightning import few_rows, miniature
 from dblightning.backbone import DiffusersBackbone
-from dblightning.blending import DBMPA, DBMPALS, Blend, BlendPlan, RewardedSoup
+from dblightning.blending import DBMPA, DBMPALS, Blend, BlendPlan, PartialStep, RewardedSoup
 from dblightning.data import MiniatureDataModule
 
 #: name → folder; the fourth is release 0.1's, trained by another recipe
@@ -79,6 +80,22 @@ class Then(Blend):
         return lambda step_index: (first if step_index < until else rest)(step_index)
 
 
+class Refreshed(DBMPA):
+    """DB-MPA of some ``full_share`` with a full step every ``refresh`` steps after it."""
+
+    def __init__(self, weights: dict[str, float], full_share: float, refresh: int) -> None:
+        super().__init__(weights, full_share=full_share)
+        self.refresh = refresh
+
+    def start(self, adapters: Sequence[str], batch: int, num_steps: int, generators: Any = None) -> BlendPlan:
+        exact = DBMPA(self.weights).start(adapters, batch, num_steps)
+        full = few_rows.full_steps(num_steps, self.full_share)
+        full |= (torch.arange(num_steps) - int(full.sum()) + 1).clamp_min(1) % self.refresh == 0
+        mixes = torch.stack([exact(step_index).mix for step_index in range(num_steps)])
+        now = few_rows.in_turn(mixes, ["", *adapters], full)
+        return lambda step_index: PartialStep.of(exact(step_index), now[step_index])
+
+
 def methods(weights: dict[str, float], steps: int) -> dict[str, Blend]:
     """Label → blend, DB-MPA first."""
     found: dict[str, Blend] = {"DB-MPA": DBMPA(weights), "exact soup": RewardedSoup(weights), "LS": DBMPALS(weights)}
@@ -87,7 +104,8 @@ def methods(weights: dict[str, float], steps: int) -> dict[str, Blend]:
     for refresh in REFRESHES:
         for share in SHARES if steps == 20 else SHARES[1:3]:
             label = f"full {share:g}, then in turn" + ("" if refresh is None else f", refresh {refresh}")
-            found[label] = DBMPA(weights, full_share=share, refresh=refresh)
+            kept = DBMPA(weights, full_share=share)
+            found[label] = kept if refresh is None else Refreshed(weights, share, refresh)
     return found
 
 

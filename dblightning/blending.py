@@ -151,7 +151,6 @@ class DBMPA(_Weighted):
         strengths: adapter → sᵢ ≥ 0; those left out have 1.
         full_share: in [0, 1], of the steps: the first ones, which compute every row. Later ones compute one row in
             turn and take the others' differences to it from the last full step, see :mod:`dblightning.few_rows`.
-        refresh: steps from one full step to the next after the first share; None: none after it.
     """
 
     def __init__(
@@ -161,12 +160,11 @@ class DBMPA(_Weighted):
         normalize: bool = False,
         strengths: Mapping[str, float] | None = None,
         full_share: float = 1.0,
-        refresh: int | None = None,
     ) -> None:
         super().__init__(weights, normalize, strengths)
-        few_rows.check(full_share, refresh)
+        few_rows.check(full_share)
         self.kl_scale = kl_scale
-        self.full_share, self.refresh = full_share, refresh
+        self.full_share = full_share
 
     def start(
         self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
@@ -183,7 +181,7 @@ class DBMPA(_Weighted):
         mixes = torch.cat([base[:, None], (scale[:, None] * shares).mT], dim=1)  # (T, 1 + m, B)
         if self.full_share == 1:
             return lambda step_index: BlendStep(gates, mixes[step_index])
-        now = few_rows.in_turn(mixes, ["", *adapters], self.full_share, self.refresh)
+        now = few_rows.in_turn(mixes, ["", *adapters], few_rows.full_steps(num_steps, self.full_share))
         return lambda step_index: PartialStep.of(BlendStep(gates, mixes[step_index]), now[step_index])
 
 

@@ -8,42 +8,27 @@ import torch
 from torch import Tensor
 
 from dblightning.draws import rotation
-from dblightning.settings import Number, check_settings, count
+from dblightning.settings import Number, check_settings
 
-#: of the settings below
-RULES = {
-    "full_share": Number(least=0, most=1, remedy="1 computes every row at every step"),
-    "refresh": count(words=(None,), remedy="null computes all rows at the first share of the steps alone"),
-}
+#: of the setting below
+RULES = {"full_share": Number(least=0, most=1, remedy="1 computes every row at every step")}
 
 
-def check(full_share: float, refresh: int | None) -> None:
-    """Raises ValueError for a share outside [0, 1], a ``refresh`` below one step, or one that nothing needs."""
-    check_settings({"full_share": full_share, "refresh": refresh}, RULES)
-    if refresh is not None and full_share == 1:
-        raise ValueError(
-            f"refresh {refresh} is for a full_share below 1, which computes every row at the first steps only"
-        )
+def check(full_share: float) -> None:
+    """Raises ValueError for a share outside [0, 1]."""
+    check_settings({"full_share": full_share}, RULES)
 
 
-def full_steps(num_steps: int, full_share: float, refresh: int | None) -> Tensor:
-    """The steps at which every row is computed, bool (T,).
+def full_steps(num_steps: int, full_share: float) -> Tensor:
+    """The steps at which every row is computed, bool (T,): the first share of them, at least one.
 
-    >>> full_steps(10, 0.2, 4).int().tolist()
-    [1, 1, 0, 0, 0, 1, 0, 0, 0, 1]
-
-    Args:
-        num_steps: T.
-        full_share: of the steps, the first ones; at least one step.
-        refresh: from one such step to the next after those; None: there is none after those.
+    >>> full_steps(10, 0.2).int().tolist()
+    [1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
     """
-    first = max(1, int(full_share * num_steps + 0.5))
-    steps = torch.arange(num_steps)
-    later = torch.zeros(num_steps, dtype=torch.bool) if refresh is None else (steps - first + 1) % refresh == 0
-    return (steps < first) | later
+    return torch.arange(num_steps) < max(1, int(full_share * num_steps + 0.5))
 
 
-def in_turn(mixes: Tensor, names: Sequence[str], full_share: float, refresh: int | None) -> Tensor:
+def in_turn(mixes: Tensor, names: Sequence[str], full: Tensor) -> Tensor:
     """Of each step's mix the part whose rows are computed: all of it at full steps, else one row of coefficient 1.
 
     With ε_j of row j now and ε_j' its output at the last full step, a step's prediction is then
@@ -57,12 +42,11 @@ def in_turn(mixes: Tensor, names: Sequence[str], full_share: float, refresh: int
     Args:
         mixes: coefficients of every step, (T, K, B), each step's summing to 1 over K.
         names: of the K rows, for their order in turn, which so does not depend on the order of the rows.
-        full_share, refresh: see :func:`full_steps`.
+        full: the full steps, bool (T,), the first step among them.
 
     Returns:
         (T, K, B), summing to 1 over K.
     """
-    full = full_steps(len(mixes), full_share, refresh)
     cheap = (~full).nonzero().flatten()
     order = torch.tensor(sorted(range(len(names)), key=lambda row: names[row]))
     now = mixes.clone()

@@ -25,8 +25,8 @@ NAMES = ["aesthetic", "alignment", "compressibility"]
 PROMPTS = ["A red colored circle.", "A blue colored star."]
 HALVES = {"alignment": 0.5, "aesthetic": 0.5}
 STEPS = 8
-#: of eight steps 0, 1 and 5 compute every row
-FEW = {"full_share": 0.25, "refresh": 4}
+#: of eight steps the first three compute every row
+FEW = {"full_share": 0.4}
 
 
 @pytest.fixture(scope="module", params=["miniature", "miniature-flow"])
@@ -75,16 +75,14 @@ def by_hand(backbone: DiffusersBackbone, seed: int, mix: list[float], full: str,
     return x
 
 
-def test_the_full_steps_are_the_first_share_and_every_kth_after_it() -> None:
+def test_the_full_steps_are_the_first_share() -> None:
     def digits(*given: Any) -> str:
         return "".join(str(int(each)) for each in few_rows.full_steps(*given))
 
-    assert digits(20, 0.25, 5) == "11111000010000100001"
-    assert digits(8, 0.25, 4) == "11000100"
-    assert digits(8, 0.25, None) == "11000000"
-    assert digits(8, 0.0, None) == "10000000"  # the differences must come from somewhere
-    assert digits(4, 1.0, None) == "1111"
-    assert digits(6, 0.5, 1) == "111111"
+    assert digits(20, 0.25) == "11111000000000000000"
+    assert digits(8, 0.4) == "11100000"
+    assert digits(8, 0.0) == "10000000"  # the differences must come from somewhere
+    assert digits(4, 1.0) == "1111"
 
 
 @pytest.mark.parametrize("weights", [{"a": 0.5, "b": 0.5}, {"a": 0.2, "b": 0.5, "c": 0.3}, {"b": 1.0}])
@@ -97,7 +95,7 @@ def test_what_is_computed_and_what_is_kept_add_up_to_db_mpa(weights: dict[str, f
         assert isinstance(got, PartialStep) and isinstance(want, BlendStep)
         assert torch.equal(got.gates, want.gates) and torch.equal(got.mix, want.mix)
         torch.testing.assert_close(got.now.sum(0), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)
-        full = step < 5 or (step - 4) % 4 == 0
+        full = step < 8
         assert torch.equal(got.now, got.mix) if full else sorted(got.now[:, 0].tolist()) == [0, 0, 0, 1]
         assert (got.now[got.mix <= 0] == 0).all() or full  # the turn is never a row that the mix leaves out
 
@@ -105,8 +103,8 @@ def test_what_is_computed_and_what_is_kept_add_up_to_db_mpa(weights: dict[str, f
 @pytest.mark.parametrize("shares", [[0.5, 0.5], [0.3, 0.7], [0.2, 0.3, 0.5], [0.25] * 4])
 def test_each_row_has_its_share_of_the_turns(shares: list[float]) -> None:
     mixes = torch.tensor(shares, dtype=torch.float64)[None, :, None].expand(60, -1, 1)
-    now = few_rows.in_turn(mixes, [f"r{index}" for index in range(len(shares))], 0.25, 5)
-    cheap = now[~few_rows.full_steps(60, 0.25, 5)]
+    full = few_rows.full_steps(60, 0.25)
+    cheap = few_rows.in_turn(mixes, [f"r{index}" for index in range(len(shares))], full)[~full]
     # the bound of draws in rotation: within 1 + log₂ of the number of rows
     assert (cheap.sum(0)[:, 0] - len(cheap) * mixes[0, :, 0]).abs().max() <= 1 + len(shares).bit_length()
 
@@ -128,7 +126,7 @@ def test_a_run_is_a_loop_that_keeps_outputs_by_hand(backbone: DiffusersBackbone)
     got = run(backbone, DBMPA(HALVES, **FEW))
     assert backbone.rows_run == 2 * (3 * 2 + 5)
     for seed in range(2):
-        expected = by_hand(backbone, seed, [0, 0.5, 0.5, 0], "11000100", "12121")
+        expected = by_hand(backbone, seed, [0, 0.5, 0.5, 0], "11100000", "12121")
         torch.testing.assert_close(got[seed : seed + 1], expected, rtol=0, atol=1e-4)  # float32, other batch shapes
     assert (got - run(backbone, DBMPA(HALVES))).abs().max() > 1e-2
 
@@ -248,9 +246,7 @@ def test_steering_is_refused_for_its_candidates_have_kept_nothing() -> None:
     [
         ({"full_share": 1.2}, "full_share"),
         ({"full_share": -0.1}, "full_share"),
-        ({"full_share": 0.5, "refresh": 0}, "refresh"),
-        ({"full_share": 0.5, "refresh": 2.5}, "refresh"),
-        ({"refresh": 5}, "refresh 5 is for a full_share below 1"),
+        ({"full_share": "half"}, "full_share"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:

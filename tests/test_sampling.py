@@ -153,9 +153,9 @@ def test_a_blend_is_what_set_adapter_and_ddim_scheduler_make(plain: Any, ours: A
 
 #: a blend for fewer rows: its coefficients, and whose turn it is at the twelve of twenty steps that compute one row
 FEW_ROWS = {
-    "two": (DBMPA({"a": 0.3, "b": 0.7}, full_share=0.25, refresh=5), {"a": 0.3, "b": 0.7}, "babbabbbabba"),
+    "two": (DBMPA({"a": 0.3, "b": 0.7}, full_share=0.4), {"a": 0.3, "b": 0.7}, "babbabbbabba"),
     "two, lambda 2": (
-        DBMPA({"a": 0.5, "c": 0.5}, 2.0, full_share=0.25, refresh=5),
+        DBMPA({"a": 0.5, "c": 0.5}, 2.0, full_share=0.4),
         {None: -1.0, "a": 1.0, "c": 1.0},
         "acacacacacac",
     ),
@@ -167,7 +167,7 @@ FEW_ROWS = {
 def test_db_mpa_for_fewer_rows_is_diffusers_with_predictions_kept_by_hand(
     plain: Any, ours: Any, case: str, eta: float
 ) -> None:
-    """ε = εᵢ + Σⱼ cⱼ (εⱼ − εᵢ), the differences of step 4, 9 or 14: one prediction is new."""
+    """ε = εᵢ + Σⱼ cⱼ (εⱼ − εᵢ), the differences of step 7: one prediction is new."""
     blend, coefficients, turns = FEW_ROWS[case]
     first, noises = noises_of(2)
     scheduler = DDIMScheduler.from_config(plain.scheduler.config)
@@ -180,7 +180,7 @@ def test_db_mpa_for_fewer_rows_is_diffusers_with_predictions_kept_by_hand(
             return unconditional + GUIDANCE * (conditional - unconditional)
 
         with torch.no_grad():
-            if index in (0, 1, 2, 3, 4, 9, 14, 19):
+            if index < 8:
                 kept = {name: guided(name) for name in coefficients}
                 blended = sum(c * kept[name] for name, c in coefficients.items())
             else:
@@ -193,7 +193,7 @@ def test_db_mpa_for_fewer_rows_is_diffusers_with_predictions_kept_by_hand(
     torch.testing.assert_close(got, latents, rtol=0, atol=2e-4)  # twice the above: λ = 2 doubles the rounding
     assert ours.rows_run == len(PROMPTS) * (8 * len(coefficients) + 12)
     exact = our_blend(ours, DBMPA(blend.weights, blend.kl_scale), eta, steps=STEPS)
-    assert (got - exact).abs().max() > 1e-2  # the twelve steps are approximations here
+    assert (got - exact).abs().max() > 2e-3  # ten times that: the twelve steps approximate
 
 
 def test_the_adapters_of_this_file_make_a_difference(ours: Any) -> None:
