@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-locked install-extras quickstart test test-all test-extras docs coverage golden parity gpu lint format lock clean
+.PHONY: help install install-locked install-extras quickstart test test-all test-extras test-lowest notebooks docs coverage golden parity gpu lint format lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,21 @@ install-extras: $(STAMP)  ## add the extras studio and serve to .venv, and their
 
 test-extras: install-extras  ## the tests of studio, service and docs site; in a real Chromium where there is one
 	$(PY) -m pytest tests/studio tests/serving tests/test_site.py
+
+# The extras that `make test` needs, without its tools. UV_TORCH_BACKEND=cpu takes torch's CPU build.
+LOWEST := .venv-lowest
+UV_PIP := $(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python
+test-lowest:  ## a few tests at the lowest versions pyproject.toml allows, in an environment of their own (5 GB)
+	@test -x $(LOWEST)/bin/uv || { $(PYTHON) -m venv $(LOWEST) && $(LOWEST)/bin/pip install --quiet uv; }
+	$(UV_PIP) --resolution lowest-direct -r pyproject.toml --extra report --extra clip --extra remote
+	$(UV_PIP) --no-deps -e . && $(UV_PIP) pytest pytest-timeout
+	mkdir -p runs/lowest && cd runs/lowest && $(CURDIR)/$(LOWEST)/bin/python -m dblightning quickstart --check
+	$(LOWEST)/bin/python -m pytest tests/test_package.py tests/test_extras.py tests/test_signatures.py tests/test_pipeline.py \
+	  tests/miniature/test_pipeline.py tests/miniature/test_flow_pipeline.py tests/test_flow_training.py -k "not optimum"
+
+notebooks: $(STAMP)  ## execute the notebooks in place, with what the extra notebooks adds to .venv
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,notebooks]'
+	$(PY) notebooks/execute.py
 
 docs: $(STAMP)  ## add the extra docs to .venv and build the pages of docs/ with the API reference into site/
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
