@@ -37,7 +37,11 @@ def shown(cell: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield output["name"], "".join(output["text"])
 
 
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.name)
+#: the tour samples for 20 seconds
+RUNS = [pytest.param(file, marks=[pytest.mark.slow] * ("tour" in file.name)) for file in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("file", RUNS, ids=lambda file: file.name)
 def test_every_cell_of_a_notebook_runs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matplotlib.use("Agg")
     monkeypatch.chdir(file.parent)  # where Jupyter starts it

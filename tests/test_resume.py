@@ -31,7 +31,12 @@ def adapter(out: Path, name: str = "run") -> bytes:
     return (out / name / "adapter.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("name", "after"), [*(("SIGTERM", after) for after in range(ROLLOUTS - 1)), ("SIGUSR1", 1)])
+#: in the first rollout, at an epoch's end, in the last but one; the others are slow
+SIGNALS: list[Any] = [("SIGTERM", after) for after in (0, 2, ROLLOUTS - 2)] + [("SIGUSR1", 1)]
+SIGNALS += [pytest.param("SIGTERM", after, marks=pytest.mark.slow) for after in (1, 3)]
+
+
+@pytest.mark.parametrize(("name", "after"), SIGNALS)
 def test_a_signal_saves_at_the_rollouts_end_and_the_resumed_run_is_identical(
     tmp_path: Path, whole: tuple[Path, dict[str, Any]], name: str, after: int
 ) -> None:

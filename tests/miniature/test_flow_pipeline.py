@@ -60,7 +60,7 @@ def test_plain_diffusers_draws_our_adapters_images(plain: Any, ours: DiffusionBl
         plain.delete_adapters(name)
 
 
-@pytest.mark.parametrize("tokens", [10, 256])
+@pytest.mark.parametrize("tokens", [pytest.param(10, marks=pytest.mark.slow), 256])
 def test_it_draws_the_colours_its_prompt_asks_for_at_either_number_of_t5s_tokens(plain: Any, tokens: int) -> None:
     made, reward = images(plain, PROMPTS, max_sequence_length=tokens), ShapeAlignment()
     others = torch.stack([reward.score(made, PROMPTS[k:] + PROMPTS[:k]) for k in range(1, 32)]).mean(0)

@@ -151,7 +151,7 @@ def fixed_shift(
     return shift
 
 
-@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("adaptive", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("weight", [1.0, pytest.param(0.4, marks=pytest.mark.slow)])
 def test_nft_finds_its_fixed_point(tmp_path: Path, weight: float, adaptive: bool) -> None:
     backbone = GaussianBackbone()

@@ -328,7 +328,7 @@ def run_of(backbone: Any = None, reward: Any = None, **settings: Any) -> RewardR
     return RewardRLModule(backbone or GaussianBackbone(2), reward or LinearReward(0.5), **given)
 
 
-@pytest.mark.parametrize(("alpha", "dims", "batch"), [(1.0, 1, 64), (0.4, 3, 24)])
+@pytest.mark.parametrize(("alpha", "dims", "batch"), [(0.4, 3, 24), pytest.param(1.0, 1, 64, marks=pytest.mark.slow)])
 def test_the_whole_chain_converges_to_the_known_optimum(tmp_path: Path, alpha: float, dims: int, batch: int) -> None:
     run = run_of(GaussianBackbone(dims), kl_weight=alpha, learning_rate=0.02, policy_batch_size=batch)
     moved = toy_optimum.converged(tmp_path, run, rollouts=100, average=30, batch_size=64)
@@ -337,7 +337,10 @@ def test_the_whole_chain_converges_to_the_known_optimum(tmp_path: Path, alpha: f
     assert moved.tolist() == pytest.approx([expected] * dims, rel=0.01)
 
 
-@pytest.mark.parametrize(("noise", "eta", "alpha"), [("flow_sde", 0.7, 1.0), ("cps", 0.8, 1.0), ("cps", 0.8, 0.5)])
+FLOWS = [("flow_sde", 0.7, 1.0), pytest.param("cps", 0.8, 1.0, marks=pytest.mark.slow), ("cps", 0.8, 0.5)]
+
+
+@pytest.mark.parametrize(("noise", "eta", "alpha"), FLOWS)
 def test_the_whole_chain_converges_to_the_optimum_on_the_flow_path(
     tmp_path: Path, noise: str, eta: float, alpha: float
 ) -> None:

@@ -79,7 +79,7 @@ def test_the_output_gain_is_the_derivative_of_the_steps_mean() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.4])
+@pytest.mark.parametrize("alpha", [1.0, pytest.param(0.4, marks=pytest.mark.slow)])
 def test_flow_dppo_finds_the_optimum_of_eq_4(tmp_path: Path, alpha: float) -> None:
     backbone = GaussianBackbone()
     run = module(backbone, objective=FlowDPPO(0.05), kl_weight=alpha, advantage=GROUP, policy_steps=1)
@@ -101,7 +101,7 @@ def guards_shift(backbone: GaussianBackbone, solver: Any, slope: float, alpha: f
     return slope / alpha * total
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.4])
+@pytest.mark.parametrize("alpha", [1.0, pytest.param(0.4, marks=pytest.mark.slow)])
 def test_grpo_guard_finds_its_fixed_point(tmp_path: Path, alpha: float) -> None:
     backbone = GaussianBackbone()
     run = module(backbone, objective=GRPOGuard(0.5), kl_weight=alpha, advantage=GROUP)
