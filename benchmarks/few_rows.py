@@ -1,6 +1,6 @@
 """DB-MPA for fewer rows: error against cost, for two to four adapters and doubled ones, on the miniature.
 
-    python benchmarks/few_rows.py --out docs/few_rows
+    python benchmarks/few_rows.py --json benchmarks/results/few_rows.json --figure docs/few_rows.png
 
 Same prompts and the same noise for all. The error is the distance of an image's final latents to DB-MPA's, mean over
 images and divided by the exact Rewarded Soup's; the cost is denoiser rows per image and step, of which DB-MPA of m
@@ -204,7 +204,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=32, help="test prompts, one image each")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--out", type=Path, help="writes .json, .md and .png")
+    parser.add_argument("--json", type=Path, help="record; the table goes beside it")
+    parser.add_argument("--figure", type=Path, help="a PNG")
     options = parser.parse_args()
     torch.set_num_threads(1)
     machine = describe()
@@ -212,10 +213,9 @@ def main() -> None:
     for case in CASES:
         cases.append(measure(case, options))
         print(to_markdown(cases[-1:]), flush=True)
-    out = options.out and options.out.with_suffix(".json")
-    publish({"machine": machine, "cases": cases}, f"{to_markdown(cases)}\n\n{sentence(machine)}", out)
-    if options.out:
-        figure(cases).savefig(options.out.with_suffix(".png"), dpi=110)
+    publish({"machine": machine, "cases": cases}, f"{to_markdown(cases)}\n\n{sentence(machine)}", options.json)
+    if options.figure:
+        figure(cases).savefig(options.figure, dpi=110)
 
 
 if __name__ == "__main__":
