@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from dblightning.miniature import adapter_folder
+
 #: forms a LoRA file is written in
 LORA_FORMS = ("diffusers", "kohya", "peft")
 #: environment variable that holds a service's token
@@ -90,8 +92,14 @@ def numbers_by_name(words: Sequence[str]) -> dict[str, float]:
 
 
 def paths_by_name(words: Sequence[str]) -> dict[str, Path]:
-    """``["a=runs/a/adapter"]`` as {"a": Path(…)}; exits with a sentence on anything else."""
-    return {name: Path(text).expanduser() for name, text in _pairs(words, "NAME=PATH")}
+    """``["a=runs/a/adapter"]`` as {"a": Path(…)}; exits with a sentence on anything else.
+
+    "miniature:alignment" is a shipped LoRA, see :func:`dblightning.miniature.adapter_folder`.
+    """
+    try:
+        return {name: adapter_folder(text).expanduser() for name, text in _pairs(words, "NAME=PATH")}
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 def _pairs(words: Sequence[str], form: str) -> list[tuple[str, str]]:
@@ -237,10 +245,10 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def named_paths(settings: Sequence[str], option: str) -> dict[str, str] | None:
-    """name → path of "NAME=PATH" settings; None for none.
+    """name → path of "NAME=PATH" settings, "miniature:alignment" a shipped LoRA; None for none.
 
     Raises:
-        ValueError: another form, or a name given twice.
+        ValueError: another form, a name given twice, or a LoRA that is not shipped.
     """
     found: dict[str, str] = {}
     for setting in settings:
@@ -249,7 +257,7 @@ def named_paths(settings: Sequence[str], option: str) -> dict[str, str] | None:
             raise ValueError(f"{option} takes NAME=PATH, got {setting!r}")
         if name in found:
             raise ValueError(f"{option} names {name!r} twice")
-        found[name] = path
+        found[name] = str(adapter_folder(path)) if path.startswith("miniature:") else path
     return found or None
 
 
