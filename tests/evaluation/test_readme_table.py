@@ -41,7 +41,7 @@ def expected_table(estimates: Estimates) -> list[list[str]]:
     for w in WEIGHTS:
         place = weighted.cells.index.tolist().index(f"w = {w}")
         bold = {columns[column] for row, column in weighted.bold if row == place}
-        texts = {name: weighted.cells.iloc[place, columns.index(name)] for name in COLUMNS.values()}
+        texts = {name: weighted.cells.iloc[place, columns.index(name)] if name in columns else "–" for name in COLUMNS.values()}
         rows.append([w, *(f"**{text}**" if name in bold else text for name, text in texts.items())])
 
     def over_weights(table: str, cells: dict[str, list[str]], own: str, missing: str) -> list[str]:

@@ -26,7 +26,7 @@ from dblightning.studio.page import Studio, launch
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: apt-get install chromium")
 
-SCORES = Path(__file__).parents[2] / "docs" / "results" / "miniature_table1.parquet"
+SCORES = Path(__file__).parents[2] / "docs" / "results" / "miniature_one_alpha_1.parquet"
 #: milliseconds for an answer; a busy machine takes its time
 PATIENCE = 60_000
 
