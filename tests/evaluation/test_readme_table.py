@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,10 @@ def expected_table(estimates: Estimates) -> list[list[str]]:
     for w in WEIGHTS:
         place = weighted.cells.index.tolist().index(f"w = {w}")
         bold = {columns[column] for row, column in weighted.bold if row == place}
-        texts = {name: weighted.cells.iloc[place, columns.index(name)] if name in columns else "–" for name in COLUMNS.values()}
+        texts = {
+            name: weighted.cells.iloc[place, columns.index(name)] if name in columns else "–"
+            for name in COLUMNS.values()
+        }
         rows.append([w, *(f"**{text}**" if name in bold else text for name, text in texts.items())])
 
     def over_weights(table: str, cells: dict[str, list[str]], own: str, missing: str) -> list[str]:
@@ -69,7 +73,7 @@ def expected_table(estimates: Estimates) -> list[list[str]]:
         low, high = float(part.min()), float(part.max())
         seconds.append(f"{low:.0f} to {high:.0f}" if high > 5 else f"{part.median():.1f}")
     rows.append(["seconds per image, × base", *seconds])
-    return [[text.replace("-0.", "−0.") for text in row] for row in rows]
+    return [[re.sub(r"-(?=\d)", "−", text) for text in row] for row in rows]
 
 
 def written_table() -> list[list[str]]:
