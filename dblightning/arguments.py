@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dblightning.miniature import adapter_folder
-
 #: forms a LoRA file is written in
 LORA_FORMS = ("diffusers", "kohya", "peft")
 #: environment variable that holds a service's token
@@ -92,14 +90,8 @@ def numbers_by_name(words: Sequence[str]) -> dict[str, float]:
 
 
 def paths_by_name(words: Sequence[str]) -> dict[str, Path]:
-    """``["a=runs/a/adapter"]`` as {"a": Path(…)}; exits with a sentence on anything else.
-
-    "miniature:alignment" is a shipped LoRA, see :func:`dblightning.miniature.adapter_folder`.
-    """
-    try:
-        return {name: adapter_folder(text).expanduser() for name, text in _pairs(words, "NAME=PATH")}
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    """``["a=runs/a/adapter"]`` as {"a": Path(…)}; exits with a sentence on anything else."""
+    return {name: Path(text).expanduser() for name, text in _pairs(words, "NAME=PATH")}
 
 
 def _pairs(words: Sequence[str], form: str) -> list[tuple[str, str]]:
@@ -245,10 +237,10 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def named_paths(settings: Sequence[str], option: str) -> dict[str, str] | None:
-    """name → path of "NAME=PATH" settings, "miniature:alignment" a shipped LoRA; None for none.
+    """name → path of "NAME=PATH" settings; None for none.
 
     Raises:
-        ValueError: another form, a name given twice, or a LoRA that is not shipped.
+        ValueError: another form, or a name given twice.
     """
     found: dict[str, str] = {}
     for setting in settings:
@@ -257,7 +249,7 @@ def named_paths(settings: Sequence[str], option: str) -> dict[str, str] | None:
             raise ValueError(f"{option} takes NAME=PATH, got {setting!r}")
         if name in found:
             raise ValueError(f"{option} names {name!r} twice")
-        found[name] = str(adapter_folder(path)) if path.startswith("miniature:") else path
+        found[name] = path
     return found or None
 
 

@@ -180,7 +180,7 @@ def thumbnail(images: Tensor) -> Tensor:
 
 def adapter_folders(backbone: Backbone, adapters: Mapping[str, str | Path]) -> dict[str, Path]:
     """Name → folder; for a miniature its shipped adapters too, under the names that are not given."""
-    folders = {name: miniature.adapter_folder(folder) for name, folder in adapters.items()}
+    folders = miniature.adapter_paths(adapters)
     embedded = miniature.EMBEDDED.get(getattr(backbone, "pretrained", ""))
     return folders if embedded is None else embedded.adapters() | folders
 

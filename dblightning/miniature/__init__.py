@@ -102,6 +102,11 @@ def adapter_folder(named: str | Path) -> Path:
     return found[name]
 
 
+def adapter_paths(named: Mapping[str, str | Path]) -> dict[str, Path]:
+    """:func:`adapter_folder` of each."""
+    return {name: adapter_folder(folder) for name, folder in named.items()}
+
+
 def flow_path() -> Path:
     """The flow miniature's folder, for ``StableDiffusion3Pipeline.from_pretrained``.
 

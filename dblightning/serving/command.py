@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dblightning.arguments import TOKEN_VARIABLE, named_paths, serve_parser
+from dblightning.miniature import adapter_folder
 from dblightning.preset import Preset, adapter_names, even_preset
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ def model_of(options: argparse.Namespace) -> tuple[str, dict[str, str] | None, d
     read = [Preset.read(path) for path in options.presets]
     first = read[0] if read else Preset()
     base = options.base or first.base
-    given = named_paths(options.adapters, "--adapter")
+    named = named_paths(options.adapters, "--adapter") or {}
+    # names on the hub stay as they are
+    given = {name: str(adapter_folder(path)) if path.startswith("miniature:") else path for name, path in named.items()}
     adapters = given or (None if first.adapters is None else dict(first.adapters))
     for name, path in (adapters or {}).items():
         looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from dblightning.adapters.files import Form, file_digest, file_in, read_lora, write_lora
 from dblightning.adapters.soup import Soup, as_dtype, soup_lora
 from dblightning.arguments import export_parser, numbers_by_name, paths_by_name
+from dblightning.miniature import adapter_paths
 from dblightning.preset import Preset, adapters_of
 
 #: the command's formats → forms of a LoRA file
@@ -117,7 +118,7 @@ def export_main(argv: Sequence[str]) -> None:
                 weights, adapters = preset_parts(options.preset)
             else:
                 weights, adapters = numbers_by_name(options.weights), adapters_of(options.base)
-            adapters |= paths_by_name(options.adapters)
+            adapters |= adapter_paths(paths_by_name(options.adapters))
             if not adapters:
                 raise ValueError(f"{options.base} brings no adapters; name them: --adapters NAME=FOLDER NAME=FOLDER")
             path, made = export_soup(

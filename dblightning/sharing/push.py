@@ -13,6 +13,7 @@ from typing import Any
 from dblightning.adapters.files import WEIGHTS_NAME, file_digest, find_file, read_lora, write_lora
 from dblightning.adapters.lora import LoraFile
 from dblightning.arguments import paths_by_name, push_parser
+from dblightning.miniature import adapter_paths
 from dblightning.sharing.card import gains_of, model_card
 
 PRESET_NAME = "preset.yaml"
@@ -193,8 +194,9 @@ def push_main(argv: Sequence[str]) -> None:
     options = push_parser().parse_args(argv)
     folder = options.out or Path("runs") / "hub" / options.repo.rpartition("/")[2]
     try:
+        files = adapter_paths(paths_by_name(options.adapters))
         prepared = prepare(
-            options.repo, options.base, folder, paths_by_name(options.adapters), options.soup, options.scores,
+            options.repo, options.base, folder, files, options.soup, options.scores,
             options.preset, options.pictures, options.licence, options.title,
         )  # fmt: skip
         for name, size in prepared.sizes().items():

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from dblightning import miniature
-from dblightning.arguments import named_paths, paths_by_name
+from dblightning.arguments import paths_by_name
 from dblightning.miniature import world
 from dblightning.miniature.rewards import ShapeAlignment, compressibility
 
@@ -109,12 +109,8 @@ def test_finding_the_folders_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_commands_that_take_paths_know_the_shipped_adapters_by_name() -> None:
-    shipped = miniature.adapters("one-alpha")["aesthetic"]
-    named = ["a=miniature:one-alpha/aesthetic", "b=runs/b"]
-    assert paths_by_name(named) == {"a": shipped, "b": Path("runs/b")}
-    assert named_paths(named, "--adapter") == {"a": str(shipped), "b": "runs/b"}
-    with pytest.raises(SystemExit, match="ships no adapter 'sharpness'"):
-        paths_by_name(["a=miniature:sharpness"])
+def test_adapters_by_name_stand_beside_paths() -> None:
+    named = paths_by_name(["a=miniature:one-alpha/aesthetic", "b=runs/b"])
+    assert miniature.adapter_paths(named) == {"a": miniature.adapters("one-alpha")["aesthetic"], "b": Path("runs/b")}
     with pytest.raises(ValueError, match="ships no adapter 'sharpness'"):
-        named_paths(["a=miniature:sharpness"], "--adapter")
+        miniature.adapter_paths(paths_by_name(["a=miniature:sharpness"]))
