@@ -75,7 +75,11 @@ def optimal_shift(backbone: GaussianBackbone, solver: DDIMSolver, slope: float, 
 
 @pytest.mark.parametrize(
     ("alpha", "dims", "objective", "advantage"),
-    [(1.0, 1, "dpok", "prompt"), (0.4, 1, "dpok", "prompt"), (0.4, 3, "ppo", "both")],
+    [
+        pytest.param(1.0, 1, "dpok", "prompt", marks=pytest.mark.slow),
+        (0.4, 1, "dpok", "prompt"),
+        (0.4, 3, "ppo", "both"),
+    ],
 )
 def test_dpok_converges_to_the_known_optimum(
     tmp_path: Path, prompts: Any, alpha: float, dims: int, objective: str, advantage: str

@@ -46,6 +46,7 @@ def test_the_interval_covers_the_true_mean_at_its_stated_rate_when_seeds_share_t
     assert coverage(skewed=False) == pytest.approx(0.95, abs=0.033)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_mean_of_a_skewed_reward() -> None:
     assert coverage(skewed=True) == pytest.approx(0.95, abs=0.033)
 
