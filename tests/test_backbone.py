@@ -162,7 +162,8 @@ def test_prompts_must_be_a_list(backbone: Any) -> None:
         backbone.encode(["a", "b"], ["c"])
 
 
-@pytest.mark.parametrize("what", ["blocks", pytest.param("whole", marks=pytest.mark.slow)])
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("what", ["blocks", "whole"])
 def test_a_compiled_denoiser_is_traced_without_a_break_and_computes_the_same(
     sd15_folder: Path, what: Literal["blocks", "whole"]
 ) -> None:

@@ -259,6 +259,7 @@ def test_without_the_option_nothing_is_kept() -> None:
     assert type(step) is BlendStep
 
 
+@pytest.mark.slow
 def test_the_miniatures_error_is_a_fraction_of_the_soups() -> None:
     """docs/methods.md: two adapters, w = ½, twenty steps; here 24 of its prompts."""
     backbone = loaded("miniature")

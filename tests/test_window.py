@@ -232,7 +232,7 @@ def windowed_optimum(backbone: GaussianBackbone, window: WindowedSolver, slope: 
     return slope / alpha * total
 
 
-@pytest.mark.parametrize(("alpha", "start"), [(1.0, 0), (0.4, 1)])
+@pytest.mark.parametrize(("alpha", "start"), [pytest.param(1.0, 0, marks=pytest.mark.slow), (0.4, 1)])
 def test_the_policy_gradient_reaches_the_optimum_of_the_windowed_process(
     tmp_path: Path, alpha: float, start: int
 ) -> None:

@@ -213,6 +213,7 @@ def test_rollouts_may_follow_the_ode_and_final_latents_alone_are_kept(tmp_path: 
     assert run.backbone.shifts[run.adapter_name].abs().max() > 0  # type: ignore
 
 
+@pytest.mark.slow
 def test_nft_finds_its_fixed_point_from_rollouts_without_noise(tmp_path: Path) -> None:
     """The samples' variance is then the ODE's; the rest is as above."""
     backbone = GaussianBackbone()

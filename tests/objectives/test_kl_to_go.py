@@ -123,6 +123,7 @@ def test_with_it_the_gradient_is_that_of_eq_4(tmp_path: Path, alpha: float) -> N
     assert (expected - without).abs().max() > 2 * alpha
 
 
+@pytest.mark.slow
 def test_without_it_the_gradient_is_dpoks(tmp_path: Path) -> None:
     found, run = sampled_gradient(tmp_path, 1.0, to_go=False)
     without = exact_gradient(torch.tensor(GAINS).double(), run.backbone, run.solver, 1.0, 0.0)  # type: ignore
