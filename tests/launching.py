@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dblightning.checkpointing import latest_intact
 from tests import distributed_fit
 
 
@@ -57,6 +59,29 @@ def ended(out: Path, name: str, rank: int = 0, label: str = "") -> dict[str, Any
     """What a rank of a run ended with."""
     state: dict[str, Any] = torch.load(out / name / f"{label}rank{rank}.pt", weights_only=True)
     return state
+
+
+def whole_and_killed(out: Path, settings: dict[str, Any], processes: int, step: int) -> list[tuple[Any, Any]]:
+    """A run killed after an optimiser step and resumed, and one that never stopped, have the same end and curves.
+
+    Returns:
+        What each rank ended with, of the killed run and of the whole one.
+    """
+    whole, killed = out / "whole", out / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    kill = {"name": "SIGKILL", "rank": processes - 1, "at_step": step}
+    assert finish(whole, [{"name": "run", **settings}], processes) == [0] * processes
+    codes = finish(killed, [{"name": "run", **settings, "signals": kill}], processes)
+    assert codes[-1] == -signal.SIGKILL
+    assert latest_intact(killed / "run" / "checkpoints") is not None
+    again = finish(killed, [{"name": "run", **settings, "resume": True}], processes)
+    assert again == [0] * processes
+    ends = [(ended(killed, "run", rank), ended(whole, "run", rank)) for rank in range(processes)]
+    for one, other in ends:
+        assert_same_end(one, other)
+    assert curves(killed, "run") == curves(whole, "run")
+    return ends
 
 
 def curves(out: Path, name: str) -> dict[int, dict[str, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -208,20 +207,8 @@ STEPS = 4 * 4  # four optimiser steps a rollout
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_basis_resumes_bit_for_bit(tmp_path: Path, processes: int) -> None:
     step = random.SystemRandom().randrange(8, STEPS)  # after the first checkpoint
-    kill = {"name": "SIGKILL", "rank": processes - 1, "at_step": step}
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
-    assert launching.finish(tmp_path / "whole", [{"name": "run", **RUN}], processes) == [0] * processes
-    codes = launching.finish(tmp_path / "killed", [{"name": "run", **RUN, "signals": kill}], processes)
-    assert codes[-1] == -signal.SIGKILL
-    assert latest_intact(tmp_path / "killed" / "run" / "checkpoints") is not None
-    again = launching.finish(tmp_path / "killed", [{"name": "run", **RUN, "resume": True}], processes)
-    assert again == [0] * processes
-    for rank in range(processes):
-        one, other = (launching.ended(tmp_path / name, "run", rank) for name in ("killed", "whole"))
-        launching.assert_same_end(one, other)
-        assert len(other["replay"]) == 2
-    assert launching.curves(tmp_path / "killed", "run") == launching.curves(tmp_path / "whole", "run")
+    for _, whole in launching.whole_and_killed(tmp_path, RUN, processes, step):
+        assert len(whole["replay"]) == 2
 
 
 def test_two_processes_train_the_basis_that_one_with_twice_the_batch_trains(tmp_path: Path) -> None:

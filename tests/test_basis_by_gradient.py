@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -201,17 +200,7 @@ RUN: dict[str, Any] = {
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_basis_resumes_bit_for_bit(tmp_path: Path, processes: int) -> None:
     step = random.SystemRandom().randrange(4, 12)  # after the first checkpoint, of twelve optimiser steps
-    kill = {"name": "SIGKILL", "rank": processes - 1, "at_step": step}
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
-    assert launching.finish(tmp_path / "whole", [{"name": "run", **RUN}], processes) == [0] * processes
-    codes = launching.finish(tmp_path / "killed", [{"name": "run", **RUN, "signals": kill}], processes)
-    assert codes[-1] == -signal.SIGKILL
-    again = launching.finish(tmp_path / "killed", [{"name": "run", **RUN, "resume": True}], processes)
-    assert again == [0] * processes
-    for rank in range(processes):
-        launching.assert_same_end(*(launching.ended(tmp_path / name, "run", rank) for name in ("killed", "whole")))
-    assert launching.curves(tmp_path / "killed", "run") == launching.curves(tmp_path / "whole", "run")
+    assert len(launching.whole_and_killed(tmp_path, RUN, processes, step)) == processes
 
 
 @pytest.mark.slow
