@@ -151,10 +151,13 @@ def estimate(
     weighted, weighted_base = _weighted(scores, rows, rewards)
     base = _base_row(rows)
     gains = scores - (scores[base] if base is not None else np.nan)
-    columns = [scores, gains, weighted[..., None], (weighted - weighted_base)[..., None]]
-    if KL in frame and np.isfinite(frame[KL].astype(float)).any():
-        columns.append(_with_mixtures(frame[KL].to_numpy(dtype=float)[images.rows][..., None], mixtures))
-        columns += [columns[3] - alpha * columns[4]] if alpha is not None else []
+    weighted_gain = (weighted - weighted_base)[..., None]
+    of_kl: dict[str, np.ndarray] = {}
+    if _has_kl(frame):
+        of_kl[KL] = _with_mixtures(frame[KL].to_numpy(dtype=float)[images.rows][..., None], mixtures)
+    if alpha is not None:
+        of_kl[OBJECTIVE] = weighted_gain - alpha * of_kl[KL]
+    columns = [scores, gains, weighted[..., None], weighted_gain, *of_kl.values()]
     means = unit_means(np.concatenate(columns, axis=-1), images.starts)
     one_prompt = len(np.unique(images.prompts)) == 1
     distances = _of_parts(_distances(frame, images), mixtures)
@@ -168,7 +171,7 @@ def estimate(
     draws = weighted_means(resampled, means)
     low, high = interval(draws, units, level)
     quantities = [REWARD + name for name in rewards] + [GAIN + name for name in rewards]
-    quantities += ["weighted", "weighted_gain", *[KL, OBJECTIVE][: len(columns) - 4], "diversity"]
+    quantities += ["weighted", "weighted_gain", *of_kl, "diversity"]
     rows[[MISSING + name for name in rewards]] = np.isnan(scores).sum(axis=1)
     seconds = rows["seconds"].to_numpy()[:evaluated, None, None]
     denoiser_rows = rows["denoiser_rows"].to_numpy(dtype=float)[:evaluated, None, None]
@@ -180,12 +183,16 @@ def estimate(
     )  # fmt: skip
 
 
+def _has_kl(frame: pd.DataFrame) -> bool:
+    return KL in frame and bool(np.isfinite(frame[KL].astype(float)).any())
+
+
 def _check_alpha(alpha: float | None, frame: pd.DataFrame, blends: pd.DataFrame) -> None:
     if alpha is None:
         return
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha must be >= 0 and finite, got {alpha}")
-    if KL not in frame or not np.isfinite(frame[KL].astype(float)).any():
+    if not _has_kl(frame):
         raise ValueError("alpha weighs the KL to the base, which this evaluation did not measure: set --model.kl true")
     if _base_row(blends) is None:
         raise ValueError("E[r(w)] - alpha * KL is stated over the base's, which was not evaluated: add {method: base}")

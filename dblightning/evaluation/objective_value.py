@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dblightning.evaluation.analysis import OBJECTIVE, Estimates
 from dblightning.evaluation.baselines import BEST_SINGLE
 from dblightning.evaluation.cells import (
+    Points,
     adapter_names,
     cell,
     oracle_variants,
@@ -71,7 +72,7 @@ def objective_lines(estimates: Estimates, rewards: Sequence[str]) -> list[tuple[
     ]
 
 
-def _no_oracle(estimates: Estimates, points: dict[str, dict[tuple[float, ...], str]], oracle: str) -> str:
+def _no_oracle(estimates: Estimates, points: dict[str, Points], oracle: str) -> str:
     """Where another policy has a larger value than a retrained one, by more than the interval; empty where none has."""
     texts = []
     for weights, blend in mixed(points.get(oracle, {})).items():

@@ -41,14 +41,13 @@ def of_one_seed(frame: pd.DataFrame, alpha: float | None = None) -> pd.DataFrame
     """
     estimates = estimate(frame, alpha=alpha)
     table = summary(estimates)
-    requested, own = preferences(table), dict(zip(table["blend"], preferences(table), strict=True))
-    of_db_mpa = {own[blend]: blend for blend in table.loc[table["method"] == "db-mpa", "blend"]}
+    requested = dict(zip(table["blend"], preferences(table), strict=True))
+    of_db_mpa = {requested[blend]: blend for blend in table.loc[table["method"] == "db-mpa", "blend"]}
     names = [name for name in QUANTITIES if alpha is not None or OBJECTIVE not in name]
     for name in set(_LESS) & set(names):
         values = dict(zip(table["blend"], table[_LESS[name]], strict=True))
         table[name] = [
-            value - values.get(of_db_mpa.get(each, ""), np.nan)
-            for value, each in zip(values.values(), requested, strict=True)
+            value - values.get(of_db_mpa.get(requested[blend], ""), np.nan) for blend, value in values.items()
         ]
     return pd.concat([table.set_index("blend")[names], _baselines(frame, estimates, names)])
 
