@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from dblightning.evaluation.table_formats import pipe_table
+
 
 def log_image(trainer: L.Trainer, name: str, image: Tensor | Figure, step: int, caption: str = "") -> None:
     """Give a picture to every logger that takes pictures.
@@ -70,13 +72,22 @@ def log_table(trainer: L.Trainer, name: str, table: pd.DataFrame, step: int) -> 
         return
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(name, table.to_markdown(index=False, floatfmt=".4g"), step)
+            logger.experiment.add_text(name, _as_markdown(table), step)
         elif isinstance(logger, CSVLogger):
             path = Path(logger.log_dir) / "tables" / f"{name.replace('/', '_')}-{step:06d}.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
             table.to_csv(path, index=False)
         elif callable(log := getattr(logger, "log_table", None)) and _takes(log, "dataframe"):
             log(key=name, dataframe=table, step=step)
+
+
+def _as_markdown(table: pd.DataFrame) -> str:
+    """A pipe table with numbers to four digits; pandas' own needs tabulate, which no dependency brings."""
+
+    def cell(value: object) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", r"\|")
+
+    return pipe_table([[cell(value) for value in row] for row in table.itertuples(index=False)], list(table))
 
 
 def log_by_prompt(trainer: L.Trainer, rewards: dict[str, float], step: int, suffix: str = "") -> None:

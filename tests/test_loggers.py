@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,7 +130,11 @@ def test_a_table_goes_to_every_logger_that_takes_tables(tmp_path: Path) -> None:
     seen = EventAccumulator(str(tmp_path / "board"), size_guidance={"tensors": 0})
     seen.Reload()
     (event,) = seen.Tensors("blend/scores/text_summary")
-    assert event.step == 7 and b"db-mpa|0.5" in event.tensor_proto.string_val[0]
+    heading, rule, *rows = event.tensor_proto.string_val[0].decode().splitlines()
+    assert event.step == 7 and rule.startswith("|:--")
+    assert [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in (heading, *rows)] == [
+        ["blend", "alignment"], ["base", "0.1"], [r"db-mpa\|0.5", "0.25"],
+    ]  # fmt: skip
 
 
 def logged(tmp_path: Path, logger: Any) -> None:
