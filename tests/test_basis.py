@@ -204,7 +204,7 @@ RUN: dict[str, Any] = {
 STEPS = 4 * 4  # four optimiser steps a rollout
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_basis_resumes_bit_for_bit(tmp_path: Path, processes: int) -> None:
     step = random.SystemRandom().randrange(8, STEPS)  # after the first checkpoint
     for _, whole in launching.whole_and_killed(tmp_path, RUN, processes, step):

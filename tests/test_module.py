@@ -78,7 +78,7 @@ def optimal_shift(backbone: GaussianBackbone, solver: DDIMSolver, slope: float, 
     [
         pytest.param(1.0, 1, "dpok", "prompt", marks=pytest.mark.slow),
         (0.4, 1, "dpok", "prompt"),
-        (0.4, 3, "ppo", "both"),
+        pytest.param(0.4, 3, "ppo", "both", marks=pytest.mark.slow),
     ],
 )
 def test_dpok_converges_to_the_known_optimum(

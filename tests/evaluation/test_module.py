@@ -112,6 +112,7 @@ def lines(out: Path) -> int:
     return sum(file.read_text().count("\n") for file in (out / "rows").glob("*.jsonl"))
 
 
+@pytest.mark.slow  # three processes; test_an_interrupted_evaluation… stops one in this process
 def test_a_killed_evaluation_goes_on_to_the_table_of_an_unbroken_one(config: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     unbroken = start(config, "--model.out", str(whole))

@@ -19,7 +19,7 @@ from tests.toy_optimum import converged, module
 SLOPE = 0.5
 NOISES = [("flow_sde", 0.7), ("cps", 0.8)]
 #: noise, η and weight or α of runs of eight seconds each
-FLOWS = [("flow_sde", 0.7, 1.0), pytest.param("cps", 0.8, 0.4, marks=pytest.mark.slow)]
+FLOWS = [("flow_sde", 0.7, 1.0), ("cps", 0.8, 0.4)]
 
 
 class Step(NamedTuple):
@@ -124,8 +124,8 @@ def _ends(solver: Any) -> tuple[list[float], list[float]]:
     ("objective", "noise", "eta", "alpha"),
     [
         (PPO(0.5), "flow_sde", 0.7, 1.0),
-        (PPO(0.5), "cps", 0.8, 0.4),
-        (GRPO(0.5), "flow_sde", 0.7, 1.0),
+        pytest.param(PPO(0.5), "cps", 0.8, 0.4, marks=pytest.mark.slow),
+        pytest.param(GRPO(0.5), "flow_sde", 0.7, 1.0, marks=pytest.mark.slow),
         pytest.param(GRPO(0.5), "cps", 0.8, 0.4, marks=pytest.mark.slow),
         (FlowDPPO(0.05), "flow_sde", 0.7, 1.0),
         pytest.param(FlowDPPO(0.05), "cps", 0.8, 0.4, marks=pytest.mark.slow),
@@ -140,6 +140,7 @@ def test_policy_gradients_find_the_optimum_of_eq_4(
     assert found.item() == pytest.approx(optimal_shift(run.solver, 0.7, SLOPE, alpha), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise", "eta", "alpha"), FLOWS)
 def test_grpo_guard_finds_its_fixed_point(tmp_path: Path, noise: str, eta: float, alpha: float) -> None:
     run = run_of(GRPOGuard(0.5), alpha, noise, eta)
@@ -147,7 +148,8 @@ def test_grpo_guard_finds_its_fixed_point(tmp_path: Path, noise: str, eta: float
     assert found == pytest.approx(expected, rel=0.05)  # as above
 
 
-@pytest.mark.parametrize("adaptive", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adaptive", [True, False])
 @pytest.mark.parametrize(("noise", "eta", "weight"), FLOWS)
 def test_nft_finds_its_fixed_point(tmp_path: Path, noise: str, eta: float, weight: float, adaptive: bool) -> None:
     objective = NFT(noise_draws=3, adaptive=adaptive, decay_rate=0.0)
@@ -157,6 +159,7 @@ def test_nft_finds_its_fixed_point(tmp_path: Path, noise: str, eta: float, weigh
     assert found == pytest.approx(expected, rel=0.05)  # as above
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise", "eta", "weight"), FLOWS)
 def test_awm_finds_its_fixed_point(tmp_path: Path, noise: str, eta: float, weight: float) -> None:
     run = run_of(AWM(0.5, noise_draws=3), weight, noise, eta, learning_rate=0.05)
