@@ -24,9 +24,14 @@ class CommandParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def command_parser(command: str, description: str) -> CommandParser:
+    """Of ``python -m dblightning COMMAND``, without options yet."""
+    return CommandParser(prog=f"python -m dblightning {command}", description=description)
+
+
 def convert_parser() -> CommandParser:
     """Of ``convert``."""
-    parser = CommandParser(prog="python -m dblightning convert", description="Write a LoRA file in another form.")
+    parser = command_parser("convert", "Write a LoRA file in another form.")
     parser.add_argument("source", metavar="IN", help="LoRA file or folder: diffusers, kohya (A1111), PEFT or TRL")
     parser.add_argument("target", metavar="OUT", help="file (.safetensors) or folder to write")
     parser.add_argument("--to", choices=LORA_FORMS, required=True, help="kohya: ComfyUI and A1111; diffusers; peft")
@@ -36,9 +41,8 @@ def convert_parser() -> CommandParser:
 
 def export_parser() -> CommandParser:
     """Of ``export``."""
-    parser = CommandParser(
-        prog="python -m dblightning export",
-        description="Write one LoRA whose images are the exact Rewarded Soup's, for programs that know no blends.",
+    parser = command_parser(
+        "export", "Write one LoRA whose images are the exact Rewarded Soup's, for programs that know no blends."
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--weights", nargs="+", metavar="NAME=W", help="each >= 0, sum 1")
@@ -59,10 +63,7 @@ def export_parser() -> CommandParser:
 
 def push_parser() -> CommandParser:
     """Of ``push``."""
-    parser = CommandParser(
-        prog="python -m dblightning push",
-        description="Make a folder for the hub (adapters, preset, pictures, model card) and upload it.",
-    )
+    parser = command_parser("push", "Make a folder for the hub (adapters, preset, pictures, model card) and upload it.")
     parser.add_argument("repo", metavar="USER/NAME", help="the hub's repository; made if it is not there")
     parser.add_argument("--adapters", nargs="+", default=[], metavar="NAME=PATH", help="LoRA files or folders to share")
     parser.add_argument("--soup", type=Path, help="a LoRA that `export` wrote, for the repository's root")
@@ -108,9 +109,7 @@ def _pairs(words: Sequence[str], form: str) -> list[tuple[str, str]]:
 
 def pretrain_parser() -> CommandParser:
     """Of ``pretrain-miniature``."""
-    parser = CommandParser(
-        prog="python -m dblightning pretrain-miniature", description="Train the embedded miniature from nothing."
-    )
+    parser = command_parser("pretrain-miniature", "Train the embedded miniature from nothing.")
     parser.add_argument("--out", type=Path, required=True, help="pipeline folder to write")
     parser.add_argument("--work", type=Path, help="folder of training states and snapshots (default: OUT.work)")
     parser.add_argument("--vae-steps", type=positive, default=6000)
@@ -131,9 +130,8 @@ def pretrain_parser() -> CommandParser:
 
 def pretrain_flow_parser() -> CommandParser:
     """Of ``pretrain-flow-miniature``."""
-    parser = CommandParser(
-        prog="python -m dblightning pretrain-flow-miniature",
-        description="Train the embedded flow miniature on the other miniature's latents.",
+    parser = command_parser(
+        "pretrain-flow-miniature", "Train the embedded flow miniature on the other miniature's latents."
     )
     parser.add_argument("--out", type=Path, required=True, help="pipeline folder to write")
     parser.add_argument("--work", type=Path, help="folder of latents, state and snapshot (default: OUT.work)")
@@ -151,9 +149,7 @@ def pretrain_flow_parser() -> CommandParser:
 
 def convert_vila_parser() -> CommandParser:
     """Of ``convert-vila``."""
-    parser = CommandParser(
-        prog="python -m dblightning convert-vila", description="Convert VILA's SavedModel for VILA(backend='torch')."
-    )
+    parser = command_parser("convert-vila", "Convert VILA's SavedModel for VILA(backend='torch').")
     parser.add_argument("saved_model", type=Path, help="folder of google/vila/tensorFlow2/image")
     parser.add_argument("out", type=Path, help="file to write, for example vila.safetensors")
     parser.add_argument("--names", type=Path, help="JSON file {praxis parameter: variable of the SavedModel}")
@@ -163,9 +159,8 @@ def convert_vila_parser() -> CommandParser:
 
 def quickstart_parser() -> CommandParser:
     """Of ``quickstart``."""
-    parser = CommandParser(
-        prog="python -m dblightning quickstart",
-        description="Train an adapter on the embedded miniature, blend and score it; pictures in runs/quickstart.",
+    parser = command_parser(
+        "quickstart", "Train an adapter on the embedded miniature, blend and score it; pictures in runs/quickstart."
     )
     parser.add_argument("--check", action="store_true", help="one small rollout only: whether the installation works")
     return parser
@@ -173,9 +168,7 @@ def quickstart_parser() -> CommandParser:
 
 def serve_parser() -> CommandParser:
     """Of ``serve``."""
-    parser = CommandParser(
-        prog="python -m dblightning serve", description="Images over HTTP, on OpenAI's images endpoint."
-    )
+    parser = command_parser("serve", "Images over HTTP, on OpenAI's images endpoint.")
     _model_options(parser)
     parser.add_argument("--host", choices=("127.0.0.1", "0.0.0.0", "::"), default="127.0.0.1")
     parser.add_argument("--port", type=positive, default=8000, help="from 1024 to 65535 [8000]")
@@ -200,7 +193,7 @@ def serve_parser() -> CommandParser:
 
 def studio_parser() -> CommandParser:
     """Of ``studio``."""
-    parser = CommandParser(prog="python -m dblightning studio", description="A page to try blends by hand.")
+    parser = command_parser("studio", "A page to try blends by hand.")
     _model_options(parser)
     parser.add_argument(
         "--reward", dest="rewards", action="append", default=[], metavar="NAME=REWARD",

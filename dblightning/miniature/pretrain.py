@@ -9,6 +9,7 @@ one thread of a Xeon with AMX: 12 minutes for the VAE, 35 to 50 for the rest. Pr
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
@@ -59,22 +60,25 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
 
 
+def text_config(tokenizer: CLIPTokenizer, width: int, layers: int, max_length: int) -> CLIPTextConfig:
+    """Of a CLIP text model with four attention heads and the special tokens of ``tokenizer``."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """CLIP's text model, two layers of width 64, with random weights."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            projection_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModel(text_config(tokenizer, 64, 2, MAX_LENGTH))
 
 
 def build_vae() -> AutoencoderKL:
@@ -300,6 +304,14 @@ def draw(count: int, seed: int) -> tuple[Tensor, list[str]]:
     return torch.from_numpy(images), captions
 
 
+def careless_captions(captions: Sequence[str], seed: int) -> list[list[str]]:
+    """Each image's caption, mislabelled, :data:`CARELESS_CAPTIONS` times."""
+    rng = np.random.default_rng(seed)
+    return [
+        [world.caption(world.mislabel(world.parse(text), rng)) for text in captions] for _ in range(CARELESS_CAPTIONS)
+    ]
+
+
 def train_vae(
     vae: AutoencoderKL, images: Tensor, steps: int, batch: int, state_file: Path, seed: int, bf16: bool
 ) -> float:
@@ -371,32 +383,48 @@ def train_unet(
     return train("unet", parameters, loss_of_batch, steps, 2e-3, 0.999, **keywords)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train both stages and write the pipeline to ``--out``."""
-    parser = pretrain_parser()
+def start(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, stages: Sequence[str]
+) -> tuple[argparse.Namespace, Path, dict[str, Path]]:
+    """Set threads and seed of a pretraining; refuse to start over where a state of an earlier run is.
+
+    Args:
+        parser: has the options out, work, threads, seed and resume.
+        argv: of the command; None: the process's own.
+        stages: trained one after the other, each with a state of its own.
+
+    Returns:
+        The options, the working folder, which is made, and each stage's state file in it.
+    """
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    work = options.work or options.out.with_name(options.out.name + ".work")
+    work: Path = options.work or options.out.with_name(options.out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    states = {stage: work / f"{stage}.pt" for stage in ("vae", "unet")}
+    states = {stage: work / f"{stage}.pt" for stage in stages}
     for state in states.values():
         if state.exists() and not options.resume:
             parser.error(f"{state} holds an earlier run: pass --resume to continue it, or remove it")
+    return options, work, states
 
+
+def finish(what: str, seconds: float, save: Callable[[Path], None], out: Path) -> None:
+    """Say how long training ``what`` took, and write the pipeline to ``out``."""
+    print(f"{what} trained in {seconds:.0f} s", flush=True)
+    save(out)
+    print(f"wrote {out}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train both stages and write the pipeline to ``--out``."""
+    options, work, states = start(pretrain_parser(), argv, ("vae", "unet"))
     tokenizer = build_tokenizer()
     text_encoder, vae, unet = build_text_encoder(tokenizer), build_vae(), build_unet()
     started = time.monotonic()
     images, captions = draw(options.images, options.seed)
     print(f"drew {len(images)} images in {time.monotonic() - started:.0f} s", flush=True)
     tokens, empty = (_token_ids(tokenizer, texts) for texts in (captions, [""]))
-    rng = np.random.default_rng(options.seed + 1)
-    careless = torch.stack(
-        [
-            _token_ids(tokenizer, [world.caption(world.mislabel(world.parse(text), rng)) for text in captions])
-            for _ in range(CARELESS_CAPTIONS)
-        ]
-    )
+    careless = torch.stack([_token_ids(tokenizer, each) for each in careless_captions(captions, options.seed + 1)])
 
     seconds = train_vae(vae, images, options.vae_steps, options.vae_batch, states["vae"], options.seed, options.bf16)
     print(f"vae trained in {seconds:.0f} s", flush=True)
@@ -423,9 +451,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         snapshot=lambda: save(work / "snapshot"),
         snapshot_minutes=options.snapshot_minutes,
     )
-    print(f"unet and text encoder trained in {seconds:.0f} s", flush=True)
-    save(options.out)
-    print(f"wrote {options.out}", flush=True)
+    finish("unet and text encoder", seconds, save, options.out)
 
 
 if __name__ == "__main__":

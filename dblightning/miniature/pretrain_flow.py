@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -26,7 +25,6 @@ from diffusers import (
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -36,8 +34,17 @@ from transformers import (
 
 from dblightning import miniature
 from dblightning.arguments import pretrain_flow_parser
-from dblightning.miniature import world
-from dblightning.miniature.pretrain import CARELESS_CAPTIONS, LATENT_SIZE, draw, encode, train, write_whole
+from dblightning.miniature.pretrain import (
+    LATENT_SIZE,
+    careless_captions,
+    draw,
+    encode,
+    finish,
+    start,
+    text_config,
+    train,
+    write_whole,
+)
 
 #: text tokens of each CLIP and of T5; the world's longest caption has ten
 MAX_LENGTH = 10
@@ -58,20 +65,7 @@ def load_tokenizer(max_length: int = MAX_LENGTH) -> CLIPTokenizer:
 
 def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextModelWithProjection:
     """A CLIP text model with random weights; SD3 takes the output of its last layer but one, and the pooled one."""
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            projection_dim=width,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModelWithProjection(text_config(tokenizer, width, layers, MAX_LENGTH))
 
 
 def start_from_trained(encoder: CLIPTextModelWithProjection) -> None:
@@ -266,10 +260,7 @@ def draw_data(vae: AutoencoderKL, count: int, seed: int, cache: Path) -> tuple[T
 
 def number_captions(tokenizer: CLIPTokenizer, captions: list[str], seed: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """True and careless captions as rows of a vocabulary of token ids, whose last one is empty."""
-    rng = np.random.default_rng(seed)
-    careless = [
-        [world.caption(world.mislabel(world.parse(text), rng)) for text in captions] for _ in range(CARELESS_CAPTIONS)
-    ]
+    careless = careless_captions(captions, seed)
     texts = sorted({*captions, *(text for each in careless for text in each)})
     numbers = {text: number for number, text in enumerate(texts)}
 
@@ -282,16 +273,7 @@ def number_captions(tokenizer: CLIPTokenizer, captions: list[str], seed: int) ->
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and write the pipeline to ``--out``."""
-    parser = pretrain_flow_parser()
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    work = options.work or options.out.with_name(options.out.name + ".work")
-    work.mkdir(parents=True, exist_ok=True)
-    state = work / "transformer.pt"
-    if state.exists() and not options.resume:
-        parser.error(f"{state} holds an earlier run: pass --resume to continue it, or remove it")
-
+    options, work, states = start(pretrain_flow_parser(), argv, ("transformer",))
     tokenizer = load_tokenizer()
     vae = AutoencoderKL.from_pretrained(miniature.path() / "vae").requires_grad_(False)
     vae.register_to_config(shift_factor=0.0)  # the plain pipeline adds one
@@ -317,15 +299,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.steps,
         options.batch,
         options.lr,
-        state_file=state,
+        state_file=states["transformer"],
         seed=options.seed,
         snapshot=snapshot,
         snapshot_minutes=options.snapshot_minutes,
         snapshot_from=options.snapshot_minutes,
     )
-    print(f"transformer and text encoders trained in {seconds:.0f} s", flush=True)
-    save(options.out)
-    print(f"wrote {options.out}", flush=True)
+    finish("transformer and text encoders", seconds, save, options.out)
 
 
 if __name__ == "__main__":
