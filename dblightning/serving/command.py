@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dblightning.arguments import TOKEN_VARIABLE, named_paths, serve_parser
 from dblightning.miniature import adapter_folder
@@ -47,23 +48,20 @@ def service_settings(options: argparse.Namespace) -> ServiceSettings:
     from dblightning.serving.requests import Limits, Offer
     from dblightning.serving.settings import ServiceSettings
 
-    limits = Limits(max_images=options.max_images, max_size=options.max_size, max_steps=options.max_steps)
-    return ServiceSettings(
-        Offer(adapter_names(base, adapters), presets, limits),
-        base,
-        adapters,
-        options.dtype,
-        options.accelerator,
-        options.devices if options.devices == "auto" else int(options.devices),
-        options.workers_per_device,
-        options.max_batch_size,
-        options.batch_wait,
-        options.queue_limit,
-        options.timeout,
-        token=token,
-        threads=options.threads,
-        max_rows=options.max_rows,
-    )
+    given = vars(options)
+    own = {
+        "offer": Offer(adapter_names(base, adapters), presets, Limits(**_of_fields(Limits, given))),
+        "base": base,
+        "adapters": adapters,
+        "devices": options.devices if options.devices == "auto" else int(options.devices),
+        "token": token,
+    }
+    return ServiceSettings(**_of_fields(ServiceSettings, given) | own)
+
+
+def _of_fields(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given for a dataclass's fields; a field that no option has keeps its default."""
+    return {field.name: given[field.name] for field in fields(kind) if field.name in given}
 
 
 def model_of(options: argparse.Namespace) -> tuple[str, dict[str, str] | None, dict[str, Preset]]:
