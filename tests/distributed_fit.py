@@ -27,7 +27,8 @@ from dblightning.data import PromptFileDataModule
 from dblightning.distributed import DDP
 from dblightning.module import RewardRLModule
 from dblightning.rewards import RewardUnavailable
-from tests.toy import FlowBackbone, GaussianBackbone, LinearReward
+from tests.toy import FlowBackbone, GaussianBackbone
+from tests.toy_rewards import LinearReward
 
 SETTINGS: dict[str, Any] = {
     "num_inference_steps": 4, "guidance_scale": 1.0, "clip_range": 0.5, "learning_rate": 0.05, "policy_steps": 2,

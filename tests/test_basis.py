@@ -24,8 +24,9 @@ from dblightning.rewards.base import RewardMetric
 from dblightning.training_settings import BasisAdapter
 from tests import launching
 from tests.distributed_fit import run
-from tests.toy import GaussianBackbone, LinearReward
+from tests.toy import GaussianBackbone
 from tests.toy_fit import SETTINGS, data, trainer
+from tests.toy_rewards import LinearReward
 
 #: everything that belongs to one adapter is at work: replay, value function, KL rows and target, an average
 EVERYTHING = SETTINGS | {"kl_target": 0.5, "kl_share": 0.5, "gradient_accumulation": 2, "clip_grad_norm": 0.05}

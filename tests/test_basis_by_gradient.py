@@ -22,8 +22,9 @@ from tests import launching
 from tests.distributed_fit import run
 from tests.objectives.test_reward_gradient import Bent, Redness, Spoilt
 from tests.test_basis import Curve, distance, predictions
-from tests.toy import FlowBackbone, GaussianBackbone, LinearReward
+from tests.toy import FlowBackbone, GaussianBackbone
 from tests.toy_fit import SETTINGS, data, trainer
+from tests.toy_rewards import LinearReward
 
 #: a rollout's four images of an adapter in two micro-batches
 PLAIN: dict[str, Any] = {

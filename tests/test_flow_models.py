@@ -35,6 +35,7 @@ from dblightning.rollout import rollout
 from dblightning.sampling import denoise_loop
 from dblightning.solvers import DiffusersSolver, FlowSolver, make_solver
 from tests import tiny_pipelines
+from tests.toy_rewards import Brightness
 
 KINDS = ["sd3", "sd35", "flux"]
 PROMPTS = ["a red circle", "two blue stars"]
@@ -382,17 +383,6 @@ def test_a_saved_blend_pipeline_loads_here_and_in_plain_diffusers(
     ids=["LS", "factors", "product", "CoDe", "RGG"],
 )
 def test_every_other_method_samples_from_a_flow(wrapped: DiffusionBlendPipeline, options: Any) -> None:
-    from dblightning.rewards.base import RewardMetric
-
-    class Brightness(RewardMetric):
-        differentiable = True
-
-        def score(self, images: Tensor, prompts: Any) -> Tensor:
-            return images.mean((1, 2, 3))
-
-        def _score(self, images: Tensor, prompts: Any) -> Tensor:
-            return images.mean((1, 2, 3))
-
     rewards = {"rewards": {"light": Brightness()}} if options.get("method") in ("code", "rgg") else {}
     images = call(wrapped, **options, **rewards)
     assert images.isfinite().all()

@@ -13,8 +13,9 @@ from dblightning.flow_solver import FlowSolver
 from dblightning.module import RewardRLModule
 from dblightning.objectives import AWM, DPOK, GRPO, NFT, FlowDPPO, GRPOGuard, RewardGradient
 from tests import toy_fit
-from tests.toy import FlowBackbone, LinearReward
+from tests.toy import FlowBackbone
 from tests.toy_optimum import converged, module
+from tests.toy_rewards import LinearReward
 
 
 def optimal_shift(solver: FlowSolver, std: float, slope: float, alpha: float) -> float:

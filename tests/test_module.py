@@ -19,7 +19,8 @@ from dblightning.objectives.kl import adapted_kl_weight
 from dblightning.rewards import JPEGCompressibility
 from dblightning.rewards.base import RewardMetric
 from dblightning.solvers import DDIMSolver
-from tests.toy import GaussianBackbone, LinearReward
+from tests.toy import GaussianBackbone
+from tests.toy_rewards import LinearReward
 
 
 def trainer(tmp_path: Path, **options: Any) -> L.Trainer:

@@ -17,21 +17,14 @@ from dblightning.backbone import DiffusersBackbone
 from dblightning.blending import DBMPA
 from dblightning.noise import ImageNoise
 from dblightning.pipeline import DiffusionBlendPipeline
-from dblightning.rewards.base import RewardMetric
 from dblightning.sampling import denoise_loop
 from dblightning.solvers import make_solver
 from dblightning.steering import CoDe
 from tests.conftest import randomize
+from tests.toy_rewards import Brightness
 
 STEPS = 4
 BLEND = {"a": 0.3, "b": 0.7}
-
-
-class Brightness(RewardMetric):
-    is_differentiable = True
-
-    def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        return images.flatten(1).mean(1)
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from dblightning import cli
 from dblightning.callbacks import BeforeAfterGrid, ExportAdapter
 from dblightning.checkpointing import RunCheckpoint, latest_intact
 from dblightning.run_folder import FolderInUseError, FolderLock, RunGuard
-from tests.toy import LinearReward
 from tests.toy_fit import fit, module
+from tests.toy_rewards import LinearReward
 
 # ── the lock ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -22,8 +22,8 @@ from dblightning.module import RewardRLModule
 from dblightning.rewards import JPEGCompressibility, RewardUnavailable
 from dblightning.run_state import MOST_SKIPPED, NonFiniteError, random_state, restore_random_state
 from tests.launching import assert_equal
-from tests.toy import LinearReward
 from tests.toy_fit import data, fit, module, trainer
+from tests.toy_rewards import LinearReward
 
 NAN, INFINITY = float("nan"), float("inf")
 

@@ -17,31 +17,12 @@ from dblightning.schedule import DDIMSchedule
 from dblightning.solvers import DDIMSolver, DiffusersSolver, make_solver
 from dblightning.steering import RGG, BestOfN, CoDe, make_steering
 from tests.conftest import randomize
+from tests.toy_rewards import Brightness, Redness
 
 STEPS = 6
 GUIDANCE = 2.0
 PROMPTS = ["a red circle", "a blue star"]
 SHAPE = (4, 8, 8)
-
-
-class Brightness(RewardMetric):
-    """Mean of the picture, scaled."""
-
-    is_differentiable = True
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale = scale
-
-    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return self.scale * images.flatten(1).mean(1)
-
-
-class Redness(RewardMetric):
-    is_differentiable = True
-
-    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return (images[:, 0] - images[:, 2]).flatten(1).mean(1)
 
 
 class PromptTaste(RewardMetric):

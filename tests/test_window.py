@@ -23,8 +23,9 @@ from dblightning.training_settings import WindowSettings
 from dblightning.window import Window, WindowedSolver
 from tests import launching
 from tests.distributed_fit import run
-from tests.toy import SCHEDULER, GaussianBackbone, LinearReward
+from tests.toy import SCHEDULER, GaussianBackbone
 from tests.toy_fit import data, module, trainer
+from tests.toy_rewards import LinearReward
 
 STEPS = 10
 

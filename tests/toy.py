@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from dblightning.adapters import ATTENTION, Gating
 from dblightning.backbone import Backbone, Conditioning
-from dblightning.rewards.base import RewardMetric
 
 SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 100,
@@ -144,19 +143,3 @@ class FlowBackbone(GaussianBackbone):
             shifts = torch.stack([shift[timesteps.long() - 1] for shift in self.shifts.values()], dim=1)
             output = output + (vectors * shifts).sum(1).view(-1, 1, 1, 1)
         return output
-
-
-class LinearReward(RewardMetric):
-    """r(x) = slope · Σ x over the dimensions, of a "picture" that is any tensor."""
-
-    is_differentiable = True
-
-    def __init__(self, slope: float = 1.0) -> None:
-        super().__init__()
-        self.slope = slope
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._score(images, list(prompts))
-
-    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return self.slope * images.flatten(1).sum(1)

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from dblightning.data import PromptFileDataModule
 from dblightning.module import RewardRLModule
-from tests.toy import GaussianBackbone, LinearReward
+from tests.toy import GaussianBackbone
+from tests.toy_rewards import LinearReward
 
 SETTINGS: dict[str, Any] = {
     "num_inference_steps": 4, "guidance_scale": 1.0, "clip_range": 0.5, "learning_rate": 0.05, "policy_steps": 2,

@@ -13,8 +13,9 @@ from dblightning.blending import Base
 from dblightning.data import PromptFileDataModule
 from dblightning.module import RewardRLModule
 from dblightning.solvers import DDIMSolver
-from tests.toy import GaussianBackbone, LinearReward
+from tests.toy import GaussianBackbone
 from tests.toy_fit import trainer
+from tests.toy_rewards import LinearReward
 
 SETTINGS: dict[str, Any] = {
     "num_inference_steps": 4, "guidance_scale": 1.0, "kl": "exact", "learning_rate": 0.02, "policy_steps": 1,

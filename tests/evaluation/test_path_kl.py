@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dblightning.noise import ImageNoise
 from dblightning.sampling import StepRecord
 from tests.conftest import randomize
 from tests.evaluation.test_module import adapters, run  # noqa: F401 (a fixture)
-from tests.test_steering import Brightness, Redness
+from tests.toy_rewards import Brightness, Redness
 
 STEPS, GUIDANCE = 4, 2.0
 BATCH: dict[str, Any] = {
@@ -49,28 +50,45 @@ def ddim(alpha: Tensor, before: Tensor, epsilon: Tensor, x: Tensor) -> Normal:
     return Normal(mean, variance.sqrt().expand_as(mean))
 
 
-def from_latents(found: BlendSampler, spec: BlendSpec) -> Tensor:
-    """Path KL of BATCH's images from their latents, the noise that was drawn and the plain UNet, (B,)."""
+def path_kl(
+    found: BlendSampler, spec: BlendSpec, base_step: Callable[[int, StepRecord], Normal], count: int = STEPS
+) -> Tensor:
+    """Path KL of BATCH's images from their latents and the noise that was drawn, (B,), float64.
+
+    Args:
+        base_step: step index and step → the base model's distribution of its next latents.
+        count: the first steps, which have noise.
+    """
     steps: list[StepRecord] = []
     found.generate(BATCH, spec, steps.append)
+    assert len(steps) == STEPS
     noise = ImageNoise.of(7, BATCH["prompt_id"].tolist(), BATCH["seed"].tolist(), stream="evaluation")
     noise((4, 8, 8))  # the first latents
+    total = torch.zeros(2, dtype=torch.float64)
+    for index, step in enumerate(steps[:count]):
+        base = base_step(index, step)
+        mean = step.next_latents.double() - base.stddev * noise((4, 8, 8)).double()
+        total += kl_divergence(Normal(mean, base.stddev), base).flatten(1).sum(1)
+    return total
+
+
+def from_latents(found: BlendSampler, spec: BlendSpec) -> Tensor:
+    """:func:`path_kl` with the plain UNet's steps, (B,)."""
     scheduler = DDIMScheduler.from_config(found.backbone.scheduler_config)
     scheduler.set_timesteps(STEPS)
     alphas = scheduler.alphas_cumprod.double()
     backbone: Any = found.backbone
     conditioning = backbone.encode(BATCH["prompt"])
-    total = torch.zeros(2, dtype=torch.float64)
-    for index, step in enumerate(steps):
+
+    def base_step(index: int, step: StepRecord) -> Normal:
         timestep = int(scheduler.timesteps[index])
         earlier = timestep - 1000 // STEPS
         before = alphas[earlier] if earlier >= 0 else scheduler.final_alpha_cumprod.double()
         with torch.no_grad():
             epsilon = backbone.denoise(step.latents, torch.full((2,), timestep), conditioning, GUIDANCE).double()
-        base = ddim(alphas[timestep], before, epsilon, step.latents.double())
-        mean = step.next_latents.double() - base.stddev * noise((4, 8, 8)).double()
-        total += kl_divergence(Normal(mean, base.stddev), base).flatten(1).sum(1)
-    return total
+        return ddim(alphas[timestep], before, epsilon, step.latents.double())
+
+    return path_kl(found, spec, base_step)
 
 
 SPECS = [
@@ -112,24 +130,20 @@ def test_on_a_flow_the_path_ends_before_the_step_without_noise(sd3_folder: Path,
     spec = BlendSpec("db-mpa", BOTH)
     found.check([spec])
     rows = found.score(BATCH, spec).rows
-    steps: list[StepRecord] = []
-    found.generate(BATCH, spec, steps.append)
-    noise = ImageNoise.of(7, BATCH["prompt_id"].tolist(), BATCH["seed"].tolist(), stream="evaluation")
-    noise((4, 8, 8))  # the first latents
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(found.backbone.scheduler_config)
     scheduler.set_timesteps(STEPS)
     sigmas = scheduler.sigmas.double()
     conditioning = found.backbone.encode(BATCH["prompt"])
-    total = torch.zeros(2, dtype=torch.float64)
-    for index, step in enumerate(steps[:-1]):
+
+    def base_step(index: int, step: StepRecord) -> Normal:
         with torch.no_grad():
             times = scheduler.timesteps[index].expand(2)
             velocity = found.backbone.denoise(step.latents, times, conditioning, GUIDANCE).double()
-        base = cps(sigmas[index], sigmas[index + 1], eta, velocity, step.latents.double())
-        mean = step.next_latents.double() - base.stddev * noise((4, 8, 8)).double()
-        total += kl_divergence(Normal(mean, base.stddev), base).flatten(1).sum(1)
+        return cps(sigmas[index], sigmas[index + 1], eta, velocity, step.latents.double())
+
+    total = path_kl(found, spec, base_step, STEPS - 1)
     kl = torch.tensor([row["kl"] for row in rows], dtype=torch.float64)
-    assert len(steps) == STEPS and (kl > 1e-3).all() and kl[0] != kl[1]
+    assert (kl > 1e-3).all() and kl[0] != kl[1]
     # means that are latents less noise carry float32's rounding
     torch.testing.assert_close(kl, total, rtol=1e-4, atol=1e-5)
 

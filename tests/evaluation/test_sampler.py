@@ -12,7 +12,7 @@ from dblightning.backbone import DiffusersBackbone
 from dblightning.evaluation.sampler import describe, made_with
 from dblightning.rewards import JPEGCompressibility, WeightedReward
 from tests.conftest import randomize
-from tests.toy import LinearReward
+from tests.toy_rewards import LinearReward
 
 
 def test_the_base_is_known_by_its_weights_whatever_adapters_it_carries(sd15_folder: Path) -> None:

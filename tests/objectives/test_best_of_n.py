@@ -15,8 +15,9 @@ from dblightning.objectives import BestOfN
 from dblightning.objectives.best_of_n import best_of_groups
 from dblightning.objectives.draws import NO_PROMPT
 from dblightning.solvers import DDIMSolver
-from tests.toy import GaussianBackbone, LinearReward
+from tests.toy import GaussianBackbone
 from tests.toy_fit import data, fit, trainer
+from tests.toy_rewards import LinearReward
 
 SETTINGS: dict[str, Any] = {
     "sampling": {"num_inference_steps": 4, "guidance_scale": 1.0},

@@ -13,9 +13,10 @@ from dblightning.objectives import AWM, DPOK, NFT
 from dblightning.objectives.draws import Draws
 from dblightning.objectives.forward_process import nft_loss, optimality, original_gain
 from dblightning.objectives.old_policy import OldPolicy
-from tests.toy import GaussianBackbone, LinearReward, ShiftBank
+from tests.toy import GaussianBackbone, ShiftBank
 from tests.toy_fit import SETTINGS, data, trainer
 from tests.toy_optimum import converged, gains, module
+from tests.toy_rewards import LinearReward
 
 GROUP = {"baseline": "group"}
 

@@ -13,10 +13,11 @@ from dblightning.replay import ReplayBuffer, Transitions
 from dblightning.rollout import Trajectory
 from dblightning.training_rules import DEFAULTS
 from dblightning.training_settings import TrainingSettings
-from tests.toy import GaussianBackbone, LinearReward
+from tests.toy import GaussianBackbone
 from tests.toy_fit import data, trainer
 from tests.toy_fit import module as quick
 from tests.toy_optimum import converged, module, optimal_shift
+from tests.toy_rewards import LinearReward
 
 GROUP = {"baseline": "group"}
 QUICK = {"buffer_size": None, "objective": GRPO(0.5), "advantage": GROUP}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ from torch import Tensor
 from dblightning.module import RewardRLModule
 from dblightning.objectives import DPOK
 from dblightning.objectives.kl_to_go import kl_to_go
-from dblightning.rewards.base import RewardMetric
 from dblightning.solvers import make_solver
 from tests.toy import SCHEDULER, GaussianBackbone
 from tests.toy_fit import data, trainer
 from tests.toy_fit import module as quick
 from tests.toy_optimum import module
+from tests.toy_rewards import AnyTensorReward
 
 GAINS = (0.25, -0.3, 0.2, 0.15)  # of the policy, per step
 
@@ -32,15 +31,12 @@ class GainBackbone(GaussianBackbone):
         return base + latents * (super().denoise(latents, timesteps, conditioning, guidance_scale, gates) - base)
 
 
-class Near(RewardMetric):
+class Near(AnyTensorReward):
     """−(x − place)², summed over dimensions."""
 
     def __init__(self, place: float = 1.0) -> None:
         super().__init__()
         self.place = place
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._score(images, list(prompts))
 
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return -(images - self.place).square().flatten(1).sum(1)

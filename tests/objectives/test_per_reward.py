@@ -14,6 +14,7 @@ from dblightning.rewards import WeightedReward
 from dblightning.rewards.base import RewardMetric
 from tests.toy_fit import data, trainer
 from tests.toy_fit import module as quick
+from tests.toy_rewards import AnyTensorReward
 
 IDS = torch.tensor([1, 2, 1, 2, 1, 2])
 PARTS = {
@@ -89,15 +90,12 @@ def test_a_weighted_reward_scores_each_part_once_and_gives_the_same_sum(micro_ba
     assert none == {}
 
 
-class Sum(RewardMetric):
+class Sum(AnyTensorReward):
     """A multiple of the sum of a picture that is any tensor."""
 
     def __init__(self, slope: float) -> None:
         super().__init__()
         self.slope = slope
-
-    def score(self, images: Tensor, prompts: Any) -> Tensor:
-        return self._score(images, list(prompts))
 
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.slope * images[:, 0].flatten(1).sum(1) + images[:, 1].flatten(1).sum(1).square() / self.slope

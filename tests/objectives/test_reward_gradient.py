@@ -23,7 +23,8 @@ from dblightning.rewards import JPEGCompressibility, RewardMetric, WeightedRewar
 from dblightning.solvers import DDIMSolver, make_solver
 from dblightning.training_settings import SamplingSettings
 from tests import distributed_fit, launching, test_flow_training, toy_fit, toy_optimum
-from tests.toy import SCHEDULER, GaussianBackbone, LinearReward
+from tests.toy import SCHEDULER, GaussianBackbone
+from tests.toy_rewards import LinearReward
 
 STEPS, DIMS, COUNT = 5, 3, 4
 ALPHA, WEIGHT = 0.3, 2.0

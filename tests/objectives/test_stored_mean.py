@@ -11,9 +11,10 @@ from dblightning.module import RewardRLModule
 from dblightning.objectives import DPOK, FlowDPPO, GRPOGuard
 from dblightning.objectives.stored_mean import divergence_mask, guarded_ratio, output_gain, step_divergence
 from dblightning.schedule import GaussianStep, gaussian_log_prob
-from tests.toy import GaussianBackbone, LinearReward
+from tests.toy import GaussianBackbone
 from tests.toy_fit import SETTINGS, data, trainer
 from tests.toy_optimum import converged, gains, module, optimal_shift
+from tests.toy_rewards import LinearReward
 
 GROUP = {"baseline": "group"}
 
