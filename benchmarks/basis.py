@@ -30,7 +30,7 @@ import yaml
 from safetensors.torch import load_file
 
 from benchmarks import machine
-from benchmarks.publish import publish
+from benchmarks.publish import header, opening, parsed, publish
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "miniature" / "basis_policy_gradient.yaml"
@@ -153,19 +153,18 @@ def passes(per_adapter: list[int], repeats: int = 3) -> dict[int, list[float]]:
 def table(record: dict[str, Any]) -> str:
     """Markdown."""
     options = record["options"]
-    lines = [
+    conditions = (
         f"{options['rollouts']} rollouts of {options['images']} images per adapter, {options['validation']} validation "
-        f"images per adapter before and after, {options['repeats']} repeats, one thread. "
-        f"{machine.sentence(record['machine'])}",
-        "",
-        "| update | one run of three, CPU s | three runs, CPU s | ratio | adapters apart by |",
-        "|---|---|---|---|---|",
-    ]
+        f"images per adapter before and after, {options['repeats']} repeats, one thread."
+    )
+    lines = opening(
+        conditions, record, "update", "one run of three, CPU s", "three runs, CPU s", "ratio", "adapters apart by"
+    )
     for name, each in record["results"].items():
         one, runs = (statistics.mean(each[key]) for key in ("basis_cpu_s", "runs_cpu_s"))
         spread = f" ({min(each['ratios']):.2f}–{max(each['ratios']):.2f})" if len(each["ratios"]) > 1 else ""
         lines.append(f"| {name} | {one:.0f} | {runs:.0f} | **{each['ratio']:.2f}**{spread} | {each['distance']:.1e} |")
-    lines += ["", "| transitions of each adapter in a pass | three together, over three apart |", "|---|---|"]
+    lines += ["", *header("transitions of each adapter in a pass", "three together, over three apart")]
     for rows, ratios in record["passes"].items():
         lines.append(f"| {rows} | {statistics.mean(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}) |")
     return "\n".join(lines)
@@ -179,9 +178,7 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=32, help="prompts validated on, before and after")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--tiny", action="store_true", help="see that it runs")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parsed(parser, tiny="see that it runs")
     if options.tiny:
         options.rollouts, options.images, options.validation, options.repeats = 1, 8, 2, 1
         options.only = ["the paper's micro-batch, 2"]

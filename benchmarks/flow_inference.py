@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.machine import describe, sentence
-from benchmarks.publish import publish
+from benchmarks.publish import header, parsed, publish
 from dblightning import miniature
 from dblightning.miniature import world
 from dblightning.pipeline import DiffusionBlendPipeline
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| call | CPU ms / image | × plain, median | least | most |", "|---|---|---|---|---|"]
+    lines = header("call", "CPU ms / image", "× plain, median", "least", "most")
     lines += [
         f"| {row['call']} | {1000 * row['seconds_per_image']:.1f} | {row['ratio']:.2f} | {row['least']:.2f} "
         f"| {row['most']:.2f} |"
@@ -101,8 +101,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="record; the table goes beside it")
-    options = parser.parse_args()
+    options = parsed(parser)
     torch.set_num_threads(1)
     machine = describe()
     rows = measure(options)

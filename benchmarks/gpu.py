@@ -34,7 +34,7 @@ import torch
 from benchmarks import inference, machine
 from benchmarks.gpu_models import MODELS
 from benchmarks.gpu_parts import KINDS, Job
-from benchmarks.publish import publish
+from benchmarks.publish import header, opening, publish
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET_S = 24 * 60.0
@@ -227,10 +227,8 @@ def markdown(record: dict[str, Any]) -> str:
         "**A dry run with tiny models on a CPU: no number here means anything.**" if dry else
         "Full width, random weights, bfloat16 unless a column says otherwise.",
         "Text encoders are left out: embeddings are random, of the right shapes.",
-        f"Seconds are wall seconds after a synchronisation. {machine.sentence(record['machine'])}.",
-        "",
-        "| part | status | s | planned s (computed from assumed speeds, not measured) |",
-        "|---|---|---|---|",
+        *opening("Seconds are wall seconds after a synchronisation.", record,
+                 "part", "status", "s", "planned s (computed from assumed speeds, not measured)"),
     ]  # fmt: skip
     for name, part in record["parts"].items():
         lines.append(f"| {name} | {part['status']} | {part['seconds']:.0f} | {part['planned_s']:.0f} |")
@@ -251,7 +249,7 @@ def table(kind: str, rows: list[dict[str, Any]]) -> list[str]:
             if "seconds_per_image" in base and "seconds_per_image" in row:
                 row["times_base"] = row["seconds_per_image"] / base["seconds_per_image"]
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [f"| {' | '.join(key.replace('_', ' ') for key in keys)} |", "|---" * len(keys) + "|"]
+    lines = header(*(key.replace("_", " ") for key in keys))
     return lines + [f"| {' | '.join(cell(row.get(key, '')) for key in keys)} |" for row in rows]
 
 

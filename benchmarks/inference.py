@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
-from benchmarks.publish import publish
+from benchmarks.publish import opening, parsed, publish
 from dblightning.backbone import Conditioning, DiffusersBackbone
 from dblightning.blending import DBKLA, DBMPA, DBMPALS, Base, RewardedSoup, RewardedSoupFactors
 from dblightning.noise import ImageNoise
@@ -272,14 +272,12 @@ def markdown(record: dict[str, Any]) -> str:
     """The record as a table."""
     settings, memory = record["settings"], record["memory"]
     resolution = f"{settings['resolution']}²" if settings["resolution"] else "its own size"
-    lines = [
+    conditions = (
         f"{settings['model']} at {resolution}, batch {settings['batch']}, {settings['steps']} steps, guidance "
         f"{settings['guidance_scale']:g}, {settings['dtype']}, {record['device']}, torch {record['torch']}, "
-        f"{settings['repeats']} interleaved repeats. {machine.sentence(record['machine'])}.",
-        "",
-        "| method | s per image | × base | denoiser rows per image | peak MB |",
-        "|---|---|---|---|---|",
-    ]
+        f"{settings['repeats']} interleaved repeats."
+    )
+    lines = opening(conditions, record, "method", "s per image", "× base", "denoiser rows per image", "peak MB")
     for row in record["results"]:
         spread = f"{row['ratio']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
         lines.append(
@@ -312,8 +310,7 @@ def main() -> None:
     parser.add_argument("--compile", default="none", choices=["none", "blocks", "whole"])
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--no-warm-up", action="store_true", help="skip the unmeasured first round")
-    parser.add_argument("--json", type=Path, help="file to write; the Markdown table goes beside it")
-    options = parser.parse_args()
+    options = parsed(parser)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     record = measure(options)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
-from benchmarks.publish import publish
+from benchmarks.publish import opening, parsed, publish
 from dblightning import miniature
 from dblightning.backbone import DiffusersBackbone
 from dblightning.blending import Single
@@ -132,15 +132,12 @@ def weaken(module: RewardRLModule, full: list[Tensor], strength: float) -> None:
 def markdown(record: dict[str, Any]) -> str:
     """The record as a table: a cell has one value per strength."""
     settings = record["settings"]
-    lines = [
+    conditions = (
         f"Path KL in nats over {settings['steps']} steps, and cosine of its gradient with float32's; a cell has one "
-        f"value for each of {len(settings['strengths'])} strengths of the adapter. torch {record['torch']}, CPU. "
-        f"{machine.sentence(record['machine'])}.",
-        "",
-        "| dimensions | guidance | precision | KL | `model` reads | `float32` reads | cosine `model` | "
-        "cosine `float32` |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        f"value for each of {len(settings['strengths'])} strengths of the adapter. torch {record['torch']}, CPU."
+    )
+    columns = ("KL", "`model` reads", "`float32` reads", "cosine `model`", "cosine `float32`")
+    lines = opening(conditions, record, "dimensions", "guidance", "precision", *columns)
     keys = ("kl", "model_kl", "float32_kl", "model_cosine", "float32_cosine")
     for dimensions in settings["dimensions"]:
         for guidance in settings["guidance"]:
@@ -174,8 +171,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--strengths", type=float, nargs="+", default=list(STRENGTHS), help="of the adapter")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="file to write; the Markdown table goes beside it")
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     torch.set_num_threads(1)
     settings = {key: value for key, value in vars(options).items() if key != "json"}
     described = machine.describe()

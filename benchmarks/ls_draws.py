@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe, sentence
-from benchmarks.publish import publish
+from benchmarks.publish import header, publish
 from dblightning import miniature
 from dblightning.backbone import DiffusersBackbone
 from dblightning.blending import DBMPA, DBMPALS, Base, Blend, RewardedSoup
@@ -123,7 +123,7 @@ def with_strength(weights: dict[str, float], strength: float) -> dict[str, Blend
 
 def strengths_to_markdown(cases: list[dict[str, Any]]) -> str:
     """One row per adapters and λ."""
-    lines = ["| adapters | λ | LS, iid | LS, rotation |", "|---|---|---|---|"]
+    lines = header("adapters", "λ", "LS, iid", "LS, rotation")
     for case in cases:
         cells = [
             f"{each['over_the_bases']:.2f} ({each['reward_less_db_mpa']:+.3f} ± {each['half_width']:.3f})"

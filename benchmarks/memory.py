@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import machine
-from benchmarks.publish import publish
+from benchmarks.publish import header, opening, publish
 from dblightning.backbone import DiffusersBackbone
 from dblightning.miniature import pretrain
 from dblightning.miniature.rewards import ShapeAesthetic
@@ -269,13 +269,12 @@ def markdown(record: dict[str, Any]) -> str:
     """The record as two tables."""
     settings = record["settings"]
     unet = f"{'A narrow' if settings['tiny'] else 'The true'} {NAMES[settings['model']]} UNet"
-    lines = [
+    conditions = (
         f"{unet}, {settings['resolution']}², {settings['dtype']} weights, micro-batch {settings['micro_batch']} "
-        f"({2 * settings['micro_batch']} rows), CPU, torch {record['torch']}. {machine.sentence(record['machine'])}.",
-        "",
-        "| policy update | peak MB | of it the update | saved for backward, MB | wall s |",
-        "|---|---|---|---|---|",
-    ]
+        f"({2 * settings['micro_batch']} rows), CPU, torch {record['torch']}."
+    )
+    columns = ("policy update", "peak MB", "of it the update", "saved for backward, MB", "wall s")
+    lines = opening(conditions, record, *columns)
     for name in [name for name in ("plain", "checkpointed") if name in record]:
         row = record[name]
         lines.append(
@@ -289,7 +288,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"| ratio | {ratio['peak_mb']:.2f} | {ratio['update_mb']:.2f} | {ratio['saved_for_backward_mb']:.2f} | "
         f"{ratio['seconds']:.2f} |"
     )
-    lines += ["", "| kept during a run at the paper's settings | MB |", "|---|---|"]
+    lines += ["", *header("kept during a run at the paper's settings", "MB")]
     lines += [f"| {name} | {size:.1f} |" for name, size in record["paper_sizes_mb"].items()]
     return "\n".join(lines)
 

@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 
 from benchmarks import machine
-from benchmarks.publish import publish
+from benchmarks.publish import opening, parsed, publish
 from dblightning.backbone import DiffusersBackbone
 from dblightning.class_paths import import_class
 from dblightning.data import MiniatureDataModule
@@ -252,16 +252,15 @@ def reached(curve: list[dict[str, float]], target: float) -> str:
 def markdown(record: dict[str, Any]) -> str:
     """The record as a table."""
     settings = record["settings"]
-    heads = " | ".join(f"CPU s (images) to +{target:g}" for target in TARGETS)
-    lines = [
+    heads = (f"CPU s (images) to +{target:g}" for target in TARGETS)
+    conditions = (
         f"{settings.get('base', 'miniature')}, {settings['seconds']:g} CPU seconds of training each, "
         f"{settings['prompts']} validation prompts, scored every "
         f"{settings['every']:g} seconds; gains over the base at the end, ± half a 95 % interval, and the path KL in "
-        f"nats. One thread. {machine.sentence(record['machine'])}.",
-        "",
-        f"| objective | seed | alignment | strict | aesthetic | KL | images | {heads} |",
-        "|---|---|---|---|---|---|---|" + "---|" * len(TARGETS),
-    ]
+        "nats. One thread."
+    )
+    columns = ("objective", "seed", "alignment", "strict", "aesthetic", "KL", "images")
+    lines = opening(conditions, record, *columns, *heads)
     for run in record["runs"]:
         last = run["curve"][-1]
         gains = (f"{last[name]:+.2f} ± {last[f'{name}_ci']:.2f}" for name in MEASURED)
@@ -289,9 +288,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seconds", type=float, default=180.0, help="CPU seconds of training")
     parser.add_argument("--every", type=float, default=45.0, help="CPU seconds between two scorings")
     parser.add_argument("--prompts", type=int, default=64, help="validation prompts to score on")
-    parser.add_argument("--tiny", action="store_true", help="one round and few prompts")
-    parser.add_argument("--json", type=Path, help="file to write; the Markdown table goes beside it")
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments, tiny="one round and few prompts")
     if options.tiny:
         options.seconds, options.every, options.prompts = 0.0, 1.0, 4
     torch.set_num_threads(1)

@@ -29,7 +29,7 @@ from benchmarks import machine
 from benchmarks.peers.contestant import Contestant
 from benchmarks.peers.environment import ROOT
 from benchmarks.peers.worker import PHASES, Settings
-from benchmarks.publish import publish
+from benchmarks.publish import header, opening, parsed, publish
 from benchmarks.training import interleaved
 from dblightning.backbone import DiffusersBackbone
 from dblightning.miniature.rewards import ShapeAesthetic
@@ -132,12 +132,8 @@ def rows(counts: dict[str, int], how: str) -> int:
 
 def markdown(record: dict[str, Any]) -> str:
     """The record as two tables."""
-    lines = [
-        f"One thread. {machine.sentence(record['machine'])}.",
-        "",
-        f"| `{CONFIG}` | CPU s per round | sampling | update | decoding | UNet rows without / with gradients |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = ("CPU s per round", "sampling", "update", "decoding", "UNet rows without / with gradients")
+    lines = opening("One thread.", record, f"`{CONFIG}`", *columns)
     for name, each in record["rounds"].items():
         phases, counts = each["phases"], each["counts"]
         lines.append(
@@ -145,11 +141,7 @@ def markdown(record: dict[str, Any]) -> str:
             f"{phases['decoding']:.2f} | {rows(counts, 'without')} / {rows(counts, 'with')} |"
         )
     groups = [*GROUPS, "copies and the rest"]
-    lines += [
-        "",
-        f"| micro-batch | update, ms per transition | UNet alone, ms | {' | '.join(groups)} |",
-        "|---|---|---|" + "---|" * len(groups),
-    ]
+    lines += ["", *header("micro-batch", "update, ms per transition", "UNet alone, ms", *groups)]
     for count, each in record["updates"].items():
         cells = " | ".join(f"{100 * each['shares'][group]:.0f} %" for group in groups)
         lines.append(f"| {count} | {each['update']:.2f} | {each['unet']:.2f} | {cells} |")
@@ -161,9 +153,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--before", type=Path, help="checkout of an earlier commit")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[2, 8, 16, 32, 48])
-    parser.add_argument("--tiny", action="store_true", help="one small update, no rounds")
-    parser.add_argument("--json", type=Path, help="file to write; the Markdown tables go beside it")
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments, tiny="one small update, no rounds")
     torch.set_num_threads(1)
     described = machine.describe()
     checkouts = {"before": options.before, "now": ROOT} if options.before else {"now": ROOT}

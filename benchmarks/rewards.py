@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine
-from benchmarks.publish import publish
+from benchmarks.publish import opening, parsed, publish
 from dblightning.rewards import JPEGCompressibility, RewardMetric, build_reward
 from dblightning.rewards.score import read_options
 from tests.rewards import tiny
@@ -95,13 +95,11 @@ def measure_jpeg(batch: int, rounds: int) -> dict[str, float]:
 def markdown(record: dict[str, Any]) -> str:
     """The record as a table."""
     settings = record["settings"]
-    lines = [
+    conditions = (
         f"{record['where']}, {settings['threads']} threads, float32, batch {settings['batch_size']}, images of "
-        f"{settings['size']}×{settings['size']} (JPEG: 512×512). {machine.sentence(record['machine'])}.",
-        "",
-        "| reward | images per s, one by one | batched | × |",
-        "|---|---|---|---|",
-    ]
+        f"{settings['size']}×{settings['size']} (JPEG: 512×512)."
+    )
+    lines = opening(conditions, record, "reward", "images per s, one by one", "batched", "×")
     for name, rates in record["results"].items():
         lines.append(f"| {name} | {rates['one_by_one']:.1f} | {rates['batched']:.1f} | {rates['speedup']:.1f} |")
     return "\n".join(lines)
@@ -117,8 +115,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="file to write; the Markdown table goes beside it")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     described = machine.describe()
     torch.set_num_threads(arguments.threads)
     names = arguments.rewards.split(",")

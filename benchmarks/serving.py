@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.machine import describe, sentence
-from benchmarks.publish import publish
+from benchmarks.publish import parsed, publish
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ("A red circle.", "A blue square.", "A green ring.", "A red circle and a blue square.")
@@ -153,8 +153,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16, 32])
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="record; the table goes beside it")
-    options = parser.parse_args()
+    options = parsed(parser)
     machine = describe()
     cases = [measure(batch, options.requests, options.repeats) for batch in options.batches]
     publish({"machine": machine, "cases": cases}, f"{to_markdown(cases)}\n\n{sentence(machine)}", options.json)

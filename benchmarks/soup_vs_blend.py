@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.publish import publish
+from benchmarks.publish import header, publish
 from dblightning.backbone import DiffusersBackbone
 from dblightning.blending import DBMPA, DBMPALS, Base, RewardedSoup, RewardedSoupFactors
 from dblightning.miniature import adapters as shipped_adapters
@@ -169,12 +169,8 @@ def measured(
 def markdown(record: dict[str, Any]) -> str:
     """The points as a table."""
     others = [name for name in METHODS if name != "DB-MPA"]
-    lines = [
-        "| series | scale | m | relative difference | DB-MPA's gain | "
-        + " | ".join(f"{n} − DB-MPA" for n in others)
-        + " |",
-        "|---|---|---|---|---|" + "---|" * len(others),
-    ]
+    columns = (f"{name} − DB-MPA" for name in others)
+    lines = header("series", "scale", "m", "relative difference", "DB-MPA's gain", *columns)
     for point in record["points"]:
         blend = point["rewards"]["DB-MPA"]
         cells = [point["rewards"][name] for name in others]

@@ -34,7 +34,7 @@ from benchmarks import machine
 from benchmarks.peers import environment
 from benchmarks.peers.contestant import Contestant
 from benchmarks.peers.worker import Settings
-from benchmarks.publish import publish
+from benchmarks.publish import opening, parsed, publish
 from dblightning.adapters import WEIGHTS_NAME
 from dblightning.backbone import DiffusersBackbone
 from dblightning.blending import Base, Single
@@ -190,14 +190,10 @@ def commit(checkout: Path | None) -> str | None:
 def markdown(record: dict[str, Any]) -> str:
     """The record as a table."""
     gains = [f"{gain:g}" for gain in record["gains"]]
-    heads = " | ".join(f"CPU s to +{gain} (images)" for gain in gains)
+    heads = (f"CPU s to +{gain} (images)" for gain in gains)
     before = f' "before" is commit {record["before"]}.' if record["before"] else ""
-    lines = [
-        f"{record['prompts']} held-out prompts; one thread each.{before} {machine.sentence(record['machine'])}.",
-        "",
-        f"| contestant | seed | {heads} | last gain | CPU s |",
-        "|---|---|" + "---|" * (len(gains) + 2),
-    ]
+    conditions = f"{record['prompts']} held-out prompts; one thread each.{before}"
+    lines = opening(conditions, record, "contestant", "seed", *heads, "last gain", "CPU s")
     for run in record["runs"]:
         cells = []
         for gain in gains:
@@ -223,9 +219,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--score-every", type=int, default=1, help="rounds between two scorings")
     parser.add_argument("--prompts", type=int, default=128, help="held-out prompts to score on")
     parser.add_argument("--max-cpu-seconds", type=float, default=600.0, help="of training, after which one gives up")
-    parser.add_argument("--tiny", action="store_true", help="one round and few prompts")
-    parser.add_argument("--json", type=Path, help="file to write; the Markdown table goes beside it")
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments, tiny="one round and few prompts")
     if options.tiny:
         options.max_cpu_seconds, options.prompts, options.rounds = 0.0, 4, None
     if any(CONTESTANTS[name][0] == "trl_ddpo" for name in options.only):

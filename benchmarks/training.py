@@ -27,7 +27,7 @@ from benchmarks import machine
 from benchmarks.peers import environment
 from benchmarks.peers.contestant import Contestant
 from benchmarks.peers.worker import PHASES, Settings
-from benchmarks.publish import publish
+from benchmarks.publish import header, opening, parsed, publish
 
 #: name → program, and its departures from the common settings
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -161,15 +161,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def markdown(record: dict[str, Any]) -> str:
     """The record as two tables."""
     first = next(iter(record["contestants"].values()))["settings"]
-    lines = [
+    conditions = (
         f"Per round and process: {first['images']} images, {first['steps']} DDIM steps, guidance "
         f"{first['guidance_scale']:g}, {first['optimizer_steps']} optimiser steps, micro-batch {first['micro_batch']} "
-        f"where not stated; one thread per process. {machine.sentence(record['machine'])}.",
-        "",
-        "| contestant | images per CPU s | images per wall s | s per optimiser step | sampling | decoding | rewards "
-        "| update | other | denoiser rows without / with gradients | texts encoded |",
-        "|" + "---|" * 11,
-    ]
+        f"where not stated; one thread per process."
+    )
+    columns = ("contestant", "images per CPU s", "images per wall s", "s per optimiser step", *PHASES, "other",
+               "denoiser rows without / with gradients", "texts encoded")  # fmt: skip
+    lines = opening(conditions, record, *columns)
     for name, row in record["contestants"].items():
         phases = " | ".join(f"{row['phases'][phase]:.2f}" for phase in (*PHASES, "other"))
         counts = row["counts"]
@@ -180,7 +179,7 @@ def markdown(record: dict[str, Any]) -> str:
             f"{rows} | {counts['texts_encoded']} |"
         )
     if record["comparisons"]:
-        lines += ["", "| peer | against | × by CPU seconds | × by wall seconds | same work |", "|---|---|---|---|---|"]
+        lines += ["", *header("peer", "against", "× by CPU seconds", "× by wall seconds", "same work")]
     for row in record["comparisons"]:
         differs = (f"{count.replace('_', ' ')} × {ratio:.3g}" for count, ratio in row["differs_in"].items())
         same = "yes" if row["identical_work"] else "no: " + ", ".join(differs)
@@ -204,9 +203,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for field in dataclasses.fields(Settings):
         if field.name in TINY:
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
-    parser.add_argument("--tiny", action="store_true", help="one repeat of very little work")
-    parser.add_argument("--json", type=Path, help="file to write; the Markdown tables go beside it")
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments, tiny="one repeat of very little work")
     if "TRL" in options.only:
         environment.prepare(parser, options.peer_environment)
     record = measure(options)

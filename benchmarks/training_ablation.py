@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pandas as pd
 
 from benchmarks import machine
-from benchmarks.publish import publish
+from benchmarks.publish import opening, parsed, publish
 
 ROOT = Path(__file__).parent.parent
 REPLAY = str(3 * 48 * 20)  # single steps: three rollouts of 48 images at 20 steps
@@ -82,13 +82,8 @@ def train_and_score(name: str, options: list[str], seed: int, rollouts: int, pro
 def markdown(record: dict[str, Any]) -> str:
     """The record as a table."""
     settings = record["settings"]
-    lines = [
-        f"{settings['rollouts']} rollouts, {settings['prompts']} held-out prompts. "
-        f"{machine.sentence(record['machine'])}.",
-        "",
-        "| variant | seed | aesthetic gain | alignment gain | training, s |",
-        "|---|---|---|---|---|",
-    ]
+    conditions = f"{settings['rollouts']} rollouts, {settings['prompts']} held-out prompts."
+    lines = opening(conditions, record, "variant", "seed", "aesthetic gain", "alignment gain", "training, s")
     for each in record["runs"]:
         gains = (f"{each[f'{name}_gain']:+.2f} ± {each[f'{name}_gain_ci']:.2f}" for name in ("aesthetic", "alignment"))
         lines.append(f"| {each['variant']} | {each['seed']} | {' | '.join(gains)} | {each['train_seconds']} |")
@@ -101,8 +96,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=128, help="held-out prompts to score on")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--json", type=Path, help="file to write; the Markdown table goes beside it")
-    options = parser.parse_args()
+    options = parsed(parser)
     settings = {key: value for key, value in vars(options).items() if key != "json"}
     record: dict[str, Any] = {"machine": machine.describe(), "settings": settings, "runs": []}
     for seed in options.seeds:
