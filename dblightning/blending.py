@@ -122,6 +122,15 @@ class _Weighted(Blend):
         self.normalize = normalize
         self.strengths = strengths
 
+    def start(
+        self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
+    ) -> BlendPlan:
+        return self._plan(self.table(adapters, batch, num_steps), adapters, generators)
+
+    @abstractmethod
+    def _plan(self, table: Tensor, adapters: Sequence[str], generators: Sequence[torch.Generator] | None) -> BlendPlan:
+        """The blend of ``start``, from :meth:`table`, (T, B, m)."""
+
     def table(self, adapters: Sequence[str], batch: int, num_steps: int) -> Tensor:
         """Weights of every step, (T, B, m); all checked before the first step runs."""
         if not callable(self.weights):
@@ -166,12 +175,9 @@ class DBMPA(_Weighted):
         self.kl_scale = kl_scale
         self.full_share = full_share
 
-    def start(
-        self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
-    ) -> BlendPlan:
-        table = self.table(adapters, batch, num_steps)
+    def _plan(self, table: Tensor, adapters: Sequence[str], generators: Sequence[torch.Generator] | None) -> BlendPlan:
+        num_steps, batch, m = table.shape
         scale = kl_scales(self.kl_scale, batch)
-        m = len(adapters)
         # row 0 is the base model, row 1 + i adapter i
         gates = torch.cat([torch.zeros(1, m), torch.eye(m)]).unsqueeze(1).expand(-1, batch, -1)
 
@@ -249,10 +255,8 @@ class DBMPALS(_Weighted):
         self.schedule = schedule
         self.kl_scale = kl_scale
 
-    def start(
-        self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
-    ) -> BlendPlan:
-        table = self.table(adapters, batch, num_steps)
+    def _plan(self, table: Tensor, adapters: Sequence[str], generators: Sequence[torch.Generator] | None) -> BlendPlan:
+        batch = table.shape[1]
         if generators is not None and len(generators) != batch:
             raise ValueError(f"got {len(generators)} generators for a batch of {batch} images")
         own = strengths_of(self.strengths, adapters)
@@ -287,12 +291,10 @@ class RewardedSoup(_Weighted):
 
     factors = False
 
-    def start(
-        self, adapters: Sequence[str], batch: int, num_steps: int, generators: Sequence[torch.Generator] | None = None
-    ) -> BlendPlan:
-        table, own = self.table(adapters, batch, num_steps), strengths_of(self.strengths, adapters)
+    def _plan(self, table: Tensor, adapters: Sequence[str], generators: Sequence[torch.Generator] | None) -> BlendPlan:
+        own = strengths_of(self.strengths, adapters)
         table = (table if own is None else table * own).float()
-        ones = _ones(batch)
+        ones = _ones(table.shape[1])
         return lambda step_index: BlendStep(table[step_index][None], ones, self.factors)
 
 
