@@ -57,21 +57,20 @@ class Learner(nn.Module):
         alone: bool = True,
     ) -> None:
         super().__init__()
-        self.name = name
-        self.reward = reward
-        self.objective = objective
-        self.settings = settings
-        self.value_function = value_function
-        self.seed = seed
-        self.texts = texts
-        self.place = place
-        self.suffix = "" if alone else f"/{name}"
         if settings.advantage.per_reward:
             for problem in parts_problem(type(reward).__name__, len(reward.part_names)):
                 raise ValueError(problem)
+        self.name = name
+        self.place = place
+        self.suffix = "" if alone else f"/{name}"
+        self.reward = reward
+        self.objective = objective
+        self.settings = settings
         self.kl = KLTerm(settings.kl, seed)
-        self.old = old
         self.statistics = PromptStatistics.of(settings.advantage)
+        self.value_function = value_function
+        self.texts = texts
+        self.old = old
         self.replay: ReplayBuffer | None = None
         self.most_held = 0  # trajectories, by the rank that holds most
         self.share = 1.0  # of this rank's gradient: its stored steps by the ranks' mean

@@ -26,7 +26,8 @@ class CLIPScore(CLIPReward):
         kwargs: as of ``torchmetrics.Metric``.
 
     Raises:
-        FileNotFoundError: the weights are not there. ValueError: they are another model's, or damaged.
+        FileNotFoundError: neither a file nor a tag gives the weights. ValueError: they are another model's or damaged,
+            or ``scale`` is not above 0.
     """
 
     def __init__(

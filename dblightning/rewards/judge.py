@@ -129,29 +129,28 @@ class ChatJudge(RemoteReward):
                 raise ValueError(f"{name} must be at least 1, or None, got {limit}")
         if re.compile(pattern).groups < 1:
             raise ValueError(f"pattern needs a group around the number, got {pattern!r}")
-        if levels is None and read == "tokens":
-            levels = {str(level): float(level) for level in range(math.ceil(low), math.floor(high) + 1)}
+        # the question
         self.model = model
         self.rubric = rubric
-        self.read = read
-        self.scale = (float(low), float(high))
-        self.levels = None if levels is None else {_token(name): float(score) for name, score in levels.items()}
-        if self.levels is not None and (len(self.levels) < 2 or len(self.levels) < len(levels or {})):
-            raise ValueError(f"levels need two different tokens at least, got {levels}")
-        self.after = after
-        self.pattern = pattern
-        self.unreadable = unreadable
-        self.least_mass = least_mass
+        self.needs_prompt = CAPTION in rubric
         self.image_size = image_size
         self.max_tokens = max_tokens
         self.temperature = temperature
         self.system = system
         self.extra_body = dict(extra_body or {})
+        # how an answer is read
+        self.scale = (float(low), float(high))
+        self.read = read
+        self.levels = _levels(levels, self.scale) if levels is not None or read == "tokens" else None
+        self.after = after
+        self.pattern = pattern
+        self.unreadable = unreadable
+        self.least_mass = least_mass
+        # how it is asked
         self.cache = None if cache is None else str(Path(cache).expanduser())
         self.concurrency = concurrency
         self.max_requests = max_requests
         self._requests = 0
-        self.needs_prompt = CAPTION in rubric
 
     @property
     def requests(self) -> int:
@@ -340,6 +339,16 @@ def expected_level(
             return None
         return sum(share * levels[name] for name, share in mass.items()) / total
     return None
+
+
+def _levels(given: Mapping[str, float] | None, scale: tuple[float, float]) -> dict[str, float]:
+    """Token → score; the whole numbers of ``scale`` where none are given."""
+    if given is None:
+        given = {str(level): float(level) for level in range(math.ceil(scale[0]), math.floor(scale[1]) + 1)}
+    levels = {_token(name): float(score) for name, score in given.items()}
+    if len(levels) < max(2, len(given)):
+        raise ValueError(f"levels need two different tokens at least, got {given}")
+    return levels
 
 
 def _token(text: str) -> str:
