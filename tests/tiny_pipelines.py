@@ -26,27 +26,45 @@ def _clip_text(tokenizer: Any, width: int, projection: int | None) -> Any:
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def _vae() -> Any:
+def _vae(channels: tuple[int, int] = (8, 16), groups: int = 4, **settings: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(8, 16),
+        block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
-        norm_num_groups=4,
+        norm_num_groups=groups,
         sample_size=16,
+        **settings,
     )
+
+
+def _flow_vae() -> Any:
+    convolutions = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return _vae((4, 4), 1, **convolutions, shift_factor=0.0609, scaling_factor=1.5035)
+
+
+def _seeded_tokenizer(seed: int) -> Any:
+    """The miniature's tokenizer; seeds what is built next."""
+    from dblightning.miniature.pretrain import build_tokenizer
+
+    torch.manual_seed(seed)
+    return build_tokenizer()
+
+
+def _saved(pipeline: Any, folder: Path) -> Path:
+    pipeline.save_pretrained(folder)
+    return folder
 
 
 def save_sd15(folder: Path) -> Path:
     """SD 1.5's classes and block types at reduced width, random weights, saved by diffusers: 16×16 images."""
     from diffusers import UNet2DConditionModel
 
-    from dblightning.miniature.pretrain import build_pipeline, build_tokenizer
+    from dblightning.miniature.pretrain import build_pipeline
 
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
+    tokenizer = _seeded_tokenizer(0)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32, 32, 32),
@@ -57,18 +75,16 @@ def save_sd15(folder: Path) -> Path:
         attention_head_dim=2,
         norm_num_groups=4,
     )
-    build_pipeline(_vae(), _clip_text(tokenizer, 16, None), unet, tokenizer).save_pretrained(folder)
-    return folder
+    return _saved(build_pipeline(_vae(), _clip_text(tokenizer, 16, None), unet, tokenizer), folder)
 
 
 def save_sdxl(folder: Path) -> Path:
     """SDXL's classes at reduced width: two text encoders, added time ids, transformer depth 1 and 2."""
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-    from dblightning.miniature.pretrain import build_scheduler, build_tokenizer
+    from dblightning.miniature.pretrain import build_scheduler
 
-    torch.manual_seed(1)
-    tokenizer = build_tokenizer()
+    tokenizer = _seeded_tokenizer(1)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32, 32),
@@ -94,25 +110,7 @@ def save_sdxl(folder: Path) -> Path:
         scheduler=build_scheduler(),
         add_watermarker=False,
     )
-    pipeline.save_pretrained(folder)
-    return folder
-
-
-def _flow_vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=1,
-        sample_size=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.0609,
-        scaling_factor=1.5035,
-    )
+    return _saved(pipeline, folder)
 
 
 def _t5(tokenizer: Any, width: int) -> Any:
@@ -126,10 +124,7 @@ def save_sd3(folder: Path, dual: bool = False) -> Path:
     """SD3's classes at reduced width: 16×16 images. ``dual``: SD3.5's second attention, and saved without T5."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    from dblightning.miniature.pretrain import build_tokenizer
-
-    torch.manual_seed(2)
-    tokenizer = build_tokenizer()
+    tokenizer = _seeded_tokenizer(2)
     newer: dict[str, Any] = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"} if dual else {}
     transformer = SD3Transformer2DModel(
         sample_size=8,
@@ -156,30 +151,18 @@ def save_sd3(folder: Path, dual: bool = False) -> Path:
         text_encoder_3=None if dual else _t5(tokenizer, 48),
         tokenizer_3=None if dual else tokenizer,
     )
-    pipeline.save_pretrained(folder)
-    return folder
+    return _saved(pipeline, folder)
 
 
 def save_flux(folder: Path) -> Path:
     """FLUX.1-dev's classes at reduced width: embedded guidance, a shift made for 16 to 256 tokens."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-    from dblightning.miniature.pretrain import build_tokenizer
-
-    torch.manual_seed(3)
-    tokenizer = build_tokenizer()
+    tokenizer = _seeded_tokenizer(3)
     transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
-    )
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=3.0, use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=256
@@ -191,5 +174,4 @@ def save_flux(folder: Path) -> Path:
         tokenizer_2=tokenizer,
         transformer=transformer,
     )
-    pipeline.save_pretrained(folder)
-    return folder
+    return _saved(pipeline, folder)

@@ -108,14 +108,17 @@ def test_a_missing_file_is_named_with_its_full_path(tmp_path: Path) -> None:
         PromptFileDataModule(tmp_path / "none.txt")
 
 
+EMPTY = {
+    "empty.txt": "\n  \n",
+    "empty.csv": "",
+    "header.csv": "prompt,style\n",
+    "empty.json": "[]",
+    "nothing.json": "",
+    "empty.jsonl": "",
+}
 BROKEN = {
+    **{name: (text, "holds no prompt") for name, text in EMPTY.items()},
     "p.yaml": ("- a", r"suffix must be one of \.txt, \.csv, \.json, \.jsonl"),
-    "empty.txt": ("\n  \n", "holds no prompt"),
-    "empty.csv": ("", "holds no prompt"),
-    "header.csv": ("prompt,style\n", "holds no prompt"),
-    "empty.json": ("[]", "holds no prompt"),
-    "nothing.json": ("", "holds no prompt"),
-    "empty.jsonl": ("", "holds no prompt"),
     "column.csv": ("text,style\na,b\n", "line 2: no column 'prompt', only 'text', 'style'; rename one"),
     "column.jsonl": ('{"prompt": "a"}\n{}\n', "line 2: no column 'prompt', only none at all"),
     "comma.csv": ("prompt,style\na, b,c\n", "line 2: 3 fields where the header has 2; put a prompt that holds a comma"),

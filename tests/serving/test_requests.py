@@ -7,10 +7,7 @@ from typing import Any
 
 import pytest
 
-from dblightning.arguments import serve_parser
-from dblightning.cli import main
 from dblightning.preset import Preset, even_preset
-from dblightning.serving.command import service_settings
 from dblightning.serving.requests import ImageRequest, Limits, Offer, Refusal, read_request
 
 OFFER = Offer(
@@ -124,40 +121,3 @@ def test_a_long_body_is_413() -> None:
     with pytest.raises(Refusal, match="longer than 2000 bytes") as refusal:
         read_request(b" " * 2001, OFFER)
     assert refusal.value.status == 413
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--host", "0.0.0.0"], "needs a token"),
-        (["--port", "80"], "--port"),
-        (["--adapter", "x"], "NAME=PATH"),
-        (["--adapter", "x=/nowhere/at/all"], "no file or folder"),
-        (["--preset", "/nowhere.yaml"], "no preset file"),
-        (["--timeout", "0"], "--timeout"),
-        (["--devices", "many"], "--devices"),
-        (["--max-images", "100"], "--queue-limit"),
-    ],
-)
-def test_a_wrong_command_line_is_one_sentence_before_anything_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str
-) -> None:
-    monkeypatch.delenv("DBLIGHTNING_TOKEN", raising=False)
-    with pytest.raises((ValueError, OSError), match=sentence):
-        service_settings(serve_parser().parse_args(arguments))
-
-
-def test_a_short_token_is_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DBLIGHTNING_TOKEN", "hunter2")
-    with pytest.raises(ValueError, match="16 printable") as error:
-        service_settings(serve_parser().parse_args([]))
-    assert "hunter2" not in str(error.value)
-
-
-def test_without_the_extra_the_command_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "litserve", None)
-    monkeypatch.delitem(sys.modules, "dblightning.serving.service", raising=False)
-    with pytest.raises(ImportError, match=r"pip install 'dblightning\[serve\]'"):
-        main(["serve"])

@@ -141,7 +141,6 @@ def test_beyond_this_machine_the_page_has_a_password(monkeypatch: pytest.MonkeyP
     ("arguments", "sentence"),
     [
         (["--scores", "/nowhere.parquet"], "--scores"),
-        (["--preset", "/nowhere.yaml"], "no preset file"),
         (["--reward", "x=nothing"], "unknown reward"),
         (["--adapter", "x=/nowhere/at/all"], "no file or folder"),
     ],
