@@ -36,7 +36,7 @@ class Learner(nn.Module):
         objective: of its updates.
         settings: the run's, with its own values where it has them.
         value_function: of its reward.
-        seed: of the run, which draws replay order and KL rows.
+        seed: of the run, which draws KL rows.
         texts: vectors of prompts, for the value function.
         old: the policy that samples its rollouts, where that is not the one in training.
         place: among the adapters in training.
