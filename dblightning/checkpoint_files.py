@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from dblightning.distributed import Ranks
+from dblightning.whole_files import replacing
 
 MARK = b"dblightning sha256 "
 FOOTER = len(MARK) + hashlib.sha256().digest_size
@@ -47,13 +48,11 @@ def write_atomically(data: bytes, path: str | Path) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
+        with replacing(path, aside), open(aside, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # the rename must not reach the disk before the contents
-        os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
         raise OSError(
             error.errno,

@@ -34,7 +34,7 @@ LAYERS: dict[str, str] = {
     "gaussian_mixture",
     "rewards and miniature": "rewards miniature",
     "ground": "settings training_rules class_paths flat_settings weights arguments signatures annotations precision "
-    "figures figure_text geneval_prompts random_state extras",
+    "figures figure_text geneval_prompts random_state extras whole_files",
 }
 #: the layers that may import lightning
 ABOVE_THE_LINE = ("command line", "callbacks", "lightning")

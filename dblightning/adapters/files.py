@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from dblightning.adapters.flux_keys import diffusers_flux_tensors, is_original_f
 from dblightning.adapters.keys import check_lora, denoiser_of, parse
 from dblightning.adapters.kohya import kohya_name
 from dblightning.adapters.lora import LoraFactors, LoraFile, lora_config, peft_tensors, two_text_encoders
+from dblightning.whole_files import replacing
 
 Form = Literal["diffusers", "kohya", "peft"]
 FORMS: tuple[Form, ...] = ("diffusers", "kohya", "peft")
@@ -226,13 +226,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path) as aside:
+        aside.write_bytes(content)
 
 
 def _kohya_tensors(lora: LoraFile) -> dict[str, Tensor]:

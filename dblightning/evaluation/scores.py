@@ -9,7 +9,6 @@ the record, is JSON in the file's metadata.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from dblightning.whole_files import replacing
 
 REWARD, WEIGHT = "reward/", "weight/"
 RECORD_KEY = b"dblightning"
@@ -63,12 +64,8 @@ def write_scores(path: str | Path, frame: pd.DataFrame, record: dict[str, Any]) 
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pandas(frame, preserve_index=False)
     meta = {**(table.schema.metadata or {}), RECORD_KEY: json.dumps(record).encode()}
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as aside:
         pq.write_table(table.replace_schema_metadata(meta), aside, compression="zstd", compression_level=12)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_scores(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:

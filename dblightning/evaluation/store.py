@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from dblightning.evaluation.record import differences
 from dblightning.evaluation.scores import FORMER_NAMES
 from dblightning.evaluation.specs import BlendSpec, blend_key
+from dblightning.whole_files import replacing
 
 SETTINGS, ADAPTERS = "settings.json", "adapters.json"
 REMEDY = "set another --model.out, or delete the folder"
@@ -147,10 +147,8 @@ class RowStore:
         return found
 
     def _save(self, name: str, content: Mapping[str, Any]) -> None:
-        path = self.folder / name
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(self.folder / name) as aside:
+            aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     # ── what may differ from earlier rows, and what may not ──────────────────────────────────────────────────────────
 

@@ -28,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dblightning.arguments import pretrain_parser
 from dblightning.miniature import world
+from dblightning.whole_files import replacing
 
 MAX_LENGTH = 16
 LATENT_SIZE = 8
@@ -252,21 +253,18 @@ def train(
     running = 0.0
 
     def save() -> None:
-        scratch = state_file.with_suffix(".writing")
-        torch.save(
-            {
-                "steps": steps,
-                "done": done,
-                "seconds": before + time.monotonic() - start,
-                "parameters": [parameter.detach() for parameter in parameters],
-                "shadow": average.shadow,
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "generator": generator.get_state(),
-            },
-            scratch,
-        )
-        scratch.replace(state_file)
+        state = {
+            "steps": steps,
+            "done": done,
+            "seconds": before + time.monotonic() - start,
+            "parameters": [parameter.detach() for parameter in parameters],
+            "shadow": average.shadow,
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "generator": generator.get_state(),
+        }
+        with replacing(state_file) as aside:
+            torch.save(state, aside)
 
     while done < steps:
         loss = loss_of_batch(generator, done)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from dblightning.preset import Preset
 from dblightning.progress import image_progress
 from dblightning.rewards.base import RewardMetric
 from dblightning.settings import RULES, Number, check_settings, count
+from dblightning.whole_files import replacing
 
 BASE = Candidate(method="base")
 
@@ -157,9 +157,8 @@ class PreferenceSearch:
             rows += list(zip(ids, seeds, torch.stack(scores, 1).double().tolist(), strict=True))
         values = np.array([scores for _, _, scores in sorted(rows)])
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.npy")
-        np.save(partial, values)
-        os.replace(partial, file)
+        with replacing(file) as aside, aside.open("wb") as stream:
+            np.save(stream, values)
         return values
 
     def _record(self) -> dict[str, Any]:

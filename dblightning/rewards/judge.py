@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import threading
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 from dblightning.rewards.base import RewardUnavailable
 from dblightning.rewards.preprocess import to_uint8
 from dblightning.rewards.remote import RemoteReward, _encode_png
+from dblightning.whole_files import replacing
 
 Read = Literal["number", "tokens"]
 #: where the caption stands in a rubric
@@ -367,6 +367,5 @@ def _cached(file: Path | None) -> dict[str, Any] | None:
 
 def _keep(file: Path, answer: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{os.getpid()}.{threading.get_ident()}.{file.name}")
-    partial.write_text(json.dumps(answer), encoding="utf-8")
-    os.replace(partial, file)
+    with replacing(file) as aside:
+        aside.write_text(json.dumps(answer), encoding="utf-8")

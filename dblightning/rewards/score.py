@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from dblightning.arguments import CommandParser
 from dblightning.rewards.registry import REWARDS, build_reward
+from dblightning.whole_files import replacing
 
 if TYPE_CHECKING:  # torch and pandas are imported once the command line is known to be right
     import pandas as pd
@@ -141,17 +142,14 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     Raises:
         OSError: it could not be written, on a full disk for instance.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if path.suffix == ".parquet":
-            table.to_parquet(aside, index=False)
-        else:
-            table.map(csv_cell).rename(columns=csv_cell).to_csv(aside, index=False)
-        os.replace(aside, path)
+        with replacing(path) as aside:
+            if path.suffix == ".parquet":
+                table.to_parquet(aside, index=False)
+            else:
+                table.map(csv_cell).rename(columns=csv_cell).to_csv(aside, index=False)
     except OSError as error:
         raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def score_files(
