@@ -11,6 +11,8 @@ import pandas as pd
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from dblightning.extras import importing
+
 
 class TrackioLogger(Logger):
     """Curves, pictures and tables in Trackio (Hugging Face), kept on this machine or in a Space (extra ``trackio``).
@@ -96,10 +98,8 @@ class TrackioLogger(Logger):
 
 
 def _trackio() -> Any:
-    try:
+    with importing("TrackioLogger", "trackio"):
         import trackio
-    except ImportError as error:
-        raise ImportError("TrackioLogger needs Trackio: pip install 'dblightning[trackio]'") from error
     return trackio
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dblightning.extras import check_extra
+from dblightning.extras import check_extra, importing
 from tests.test_architecture import imported, trees
 
 ROOT = Path(__file__).parent.parent
@@ -139,3 +140,19 @@ def test_a_reward_names_its_extra_before_it_reads_a_file(
 
 def test_an_installed_library_is_no_complaint() -> None:
     check_extra("this", "torch", "none")
+
+
+def test_a_library_that_is_missing_and_one_that_is_broken_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_here.py").write_text("from os import nothing_of_this_name")
+    monkeypatch.syspath_prepend(tmp_path)
+    command = r"pip install 'dblightning\[serve\]'"
+    for name, reason in {
+        "nowhere_here.inner": "needs nowhere_here, which is not installed",
+        "broken_here": r"cannot import what it needs \(cannot import name 'nothing_of_this_name' from 'os'.*\)",
+    }.items():
+        expected = pytest.raises(ImportError, match=f"^this {reason}: {command}, or do without$")
+        with expected as raised, importing("this", "serve", ", or do without"):
+            importlib.import_module(name)
+        assert isinstance(raised.value.__cause__, ImportError)

@@ -19,6 +19,7 @@ from dblightning.data.base import PromptDataModule
 from dblightning.data.stream import EvalLoader, PromptSet
 from dblightning.evaluation.sampler import BlendSampler, adapter_folders, load_adapters, made_with
 from dblightning.evaluation.specs import BlendSpec
+from dblightning.extras import importing
 from dblightning.preference_search.answer import Answer
 from dblightning.preference_search.goals import Goal
 from dblightning.preference_search.measure import Comparison, beside, compared, gains_of
@@ -375,10 +376,8 @@ def _digest(value: Any) -> str:
 
 
 def _optuna() -> Any:
-    try:
+    with importing("a preference search", "search"):
         import optuna
-    except ImportError as error:
-        raise ImportError("a preference search needs Optuna: pip install 'dblightning[search]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # GPSampler is one
     return optuna

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.text import edit_distance
 
+from dblightning.extras import importing
 from dblightning.rewards.base import RewardMetric
 from dblightning.rewards.preprocess import to_uint8
 
@@ -118,10 +119,8 @@ def reader(threads: int | None = None) -> Any:
     Raises:
         ImportError: the extra is not installed.
     """
-    try:
+    with importing("text rendering", "ocr"):
         from rapidocr import RapidOCR
-    except ImportError as error:
-        raise ImportError("text rendering needs RapidOCR: pip install 'dblightning[ocr]'") from error
     params: dict[str, Any] = {"Global.log_level": "error"}
     if threads is not None:
         params |= {

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dblightning.extras import importing
 from dblightning.rewards import _convert
 from dblightning.rewards.base import RewardMetric
 from dblightning.rewards.preprocess import (
@@ -114,13 +115,9 @@ class SavedModel:
                 f"VILA's SavedModel was expected as a folder with saved_model.pb, got {path}; download "
                 "google/vila/tensorFlow2/image from Kaggle, unpack it and pass its folder"
             )
-        try:
+        or_else = " (1.6 GB), or use backend='torch' with converted weights"
+        with importing("VILA(backend='tensorflow')", "vila", or_else):
             import tensorflow as tf
-        except ImportError as error:
-            raise ImportError(
-                "VILA(backend='tensorflow') needs TensorFlow: pip install 'dblightning[vila]' (1.6 GB), "
-                "or use backend='torch' with converted weights"
-            ) from error
         self.path = str(Path(path).expanduser())
         self._tf = tf
         self._load()

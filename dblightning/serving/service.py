@@ -19,12 +19,13 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from dblightning.extras import importing
 from dblightning.serving.metrics import Metrics
 from dblightning.serving.requests import ImageRequest, Refusal, read_request
 from dblightning.serving.settings import ServiceSettings
 from dblightning.shared_pipeline import Job
 
-try:
+with importing("serve", "serve"):
     import litserve
     import prometheus_client  # noqa: F401  (of Metrics)
     from fastapi import Request
@@ -32,9 +33,7 @@ try:
     from litserve.specs.base import LitSpec
     from litserve.utils import LitAPIStatus, ResponseBufferItem
 
-    from dblightning.serving.worker import Answer, Worker
-except ImportError as error:
-    raise ImportError(f"serve needs LitServe ({error}): pip install 'dblightning[serve]'") from error
+from dblightning.serving.worker import Answer, Worker
 
 PATH = "/v1/images/generations"
 #: batches per worker that LitServe's queue may hold: one that runs, one that is ready

@@ -10,16 +10,15 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from dblightning.extras import importing
 from dblightning.serving.settings import ServiceSettings
 from dblightning.shared_pipeline import Job, SharedPipeline
 
-try:
+with importing("serve", "serve"):
     import litserve
     from litserve.loops.base import _SENTINEL_VALUE, _StopLoopError
     from litserve.loops.simple_loops import BatchedLoop
     from litserve.utils import LitAPIStatus, LoopResponseType
-except ImportError as error:
-    raise ImportError(f"serve needs LitServe ({error}): pip install 'dblightning[serve]'") from error
 
 _log = logging.getLogger("dblightning.serving")
 

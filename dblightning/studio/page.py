@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dblightning.extras import importing
 from dblightning.preset import Preset
 from dblightning.studio.blends import Blends, Look, Mark, read_prompts
 from dblightning.studio.compare import read_report
@@ -28,10 +29,8 @@ from dblightning.studio.controls import (
 from dblightning.studio.pictures import Map, filmstrip, frame_at, pareto_map, shown, triangle, weights_at
 from dblightning.studio.take_away import diffusers_lines, merged_lora, plain_weights
 
-try:
+with importing("the studio", "studio"):
     import gradio as gr
-except ImportError as error:
-    raise ImportError(f"the studio needs Gradio ({error}): pip install 'dblightning[studio]'") from error
 
 
 class Studio:
