@@ -210,8 +210,8 @@ def command(tmp_path: Path) -> list[str]:
         "trainer": {"accelerator": "cpu", "max_epochs": 1, "logger": log, "num_sanity_val_steps": 0,
                     "log_every_n_steps": 1, "enable_model_summary": False},
         "model": {"backbone": {"class_path": "tests.toy.GaussianBackbone"},
-                  "reward": {"class_path": "tests.toy_rewards.LinearReward"}, "num_inference_steps": 2, "guidance_scale": 1.0,
-                  "policy_steps": 1, "value_batch_size": 4},
+                  "reward": {"class_path": "tests.toy_rewards.LinearReward"}, "num_inference_steps": 2,
+                  "guidance_scale": 1.0, "policy_steps": 1, "value_batch_size": 4},
         "data": {"class_path": "dblightning.data.PromptFileDataModule",
                  "init_args": {"train_file": str(tmp_path / "prompts.txt"), "batch_size": 2, "rollouts_per_epoch": 2}},
     }  # fmt: skip
