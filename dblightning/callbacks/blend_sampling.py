@@ -60,7 +60,8 @@ class BlendSamplingCallback(L.Callback):
         pictures: write the latest image grid and Pareto picture into ``out`` too, ``images.png`` and ``pareto.png``.
 
     Raises:
-        ValueError: settings out of range, or blends that cannot work; before training starts.
+        ValueError: settings out of range, or blends that cannot work; before training starts. A blend that an adapter
+            found later by ``watch`` cannot be blended by, such as factors of several ranks, is left out and said so.
     """
 
     def __init__(
@@ -119,7 +120,8 @@ class BlendSamplingCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RewardRLModule)
-        self._sampler(pl_module).check(self.blends)  # wrong settings stop here, not at the first evaluation
+        sampler = self._sampler(pl_module)
+        sampler.check(self.blends)  # wrong settings stop here, not at the first evaluation
         known = {*pl_module.adapter_names, *self._folders(pl_module)}
         missing = sorted({name for spec in self.blends for name in spec.adapters} - known)
         if missing and self.watch is None:
@@ -127,6 +129,9 @@ class BlendSamplingCallback(L.Callback):
                 f"a blend runs adapter {missing[0]!r}, but there are {sorted(known)}; add its folder to adapters, "
                 "or set watch to the folder where it will appear"
             )
+        ready = [spec for spec in self.blends if known.issuperset(spec.adapters)]
+        with self._temporary_adapters(pl_module, ready):
+            sampler.check_adapters(ready)
         self._prompts(trainer)
         self._started = time.monotonic()
         self._spent = self._last = 0.0
@@ -180,6 +185,7 @@ class BlendSamplingCallback(L.Callback):
         grids: dict[tuple[str, int], Tensor] = {}
         with module.average.applied(), self._temporary_adapters(module, specs), self._on_device(module.device):
             sampler = self._sampler(module)
+            specs = self._workable(sampler, specs)
             for batch in loader:
                 for order, spec in enumerate(specs):
                     scored = sampler.score(batch, spec)
@@ -212,6 +218,20 @@ class BlendSamplingCallback(L.Callback):
                 self._announced.add(spec.label)
                 rank_zero_info(f"blend sampling: {spec.label} waits for {sorted(set(spec.adapters) - known)}")
         return ready
+
+    def _workable(self, sampler: BlendSampler, specs: list[BlendSpec]) -> list[BlendSpec]:
+        """Those whose loaded adapters go together: one that appeared since the start does not end the training."""
+        found = []
+        for spec in specs:
+            try:
+                sampler.check_adapters([spec])
+            except ValueError as error:
+                if str(error) not in self._announced:
+                    self._announced.add(str(error))
+                    rank_zero_info(f"blend sampling leaves out {error}")
+            else:
+                found.append(spec)
+        return found
 
     def _prompts(self, trainer: L.Trainer) -> Any:
         data = self.data if self.data is not None else trainer.datamodule  # type: ignore[attr-defined]

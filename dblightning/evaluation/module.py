@@ -118,6 +118,7 @@ class BlendEvaluationModule(L.LightningModule):
             kl,
         )
         self.sampler.check(self.blends)  # wrong weights stop here, not after an hour of sampling
+        self.sampler.check_adapters(self.blends)
         self.store = RowStore(self.out / "rows")
         self._stop = StopSignal()
         self.done: set[Key] = set()

@@ -84,6 +84,24 @@ class BlendSampler:
             spec.blend().start(spec.adapters, 1, self.num_inference_steps, [torch.Generator()])
             self._steering(spec)
 
+    def check_adapters(self, specs: Sequence[BlendSpec]) -> None:
+        """Refuse blends that their adapters, which are loaded by now, cannot be blended by; nothing is sampled.
+
+        Raises:
+            ValueError: factors that are to be averaged are of several ranks, or of a DoRA.
+        """
+        bank = self.backbone.adapters
+        for spec in specs:
+            step = spec.blend().start(spec.adapters, 1, self.num_inference_steps, [torch.Generator()])(0)
+            if not step.factors:
+                continue
+            try:
+                with bank.only(spec.adapters):
+                    for layer in bank.layers():
+                        layer.check_factors()
+            except ValueError as error:
+                raise ValueError(f"{spec.label}: {error}") from error
+
     def _steering(self, spec: BlendSpec) -> Any:
         if not spec.steers:
             return None

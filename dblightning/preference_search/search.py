@@ -134,6 +134,8 @@ class PreferenceSearch:
         self.out = Path(out)
         self.sampler = BlendSampler(backbone, rewards, num_inference_steps, eta, guidance_scale, None, seed)
         self.adapter_facts = load_adapters(backbone, [BlendSpec(weights=dict.fromkeys(names, 1.0))], self.folders)
+        even = dict.fromkeys(names, 1 / len(names))
+        self.sampler.check_adapters([BlendSpec(method, even) for method in self.space.methods])
         self.made_with = made_with(backbone, rewards)
 
     # ── scoring ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,11 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dblightning.backbone import DiffusersBackbone
 from dblightning.callbacks import BlendSamplingCallback
 from dblightning.evaluation import BlendSpec, BlendSweep
+from dblightning.evaluation.sampler import BlendSampler, load_adapters
+from dblightning.evaluation.specs import expand
 from dblightning.module import RewardRLModule
 from dblightning.rewards import JPEGCompressibility
 from tests.callbacks import fitting
@@ -31,6 +34,14 @@ def other(sd15_folder: Path, tmp_path: Path) -> str:
     randomize(backbone.adapters, "other", 5)
     backbone.adapters.export("other", tmp_path / "loras" / "other", backbone.pipeline)
     return str(tmp_path / "loras" / "other")
+
+
+def narrower(folder: Path, tmp_path: Path) -> str:
+    """The folder of an adapter of rank 2; that in training has 4."""
+    backbone = DiffusersBackbone(str(folder))
+    backbone.adapters.add("narrow", rank=2, seed=6)
+    backbone.adapters.export("narrow", tmp_path / "narrow", backbone.pipeline)
+    return str(tmp_path / "narrow")
 
 
 def fit(
@@ -110,8 +121,10 @@ def test_scores_and_pictures_go_to_tensorboard(sd15_folder: Path, tmp_path: Path
 
 
 def test_an_adapter_that_appears_while_training_runs_is_picked_up(
-    sd15_folder: Path, tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch
+    sd15_folder: Path, tmp_path: Path, other: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """One that cannot be blended as requested is left out, and the run goes on."""
+    narrow = narrower(sd15_folder, tmp_path)
     hidden, watched = tmp_path / "hidden", tmp_path / "watched"
     watched.mkdir()
     Path(other).rename(hidden)
@@ -120,12 +133,16 @@ def test_an_adapter_that_appears_while_training_runs_is_picked_up(
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             if trainer.current_epoch == 0:
                 hidden.rename(watched / "other_0.5")
+                Path(narrow).rename(watched / "narrow")
 
-    blends = [BlendSpec("base"), BlendSpec("single", {"other_0_5": 1.0})]
+    factors = BlendSpec("rewarded-soup-factors", {"other_0_5": 0.5, "narrow": 0.5})
+    blends = [BlendSpec("base"), BlendSpec("single", {"other_0_5": 1.0}), factors]
     callback = BlendSamplingCallback(
         blends=blends, watch=str(watched), every_n_rollouts=1, num_prompts=1, max_share=None
     )
-    fit(sd15_folder, tmp_path, [callback, Arrive()])
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fit(sd15_folder, tmp_path, [callback, Arrive()])
+    assert caplog.text.count(f"leaves out {factors.label}: averaging LoRA factors needs adapters of one rank") == 1
     tables = [pd.read_parquet(file) for file in sorted((tmp_path / "log" / "blend_sampling").glob("*.parquet"))]
     assert [sorted(set(table["blend"])) for table in tables] == [["base"]] * 2 + [["base", "single_other_0_5-1"]] * 2
 
@@ -201,3 +218,34 @@ def test_methods_of_ones_own_are_sampled_by_their_dotted_path(
     assert (by[share] == by["db-kla"]).all()
     assert (by[plain] == by["base"]).all()
     assert (by[share] != by["base"]).any()  # so that the test tests something
+
+
+def test_factors_of_several_ranks_stop_the_run_before_training(sd15_folder: Path, tmp_path: Path) -> None:
+    spec = BlendSpec("rewarded-soup-factors", {TRAINED: 0.5, "narrow": 0.5})
+    adapters = {"narrow": narrower(sd15_folder, tmp_path)}
+    callback = BlendSamplingCallback([spec], adapters=adapters, every_n_rollouts=1, max_share=None)
+    rollouts: list[int] = []
+
+    class Rollouts(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            rollouts.append(1)
+
+    with pytest.raises(ValueError, match=r"rewarded-soup-factors_.*ranks \[4, 2\]"):
+        fit(sd15_folder, tmp_path, [Rollouts(), callback])
+    assert not rollouts
+
+
+def test_the_shipped_blends_beside_the_quickstart_fit_its_adapter() -> None:
+    """Of the files that the first line of callbacks/blend_sampling_miniature.yaml names."""
+    root = Path(__file__).parents[2]
+    run = yaml.safe_load((root / "configs" / "quickstart.yaml").read_text("utf-8"))["model"]
+    added = yaml.safe_load((root / "callbacks" / "blend_sampling_miniature.yaml").read_text("utf-8"))
+    given = added["trainer"]["callbacks+"][0]["init_args"]
+    specs = expand([BlendSpec(**each) for each in given["blends"]], [BlendSweep(**each) for each in given["sweeps"]])
+    backbone = DiffusersBackbone("miniature")
+    backbone.adapters.add("aesthetic", rank=run["adapter"]["rank"])
+    load_adapters(backbone, specs, {})
+    sampler = BlendSampler(backbone, {}, 20, 1.0, 3.0, None, 0)
+    sampler.check_adapters(specs)
+    with pytest.raises(ValueError, match=r"got ranks \[16, 4\]"):  # as it was shipped once
+        sampler.check_adapters([BlendSpec("rewarded-soup-factors", {"alignment": 0.5, "aesthetic": 0.5})])

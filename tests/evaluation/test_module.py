@@ -332,6 +332,17 @@ def test_settings_out_of_range_are_refused_at_construction(
     assert not (tmp_path / "out").exists()
 
 
+def test_factors_of_several_ranks_are_refused_at_construction(sd15_folder: Path, tmp_path: Path) -> None:
+    """Not once the blends before them are sampled."""
+    backbone = DiffusersBackbone(str(sd15_folder))
+    for name, rank in (("size", 4), ("other", 2)):
+        backbone.adapters.add(name, rank=rank)
+    evaluation = BlendEvaluationModule(backbone, [BlendSpec("rewarded-soup", {"size": 0.5, "other": 0.5})])
+    assert evaluation.blends
+    with pytest.raises(ValueError, match=r"^rewarded-soup-factors_other-0.5_size-0.5: .* \[2, 4\]"):
+        BlendEvaluationModule(backbone, [BlendSpec("rewarded-soup-factors", {"other": 0.5, "size": 0.5})])
+
+
 def test_the_table_says_what_each_image_was_and_what_it_cost(
     sd15_folder: Path, tmp_path: Path, adapters: dict[str, str]
 ) -> None:

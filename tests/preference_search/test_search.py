@@ -144,6 +144,7 @@ def test_wrong_settings_are_refused_before_anything_is_sampled(backbone: Any, tm
         ({"grid": Grid(4, [3.0])}, "must lie in kl_scale"),
         ({"trials": -1}, "trials"),
         ({"search_prompts": 1}, "search_prompts"),
+        ({"weigh": ["alignment", "compressibility"], "methods": ["rewarded-soup-factors"]}, "ranks \\[16, 4\\]"),
     ):
         with pytest.raises(ValueError, match=message):
             formula(backbone, tmp_path / "x", **changes)
