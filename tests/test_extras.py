@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -136,6 +137,20 @@ def test_a_reward_names_its_extra_before_it_reads_a_file(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"needs {module}.*pip install 'dblightning\[{extra}\]'"):
         getattr(rewards, reward)(**arguments)
+
+
+def test_a_search_names_its_extra_before_it_reads_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dblightning.preference_search.command import search_main
+
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ImportError, match=r"needs optuna.*pip install 'dblightning\[search\]'"):
+        search_main(["--config", "nowhere.yaml"])
+
+
+def test_the_reward_server_says_in_one_sentence_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit, match=r"^error: .*pip install 'dblightning\[reward-server\]'"):
+        runpy.run_path(str(ROOT / "dblightning" / "rewards" / "server.py"), run_name="__main__")
 
 
 def test_an_installed_library_is_no_complaint() -> None:

@@ -6,9 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from dblightning.extras import check_extra
+
 
 def search_main(argv: Sequence[str]) -> None:
     """Parse, search, print."""
+    if not {"-h", "--help"} & set(argv):
+        check_extra("a preference search", "optuna", "search")  # before a model is read
     from jsonargparse import ArgumentParser
 
     from dblightning.data.base import PromptDataModule

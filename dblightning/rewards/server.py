@@ -58,10 +58,13 @@ try:
     from starlette.routing import Route
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
-    raise ImportError(
+    needs = (
         "the reward server needs starlette and uvicorn: pip install 'dblightning[reward-server]', or where this file "
         "stands alone, pip install starlette uvicorn pillow"
-    ) from error
+    )
+    if __name__ == "__main__":
+        sys.exit(f"error: {needs}")
+    raise ImportError(needs) from error
 
 ScoreFunction = Callable[[list[Image.Image], list[str]], Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
