@@ -50,12 +50,12 @@ test-all: $(STAMP)  ## every test that needs neither published weights nor the r
 	$(PY) -m pytest -m "not weights and not parity"
 
 # Gradio wants an older Pillow than the core is tested with
-install-extras: $(STAMP)  ## add the extras studio and serve to .venv, and their tests' clients
+install-extras: $(STAMP)  ## add the extras studio, serve, search and trackio to .venv, and their tests' clients
 	grep -v '^pillow==' constraints.txt > $(VENV)/constraints-extras.txt
 	$(PY) -m pip install --quiet -c $(VENV)/constraints-extras.txt -e '.[dev,test-extras]'
 
-test-extras: install-extras  ## the tests of studio, service and docs site; in a real Chromium where there is one
-	$(PY) -m pytest tests/studio tests/serving tests/test_site.py
+test-extras: install-extras  ## the tests of studio, service, search, loggers and docs site; in a real Chromium where there is one
+	$(PY) -m pytest tests/studio tests/serving tests/preference_search tests/test_loggers.py tests/test_site.py
 
 # The extras that `make test` needs, without its tools. UV_TORCH_BACKEND=cpu takes torch's CPU build.
 LOWEST := .venv-lowest

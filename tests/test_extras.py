@@ -39,6 +39,8 @@ BROUGHT = {
 BROUGHT_BY_EXTRAS = {"serve": {"fastapi"}}
 #: imported where an environment of one's own has them
 FOREIGN = {"pytorch_lightning", "IPython"}
+#: what tests skip for and no target installs: a gigabyte, models of their own, a service's client
+BY_HAND = {"tensorflow", "rapidocr", "wandb"}
 #: distributions whose module has another name
 NAMES = {"PIL": "pillow", "yaml": "PyYAML", "open_clip": "open_clip_torch", "tensorflow": "tensorflow-cpu"}
 
@@ -137,6 +139,22 @@ def test_a_reward_names_its_extra_before_it_reads_a_file(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"needs {module}.*pip install 'dblightning\[{extra}\]'"):
         getattr(rewards, reward)(**arguments)
+
+
+def test_what_a_test_skips_for_is_installed_by_make_test_or_make_test_extras() -> None:
+    """Else nobody runs it: `make test` has the extra dev, `make test-extras` its own for the files it names."""
+    everyday, extras = core() | of_extra("dev"), of_extra("test-extras")
+    (named,) = re.findall(r"^test-extras:.*\n\t.* -m pytest (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    skipping = 0
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        for module in re.findall(r'importorskip\(\s*"(\w+)', file.read_text("utf-8")):
+            name = distribution(NAMES.get(module, module))
+            if name in everyday or module in BY_HAND:
+                continue
+            skipping += 1
+            assert name in extras, f"{file.name} skips without {name}, which nothing installs"
+            assert any(file.is_relative_to(ROOT / each) for each in named.split()), f"{file} is not in make test-extras"
+    assert skipping
 
 
 def test_a_search_names_its_extra_before_it_reads_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
