@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dblightning.adapters import Gating
+from dblightning.adapters import Gating, Segment
 from dblightning.backbone import Backbone, Conditioning
 from dblightning.blend_step import BlendPlan, BlendStep
 from dblightning.kept_outputs import Recalled
@@ -33,6 +33,9 @@ class Calls(NamedTuple):
 #: on the CPU, images per gate vector from which merged weights beat one gated batch (measured on the miniature, where
 #: the gated layer weighs most; see docs/methods.md)
 MERGED_GROUP = 16
+#: on the CPU, the share of the adapted layers' multiplications that gates add, from which merged weights beat them at
+#: any number of images (measured on both miniatures, where ranks are large for the layers' width)
+MERGED_SHARE = 0.5
 
 
 def arrange(
@@ -41,18 +44,21 @@ def arrange(
     execution: Execution = "auto",
     max_rows: int | None = None,
     merged_limit: int = 4,
+    gated_share: float = 0.0,
 ) -> Calls:
     """Split a blend step into denoiser calls: only rows whose mix is not zero are computed.
 
     Args:
         blend: gates and mix, on the CPU.
         device: where the latents are.
-        execution: "gated" runs all rows in one batch; "merged" runs the rows of each gate vector on merged weights;
-            "auto" takes merged where all rows share one gate vector (and, on the CPU, where each vector has at least
-            16 rows and all merged copies fit), else gated. Gradients to the adapters need "gated".
+        execution: "gated" adds the adapters row by row; "merged" runs the rows of each gate vector on merged weights,
+            in one call for as many vectors as merged copies are kept; "auto" takes merged where all rows share one
+            gate vector, and on the CPU where all merged copies fit and each vector has at least 16 rows or the gated
+            layers' share is at least a half; else gated. Gradients to the adapters need "gated".
         max_rows: rows per denoiser call, before guidance doubles them; None is no limit. A run that is out of memory
             halves it and tries again.
         merged_limit: merged copies that may be kept.
+        gated_share: ``AdapterBank.gated_share``, the multiplications that gates add to the adapted layers'.
     """
     needed = (blend.mix != 0).any(1)
     gates, mix = blend.gates[needed], blend.mix[needed]
@@ -61,29 +67,54 @@ def arrange(
     vectors = gates[row_of, image_of]  # (R, m)
     unique, which, counts = _distinct(vectors)
     if execution == "auto":
-        large = device.type == "cpu" and int(counts.min()) >= MERGED_GROUP
+        large = gated_share >= MERGED_SHARE or int(counts.min()) >= MERGED_GROUP
         fits = int((unique != 0).any(1).sum()) <= merged_limit
-        execution = "merged" if len(unique) == 1 or (large and fits) else "gated"
-    if execution == "merged":
-        vectors_used: list[tuple[float, ...] | None] = [tuple(vector.tolist()) for vector in unique]
-        groups = [(which == each).nonzero().flatten() for each in range(len(unique))]
-    else:
-        vectors_used, groups = [None], [torch.arange(len(row_of))]
+        execution = "merged" if len(unique) == 1 or (device.type == "cpu" and large and fits) else "gated"
+    merged = execution == "merged"
+    groups = _by_vector(unique, which, merged_limit) if merged else [torch.arange(len(row_of))]
     calls = []
-    for group, vector in zip(groups, vectors_used, strict=True):
+    for group in groups:
         for part in group.split(max_rows or len(group)):
             images = image_of[part]
             in_order = len(part) == batch and bool((images == torch.arange(batch)).all())
-            gated = vector is None and bool(vectors[part].any())
             calls.append(
                 Call(
                     (row_of[part] * batch + images).to(device),
                     None if in_order else images.to(device),
-                    Gating(vectors[part].to(device) if gated else None, blend.factors, vector),
+                    _merged(unique, which[part], blend.factors)
+                    if merged
+                    else _gated(vectors[part], blend.factors, device),
                 )
             )
     plain = mix.shape[0] == 1 and bool((mix == 1).all())
     return Calls(calls, None if plain else mix.to(device))
+
+
+def _by_vector(unique: Tensor, which: Tensor, merged_limit: int) -> list[Tensor]:
+    """Rows, those of a gate vector side by side; each list of vectors that are merged at the same time."""
+    groups: list[list[Tensor]] = [[]]
+    free = max(merged_limit, 1)
+    for each, vector in enumerate(unique):
+        copies = int(vector.any())  # the base model needs none
+        if copies > free:
+            groups.append([])
+            free = max(merged_limit, 1)
+        groups[-1].append((which == each).nonzero().flatten())
+        free -= copies
+    return [torch.cat(group) for group in groups]
+
+
+def _gated(vectors: Tensor, factors: bool, device: torch.device) -> Gating:
+    return Gating(vectors.to(device) if vectors.any() else None, factors)
+
+
+def _merged(unique: Tensor, which: Tensor, factors: bool) -> Gating:
+    """Merged weights of rows, those of a vector side by side."""
+    indices, counts = torch.unique_consecutive(which, return_counts=True)
+    segments = [Segment(tuple(unique[each].tolist()), int(rows)) for each, rows in zip(indices, counts, strict=True)]
+    if len(segments) == 1:
+        return Gating(factors=factors, merged=segments[0].vector)
+    return Gating(factors=factors, segments=tuple(segments))
 
 
 def check_execution(execution: str, max_rows: int | None) -> None:

@@ -162,8 +162,8 @@ class Run:
             many = BlendStep(
                 blend.gates.repeat_interleave(copies, 1), blend.mix.repeat_interleave(copies, 1), blend.factors
             )
-            limit = self.backbone.adapters.merged_limit
-            self._arranged[key] = arrange(many, device, execution, self.max_rows, limit)
+            bank = self.backbone.adapters
+            self._arranged[key] = arrange(many, device, execution, self.max_rows, bank.merged_limit, bank.gated_share)
         return self._arranged[key]
 
     def _rows(self, copies: int) -> Conditioning:

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from dblightning.adapters import AdapterBank, GatedLayer, Gating, read_metadata
+from dblightning.adapters import AdapterBank, GatedLayer, Gating, Segment, read_metadata
 from dblightning.backbone import DiffusersBackbone
 from tests.conftest import randomize
 
@@ -140,6 +140,49 @@ def test_merged_weights_follow_an_optimiser_step(pair: Any) -> None:
     after = ours(pair, None, merged=[1.0, 0.0])
     torch.testing.assert_close(after, ours(pair, [[1.0, 0.0]] * 3), **CLOSE)
     assert (after - before).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_segments_on_merged_weights_are_gated_rows(pair: Any, guidance_scale: float) -> None:
+    pair.adapters.add("three", rank=2, target_modules=["conv1"], seed=3)
+    randomize(pair.adapters, "three", 3)
+    vectors = [(0.0, 1.0, 0.0), (0.0, 0.0, 0.0), (0.6, 0.0, 0.4)]  # the second's base layers are not adapted
+    latents, timesteps = inputs(4)
+    conditioning = pair.encode([*PROMPTS, "a red star"])._replace(lora_scale=0.5)
+    gates = torch.tensor([vectors[0], vectors[1], vectors[1], vectors[2]])
+    segments = tuple(map(Segment, vectors, (1, 2, 1)))
+    outputs = [
+        pair.denoise(latents, timesteps, conditioning, guidance_scale, gating)
+        for gating in (Gating(gates), Gating(segments=segments))
+    ]
+    torch.testing.assert_close(outputs[1], outputs[0], **CLOSE)
+    torch.testing.assert_close(Gating(segments=segments).vectors(4), gates)
+    pair.adapters.merged_limit = 1
+    with pytest.raises(ValueError, match="too few copies for 2 gate vectors"):
+        pair.denoise(latents, timesteps, conditioning, guidance_scale, Gating(segments=segments))
+
+
+@torch.no_grad()
+def test_merged_weights_outlast_a_change_of_another_adapter(pair: Any) -> None:
+    ours(pair, None, merged=[1.0, 0.0])
+    layer = next(pair.adapters.layers())
+    (before,) = layer.merged_weights.values()
+    pair.adapters.parameters("two")[0].mul_(2.0)
+    ours(pair, None, merged=[0.0, 1.0])
+    ours(pair, None, merged=[1.0, 0.0])
+    assert any(each is before for each in layer.merged_weights.values())
+    pair.adapters.parameters("one")[0].mul_(2.0)
+    ours(pair, None, merged=[1.0, 0.0])
+    assert not any(each is before for each in layer.merged_weights.values())
+
+
+def test_the_gated_share_is_the_factors_size_over_the_layers(backbone: Any) -> None:
+    assert backbone.adapters.gated_share == 0
+    backbone.adapters.add("one", rank=4, target_modules=["to_q"])
+    sizes = [layer.get_base_layer().weight.shape for layer in backbone.adapters.layers()]
+    expected = sum(4 * (height + width) for height, width in sizes) / sum(height * width for height, width in sizes)
+    assert backbone.adapters.gated_share == pytest.approx(expected)
 
 
 def test_no_more_merged_copies_are_kept_than_allowed(pair: Any) -> None:

@@ -397,7 +397,14 @@ def test_the_exact_soup_is_db_mpa_to_first_order_in_the_adapters(ours: Any) -> N
 def kinds(blend: Any, batch: int, names: list[str], device: str = "cpu", **options: Any) -> list[str]:
     step = blend.start(names, batch, 4)(0)
     calls = arrange(step, torch.device(device), **options).calls
-    return ["merged" if call.gating.merged is not None else "gated" for call in calls]
+    return [
+        f"merged {len(call.gating.segments)}"
+        if call.gating.segments
+        else "gated"
+        if call.gating.merged is None
+        else "merged"
+        for call in calls
+    ]
 
 
 def test_auto_merges_one_vector_and_gates_mixed_rows() -> None:
@@ -406,9 +413,18 @@ def test_auto_merges_one_vector_and_gates_mixed_rows() -> None:
     assert kinds(Single("a"), 4, names) == ["merged"]
     assert kinds(RewardedSoup({"a": 0.5, "b": 0.5}), 4, names) == ["merged"]
     assert kinds(both, 1, names) == ["gated"]
-    assert kinds(both, MERGED_GROUP, names) == ["merged", "merged"]
-    assert kinds(both, MERGED_GROUP, names, merged_limit=1) == ["gated"]
-    assert kinds(both, MERGED_GROUP, names, device="meta") == ["gated"]
+    for case in ({"batch": MERGED_GROUP}, {"batch": 1, "gated_share": 0.6}):
+        assert kinds(both, names=names, **case) == ["merged 2"]  # in one call
+        assert kinds(both, names=names, merged_limit=1, **case) == ["gated"]
+        assert kinds(both, names=names, device="meta", **case) == ["gated"]
+
+
+def test_a_call_holds_no_more_vectors_than_merged_copies_are_kept() -> None:
+    names = ["a", "b", "c"]
+    thirds = DBMPA(dict.fromkeys(names, 1 / 3))
+    assert kinds(thirds, 2, names, execution="merged", merged_limit=2) == ["merged 2", "merged"]
+    product = DBMPA(dict.fromkeys(names, 1 / 3), 0.5)  # the base's rows need no copy
+    assert kinds(product, 2, names, execution="merged", merged_limit=3) == ["merged 4"]
 
 
 def test_a_soup_whose_weights_change_at_every_step_is_not_merged_anew(ours: Any) -> None:

@@ -33,6 +33,7 @@ class ShiftBank:
     """What the training module needs of an adapter bank, for adapters that are one shift per training timestep."""
 
     merged_limit = 4
+    gated_share = 0.0
     target_modules = ATTENTION
 
     def __init__(self) -> None:

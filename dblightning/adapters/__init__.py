@@ -13,7 +13,7 @@ from dblightning.adapters.files import (
 )
 from dblightning.adapters.fit import base_name, fingerprint
 from dblightning.adapters.gated import GatedConv2d, GatedLayer, GatedLinear, GateState
-from dblightning.adapters.gating import Gating
+from dblightning.adapters.gating import Gating, Segment
 from dblightning.adapters.soup import Soup, soup_lora
 from dblightning.adapters.text_encoders import silence_text_adapters
 
@@ -29,6 +29,7 @@ __all__ = [
     "GatedLayer",
     "GatedLinear",
     "Gating",
+    "Segment",
     "Soup",
     "annotate",
     "base_name",

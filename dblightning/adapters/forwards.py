@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dblightning.adapters.gating import Gating
+from dblightning.adapters.gated import GatedLayer
+from dblightning.adapters.gating import Gating, Segment
 from dblightning.adapters.layers import AdaptedLayers
-
-#: elements that :meth:`AdapterForwards._checksum` reads at once
-CHUNK = 2**22
 
 
 class AdapterForwards(AdaptedLayers):
-    """Gates per row (:meth:`gated`), or one gate vector for all rows (:meth:`merged`).
+    """Gates per row (:meth:`gated`), or merged weights: of one gate vector (:meth:`merged`), or of several.
 
     Args:
         denoiser: see :class:`AdaptedLayers`.
@@ -31,12 +30,14 @@ class AdapterForwards(AdaptedLayers):
         self._on_device: dict[torch.device, list[tuple[Tensor, Tensor, Tensor]]] = {}  # as (columns, scales, columns)
         self._stacks: tuple[list[Tensor], list[Tensor]] = ([], [])  # (parts of the layers' stacks, what fills them)
         self._stacked = False
-        self._position: Tensor | None = None
+        self._seen: dict[str, _Seen] = {}  # the adapters' values, see :meth:`_version`
+        self._versions = itertools.count()
         super().__init__(denoiser)
 
     def refresh(self) -> None:
         super().refresh()
         self._merged_keys.clear()
+        self._seen.clear()
 
     def _lay_out(self) -> None:
         super()._lay_out()
@@ -45,6 +46,8 @@ class AdapterForwards(AdaptedLayers):
 
     def use(self, gating: Gating) -> AbstractContextManager[None]:
         """Forwards inside use these gates, or merged weights."""
+        if gating.segments:
+            return self.segmented(gating.segments, gating.factors)
         if gating.merged is None:
             return self.gated(gating.gates, gating.factors)
         return self.merged(gating.merged, gating.factors)
@@ -61,7 +64,7 @@ class AdapterForwards(AdaptedLayers):
                 )
             scales = self._scales(gates, factors)
             self._stack()
-        with self.restored((gates, factors, None, *scales)):
+        with self.restored((gates, factors, (), *scales)):
             yield
 
     @contextmanager
@@ -70,9 +73,30 @@ class AdapterForwards(AdaptedLayers):
 
         The merged copies of the adapted matrices are kept, at most ``merged_limit`` of them.
         """
-        self._check_use(any(gate))
-        key = self._merge(tuple(float(value) for value in gate), factors) if any(gate) else None
-        with self.restored((None, False, key, [], [])):
+        with self._on_merged({tuple(float(value) for value in gate): None}.items(), factors):
+            yield
+
+    def segmented(self, segments: Sequence[Segment], factors: bool = False) -> AbstractContextManager[None]:
+        """Forwards inside use each segment's merged weights for its rows, the batch's in order, in one call.
+
+        Every layer that is not adapted runs all rows at once; an adapted one multiplies a segment at a time.
+
+        Raises:
+            ValueError: more gate vectors than ``merged_limit``.
+        """
+        return self._on_merged(segments, factors)
+
+    @contextmanager
+    def _on_merged(self, parts: Iterable[tuple[tuple[float, ...], int | None]], factors: bool) -> Iterator[None]:
+        """Forwards inside use merged weights of these gate vectors, each for so many rows; None: for all."""
+        vectors = [vector for vector in dict.fromkeys(vector for vector, _ in parts) if any(vector)]
+        self._check_use(bool(vectors))
+        if len(vectors) > max(self.merged_limit, 1):
+            raise ValueError(f"merged_limit is {self.merged_limit}, too few copies for {len(vectors)} gate vectors")
+        bases = self._bases_state() if vectors else ()
+        keys = {vector: self._merge(vector, factors, bases) for vector in vectors}
+        merged = tuple((keys.get(vector), rows) for vector, rows in parts) if vectors else ()
+        with self.restored((None, False, merged, [], [])):
             yield
 
     @contextmanager
@@ -86,13 +110,14 @@ class AdapterForwards(AdaptedLayers):
             self._enforce(before)
 
     def snapshot(self) -> tuple[Any, ...]:
-        """The gates in force: (gates, factors, merged key, scales, strengths)."""
+        """The gates in force: (gates, factors, merged keys with their rows, scales, strengths)."""
         state = self.state
         return state.gates, state.factors, state.merged, state.scales, state.strengths
 
     def drop_merged(self) -> None:
         """Free every merged copy."""
         self._merged_keys.clear()
+        self._seen.clear()
         for layer in self.layers():
             layer.merged_weights.clear()
 
@@ -100,7 +125,7 @@ class AdapterForwards(AdaptedLayers):
         state, merged = self.state, snapshot[2]
         if merged != state.merged:
             for layer in self._layers:  # past nn.Module's own __setattr__, which takes a microsecond per layer
-                layer.__dict__["merged_weight"] = None if merged is None else layer.merged_weights.get(merged)
+                layer.__dict__["merged_weight"] = _in_force(layer, merged)
         state.gates, state.factors, state.merged, state.scales, state.strengths = snapshot
 
     def _scales(self, gates: Tensor, factors: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -148,13 +173,15 @@ class AdapterForwards(AdaptedLayers):
         self._stacks = parts, sources
 
     @torch.no_grad()
-    def _merge(self, gate: tuple[float, ...], factors: bool) -> tuple[Any, ...]:
+    def _merge(self, gate: tuple[float, ...], factors: bool, bases: tuple[Any, ...]) -> tuple[Any, ...]:
         layers = self._layers
-        key = (gate, factors, *self._weights_state())
+        used = [name for name, value in zip(self.state.names, gate, strict=True) if value]
+        values = tuple((name, self._version(name)) for name in used)
+        key = (gate, factors, tuple(self.state.names), values, *bases)
         if key in self._merged_keys:
             self._merged_keys.move_to_end(key)
             return key
-        stale = [old for old in self._merged_keys if old[3:] != key[3:]]
+        stale = [old for old in self._merged_keys if _outdated(old, key)]
         while len(self._merged_keys) - len(stale) >= self.merged_limit:
             stale.append(next(old for old in self._merged_keys if old not in stale))
         for old in stale:
@@ -168,26 +195,54 @@ class AdapterForwards(AdaptedLayers):
         self._merged_keys[key] = None
         return key
 
-    def _weights_state(self) -> tuple[Any, ...]:
-        """State that merged copies depend on: adapters' names, their values, and the base weights they are added to."""
+    def _bases_state(self) -> tuple[Any, ...]:
+        """State of the base weights, which merged copies contain."""
         bases = [layer.base_layer.weight for layer in self._layers]
         versions = sum(0 if weight.is_inference() else weight._version for weight in bases)
-        return tuple(self.state.names), self._checksum(), versions, bases[0].device, bases[0].dtype
+        return versions, bases[0].device, bases[0].dtype
 
     @torch.no_grad()
-    def _checksum(self) -> tuple[int, ...]:
-        """A sum over the adapters' bits that any changed value changes, whatever it was changed by.
+    def _version(self, name: str) -> int:
+        """A number that changes whenever one of an adapter's values does, whatever it was changed by.
 
-        A tensor's version counter does not see ``p.data.mul_`` or a write through another view of the storage.
-        Each value, as an integer, is multiplied by an odd number of its own, modulo 2³².
+        A tensor's version counter does not see ``p.data.mul_`` or a write through another view of the storage, so the
+        values are compared, bit by bit, with those of the last call. It happens at every denoiser call, in memory that
+        is kept: temporaries of this size are new from the system each time, and their page faults cost several times
+        the comparison.
         """
-        flat = torch.cat([side.flatten() for side in self._sides]).float().view(torch.int32)
-        if (
-            self._position is None
-            or self._position.device != flat.device
-            or len(self._position) < min(len(flat), CHUNK)
-        ):
-            self._position = torch.arange(min(len(flat), CHUNK), dtype=torch.int32, device=flat.device) * 2 + 1
-        position = self._position
-        sums = [(part * position[: len(part)]).sum() for part in flat.split(CHUNK)]
-        return tuple(torch.stack(sums).tolist())
+        sides = self._sides[name]
+        count, device = sum([side.numel() for side in sides]), sides[0].device
+        seen = self._seen.get(name)
+        if seen is None or seen.values.numel() != count or seen.values.device != device:
+            with torch.inference_mode(False):
+                values = torch.empty(count, device=device)
+                seen = _Seen(values, torch.empty_like(values), -1)
+        torch.cat([side.view(-1) for side in sides], out=seen.spare)
+        if seen.version < 0 or not torch.equal(seen.spare.view(torch.int32), seen.values.view(torch.int32)):
+            seen = _Seen(seen.spare, seen.values, next(self._versions))
+        self._seen[name] = seen
+        return seen.version
+
+
+class _Seen(NamedTuple):
+    """An adapter's n values at the last look."""
+
+    values: Tensor  # (n,)
+    spare: Tensor  # (n,)
+    version: int
+
+
+def _in_force(layer: GatedLayer, merged: tuple[Any, ...]) -> Any:
+    """A layer's ``merged_weight`` under these keys with their rows."""
+    if not merged:
+        return None
+    if merged[0][1] is None:
+        return layer.merged_weights.get(merged[0][0])
+    pairs = [(layer.merged_weights.get(key), rows) for key, rows in merged]
+    return pairs if any(pair is not None for pair, _ in pairs) else None
+
+
+def _outdated(old: tuple[Any, ...], key: tuple[Any, ...]) -> bool:
+    """Whether the merged copy ``old`` was made of other weights than those that ``key`` was just made of."""
+    versions = dict(key[3])
+    return old[4:] != key[4:] or any(versions.get(name, version) != version for name, version in old[3])

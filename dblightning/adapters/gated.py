@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,13 @@ class GateState:
     names: list[str] = field(default_factory=list)  # adapters in gate order
     gates: Tensor | None = None  # (rows, m); None: the base model
     factors: bool = False  # gate A and B apart: (Σ g B)(Σ g A), the paper code's Rewarded Soup
-    merged: tuple[Any, ...] | None = None  # key of the merged weights to use instead of W
+    merged: tuple[Any, ...] = ()  # (key of the merged weights to use instead of W, their rows; None: all), …
     scales: list[Tensor] = field(default_factory=list)  # per layout of adapters, what scales each rank (rows, R)
     strengths: list[Tensor] = field(default_factory=list)  # per layout of adapters, their gates (rows, n)
+
+
+#: W + ΔW of a layer under one gate vector, and its bias
+Merged: TypeAlias = tuple[Tensor, Tensor | None]
 
 
 class Stack(NamedTuple):
@@ -61,8 +65,9 @@ class GatedLayer(_LoraLayer):
     gate_state: GateState | None
     layout: int  # index into the state's scales
     stack: Stack | None
-    merged_weights: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]]
-    merged_weight: tuple[Tensor, Tensor | None] | None  # of merged_weights, the weight and bias in force
+    merged_weights: dict[tuple[Any, ...], Merged]
+    #: of merged_weights, the weight and bias in force; of several, each (None: the base's) with its rows, in order
+    merged_weight: Merged | list[tuple[Merged | None, int]] | None
     own_scaling: dict[str, float]  # each adapter's scale without what `set_adapters` multiplies it with
     _names: list[str]
     _ranks: list[int]
@@ -165,8 +170,14 @@ class GatedLayer(_LoraLayer):
 
     def gated_forward(self, state: GateState, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output as the state says."""
-        if self.merged_weight is not None:
-            return self._multiply(x, *self.merged_weight)
+        merged = self.merged_weight
+        if isinstance(merged, list):
+            parts = zip(x.split([rows for _, rows in merged]), merged, strict=True)
+            return torch.cat(
+                [self.base_layer(part) if pair is None else self._multiply(part, *pair) for part, (pair, _) in parts]
+            )
+        if merged is not None:
+            return self._multiply(x, *merged)
         y = self.base_layer(x, *args, **kwargs)
         gates = state.gates
         if gates is None or not self._names:
@@ -228,7 +239,7 @@ class GatedLayer(_LoraLayer):
             return None
         return torch.stack([value * self._offset(name, len(self.lora_B[name].weight)) for name, value in used]).sum(0)
 
-    def merged_pair(self, gate: Sequence[float], factors: bool) -> tuple[Tensor, Tensor | None] | None:
+    def merged_pair(self, gate: Sequence[float], factors: bool) -> Merged | None:
         """W + ΔW and bias of one gate vector, in the dtype the layer computes in; None where they are W's own."""
         delta = self.delta_weight(gate, factors)
         if delta is None:

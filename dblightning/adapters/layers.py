@@ -31,9 +31,11 @@ class AdaptedLayers:
         self.denoiser = denoiser
         self.state = GateState()
         self._layers: list[GatedLayer] = []
-        self._sides: list[Tensor] = []
+        self._sides: dict[str, list[Tensor]] = {}  # each adapter's parameters
         self._layouts: list[tuple[tuple[int, float], ...]] = []  # the layers' distinct arrangements of adapters
         self._columns: list[tuple[int, ...]] = []  # and each one's columns of the gates
+        #: multiplications of the gated layers' adapters, over those of the base layers they are on
+        self.gated_share = 0.0
         self._installed: dict[str, Any] = {}  # the model's PEFT configs, as `refresh` found them
         _check_layers(_tuner_layers(denoiser))
         denoiser.requires_grad_(False)
@@ -93,6 +95,9 @@ class AdaptedLayers:
         self._layouts, self._columns = [each for each, _ in distinct], [each for _, each in distinct]
         for layer, arrangement in zip(self._layers, arrangements, strict=True):
             layer.layout = distinct.index(arrangement)
+        shapes = [(sum(layer._ranks), layer.get_base_layer().weight.shape) for layer in self._layers]
+        base = sum(shape.numel() for _, shape in shapes)
+        self.gated_share = sum(rank * (shape[0] + shape[1:].numel()) for rank, shape in shapes) / max(base, 1)
 
     def refresh(self) -> None:
         """Re-index all layers; called after adapters were added, or the model was moved to another device.
@@ -119,9 +124,9 @@ class AdaptedLayers:
             # all are "active" for PEFT; the gates choose. Assigned: PEFT's own setter would make all trainable
             module._active_adapter = list(configs)
         self._layers = layers  # type: ignore[assignment]
-        self._sides = [
-            each for layer in self._layers for name in layer.lora_A for each in layer.adapter_parameters(name)
-        ]
+        self._sides = {
+            name: [each for layer in self._layers for each in layer.adapter_parameters(name)] for name in configs
+        }
         self._installed = configs
         self._lay_out()
         if scaled:

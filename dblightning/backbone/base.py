@@ -19,6 +19,16 @@ Gates: TypeAlias = Gating | Tensor | None
 Prediction = Literal["epsilon", "v_prediction", "sample", "velocity"]
 
 
+def one_after_the_other(first: Tensor, second: Tensor) -> Tensor:
+    """Both passes' rows, (2R, …)."""
+    return torch.cat([first, second])
+
+
+def side_by_side(first: Tensor, second: Tensor) -> Tensor:
+    """Both passes of each row, (2R, …), so that the rows of a gate vector stay together."""
+    return torch.stack([first, second], dim=1).flatten(0, 1)
+
+
 class Conditioning(NamedTuple):
     """Conditioning of the denoiser, for B images."""
 
@@ -43,14 +53,18 @@ class Conditioning(NamedTuple):
         """The same in another precision."""
         return self._each(lambda part: part.to(dtype))
 
-    def guided(self) -> Conditioning:
-        """Both passes of classifier-free guidance in 2B rows: the unconditional ones, then the conditional ones."""
+    def guided(self, both: Callable[[Tensor, Tensor], Tensor] = one_after_the_other) -> Conditioning:
+        """Both passes of classifier-free guidance in 2B rows.
+
+        Args:
+            both: makes the 2B rows of the unconditional pass's B and the conditional one's.
+        """
         added = self.added and {
-            name: torch.cat([(self.negative_added or self.added)[name], part]) for name, part in self.added.items()
+            name: both((self.negative_added or self.added)[name], part) for name, part in self.added.items()
         }
         return self._replace(
-            prompt_embeds=torch.cat([self.negative_prompt_embeds, self.prompt_embeds]),
-            pooled=torch.cat([self.negative_pooled, self.pooled]),
+            prompt_embeds=both(self.negative_prompt_embeds, self.prompt_embeds),
+            pooled=both(self.negative_pooled, self.pooled),
             added=added,
         )
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dblightning.adapters import Gating
-from dblightning.backbone.base import Backbone, Conditioning, Gates
+from dblightning.backbone.base import Backbone, Conditioning, Gates, one_after_the_other, side_by_side
 from dblightning.backbone.family import Family
 
 
@@ -36,11 +35,12 @@ class Denoising(Backbone):
     def passes(
         self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float, gates: Gates = None
     ) -> Tensor:
-        twice, times = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
-        gating = Gating.of(gates).scaled(conditioning.lora_scale).repeated(2)
-        with self._ready(gating, len(latents)):
-            output = self.family.forward(twice, times, conditioning.guided(), guidance_scale).float()
-        return output.unflatten(0, (2, len(latents))).transpose(0, 1)
+        rows, gating = len(latents), Gating.of(gates).scaled(conditioning.lora_scale)
+        both = side_by_side if gating.segments else one_after_the_other
+        twice, times = both(latents, latents), both(timesteps, timesteps)
+        with self._ready(gating.repeated(2), rows):
+            output = self.family.forward(twice, times, conditioning.guided(both), guidance_scale).float()
+        return output.unflatten(0, (rows, 2)) if gating.segments else output.unflatten(0, (2, rows)).transpose(0, 1)
 
     @contextmanager
     def _ready(self, gating: Gating, rows: int) -> Iterator[None]:
