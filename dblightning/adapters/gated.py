@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 # Python lets a PEFT layer become a gated one only if PEFT's class is the first base and the only one with a LoraLayer
 _LoraLayer: Any = LoraLayer if TYPE_CHECKING else object
+#: W + ΔW of a layer under one gate vector, and its bias
+Merged: TypeAlias = tuple[Tensor, Tensor | None]
 
 
 @dataclass
@@ -46,10 +48,6 @@ class GateState:
     strengths: list[Tensor] = field(default_factory=list)  # per layout of adapters, their gates (rows, n)
 
 
-#: W + ΔW of a layer under one gate vector, and its bias
-Merged: TypeAlias = tuple[Tensor, Tensor | None]
-
-
 class Stack(NamedTuple):
     """A layer's adapters side by side: n adapters of R ranks in all."""
 
@@ -66,8 +64,7 @@ class GatedLayer(_LoraLayer):
     layout: int  # index into the state's scales
     stack: Stack | None
     merged_weights: dict[tuple[Any, ...], Merged]
-    #: of merged_weights, the weight and bias in force; of several, each (None: the base's) with its rows, in order
-    merged_weight: Merged | list[tuple[Merged | None, int]] | None
+    merged_weight: Merged | list[tuple[Merged | None, int]] | None  # in force; of several vectors, each with its rows
     own_scaling: dict[str, float]  # each adapter's scale without what `set_adapters` multiplies it with
     _names: list[str]
     _ranks: list[int]
