@@ -59,7 +59,9 @@ class Answer:
         missed = self.missed()
         if not missed:
             return against
-        return f"the goal is missed on prompts not searched on ({'; '.join(missed)}); beside that, {against}"
+        kept = bool(self.grid_gains) and all(self.grid_gains[name].value >= need for name, need in self.needed.items())
+        grid = ", where the fixed grid's best meets it" if kept else ""
+        return f"the goal is missed on prompts not searched on ({'; '.join(missed)}){grid}; beside that, {against}"
 
 
 def summary(answer: Answer, rewards: Iterable[str]) -> str:

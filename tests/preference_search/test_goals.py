@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from dblightning.preference_search import Answer, Candidate, Grid, Knee, Liked, Maximise
+from dblightning.preference_search.answer import summary
 from dblightning.preference_search.goals import non_dominated
 from dblightning.preference_search.measure import Comparison, beside, compared, gains_of
 from dblightning.preference_search.space import Space
@@ -141,9 +142,32 @@ def test_a_verdict_says_where_the_goal_is_missed_on_the_check() -> None:
     point = Candidate(method="db-mpa", knots=[{"alignment": 1.0}])
     gains = {"aesthetic": Comparison(0.4, 0.3, 0.5), "alignment": Comparison(0.1, -0.1, 0.3)}
     merit = Comparison(0.15, 0.12, 0.18)
-    given: dict[str, Any] = {"preset": Preset(), "candidate": point, "grid": point, "gains": gains, "grid_gains": {}}
-    kept = Answer(**given, merit=merit, evaluated=3, needed={"alignment": 0.05})
+    given: dict[str, Any] = {"preset": Preset(), "candidate": point, "grid": point, "evaluated": 3, "gains": gains}
+    other = {"aesthetic": Comparison(0.25, 0.2, 0.3), "alignment": Comparison(0.3, 0.1, 0.5)}
+    kept = Answer(**given, grid_gains=other, merit=merit, needed={"alignment": 0.05})
     assert kept.verdict() == "it beats the fixed grid's best: merit +0.150 [+0.120, +0.180] on prompts not searched on"
-    lost = Answer(**given, merit=merit, evaluated=3, needed={"alignment": 0.2})
+    lost = Answer(**given, grid_gains=other, merit=merit, needed={"alignment": 0.2})
     assert lost.missed() == ["alignment gains +0.100 [-0.100, +0.300] there, and +0.2 is needed"]
-    assert lost.verdict().startswith(f"the goal is missed on prompts not searched on ({lost.missed()[0]})")
+    missed = f"the goal is missed on prompts not searched on ({lost.missed()[0]})"
+    assert lost.verdict() == f"{missed}, where the fixed grid's best meets it; beside that, {kept.verdict()}"
+    both = Answer(**given, grid_gains=gains, merit=merit, needed={"alignment": 0.2})
+    assert both.verdict() == f"{missed}; beside that, {kept.verdict()}"
+
+
+def test_a_verdict_claims_no_more_than_its_interval() -> None:
+    point = Candidate(method="db-mpa", knots=[{"alignment": 1.0}])
+    gains = {"aesthetic": Comparison(0.4, 0.3, 0.5)}
+
+    def answer(merit: Comparison | None, grid: Candidate | None = point) -> Answer:
+        return Answer(Preset(), point, grid, gains, gains if grid else {}, merit, 3)
+
+    assert answer(Comparison(0.1, -0.1, 0.3)).verdict().startswith("it does not beat the fixed grid's best measurably:")
+    assert answer(Comparison(-0.1, -0.3, -0.01)).verdict().startswith("it is worse than the fixed grid's best")
+    assert answer(None).verdict() == "nothing beats the fixed grid's best, which is the answer"
+    assert answer(None, None).verdict() == "no fixed grid was evaluated to compare with"
+    assert summary(answer(None, None), ["aesthetic"]).splitlines() == [
+        "answer: db-mpa: alignment 1.00   (3 candidates evaluated)",
+        "  gain in aesthetic, on prompts not searched on: +0.400 [+0.300, +0.500]",
+        "verdict: no fixed grid was evaluated to compare with",
+    ]
+    assert "  gain in aesthetic: +0.400 [+0.300, +0.500]" in summary(answer(None), ["aesthetic"])
