@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from dblightning.adapters import Gating
+from dblightning.adapters import Gating, Segment
 from dblightning.backbone import DiffusersBackbone, load_pipeline
 from dblightning.blending import Base
 from dblightning.noise import ImageNoise
@@ -181,7 +181,13 @@ def test_a_compiled_denoiser_is_traced_without_a_break_and_computes_the_same(
         with torch.no_grad():
             found = [
                 backbone.denoise(*arguments, use)  # type: ignore[arg-type]
-                for use in (Gating(), Gating(gates), Gating(merged=(0.5, 0.5)), Gating(merged=(1.0, 0.0)))
+                for use in (
+                    Gating(),
+                    Gating(gates),
+                    Gating(merged=(0.5, 0.5)),
+                    Gating(merged=(1.0, 0.0)),
+                    Gating(segments=(Segment((1.0, 0.0), 1), Segment((0.0, 0.0), 2))),
+                )
             ]
         backbone.adapters.train_only("two")
         parameters = backbone.adapters.parameters("two")
