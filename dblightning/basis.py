@@ -11,6 +11,7 @@ import torch
 
 from dblightning.backbone import Backbone
 from dblightning.learner import Learner, Texts
+from dblightning.miniature import adapter_folder
 from dblightning.objectives.base import Objective
 from dblightning.objectives.old_policy import OldPolicy
 from dblightning.objectives.value import ValueFunction
@@ -99,7 +100,7 @@ def _with_adapter(backbone: Backbone, name: str, settings: TrainingSettings, see
         adapter = adapter.with_targets(bank.target_modules)  # as checkpoints compare them
         bank.add(name, adapter.rank, adapter.lora_alpha, adapter.target_modules, seed)
         return replace(settings, adapter=adapter)
-    bank.load(name, adapter.init, getattr(backbone, "pipeline", None))
+    bank.load(name, adapter_folder(adapter.init), getattr(backbone, "pipeline", None))
     return replace(settings, adapter=replace(adapter, **bank.settings(name)))
 
 

@@ -25,7 +25,7 @@ class AdapterSettings:
         rank, lora_alpha: LoRA settings; paper: rank 4.
         target_modules: name endings of the layers to adapt; null takes the model family's, attention q, k, v, out for
             Stable Diffusion, as in the paper.
-        init: folder of a LoRA to start from.
+        init: folder of a LoRA to start from; "miniature:NAME" is one that ships with the miniature.
     """
 
     name: str | None = None

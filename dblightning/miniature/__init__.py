@@ -72,7 +72,8 @@ def adapters(version: str | None = None) -> dict[str, Path]:
 
     Args:
         version: "0.1", those of that release (rank 4, policy gradient), which some tables of docs/results are of;
-            "one-alpha", an aesthetic one of the same α as today's alignment, which Lemma 1 asks for; None, today's.
+            "one-alpha", an aesthetic one of the same α as today's alignment, which Lemma 1 asks for, and that alignment
+            trained for three times the images by the reward's gradient; None, today's.
 
     Raises:
         ValueError: a version that is not shipped.

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from dblightning import miniature
 from dblightning.arguments import paths_by_name
+from dblightning.backbone import DiffusersBackbone
 from dblightning.miniature import world
-from dblightning.miniature.rewards import ShapeAlignment, compressibility
+from dblightning.miniature.rewards import ShapeAesthetic, ShapeAlignment, compressibility
+from dblightning.module import RewardRLModule
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +98,23 @@ def test_a_shipped_adapter_has_a_name_that_settings_can_use(tmp_path: Path) -> N
     assert miniature.adapter_folder("miniature:alignment") == miniature.adapters()["alignment"]
     assert miniature.adapter_folder("miniature:0.1/alignment") == miniature.adapters("0.1")["alignment"]
     assert miniature.adapters("0.1")["alignment"] != miniature.adapters()["alignment"]
+    assert sorted(miniature.adapters("one-alpha")) == ["aesthetic", "alignment"]
     assert miniature.adapter_folder("miniature:one-alpha/aesthetic") != miniature.adapters()["aesthetic"]
     assert miniature.adapter_folder(tmp_path) == tmp_path
     with pytest.raises(ValueError, match="ships no adapter 'sharpness' as of 0.1; it has"):
         miniature.adapter_folder("miniature:0.1/sharpness")
     with pytest.raises(ValueError, match="got version '0.0'"):
         miniature.adapters("0.0")
+
+
+def test_training_starts_from_a_shipped_adapter_by_its_name() -> None:
+    shipped = "miniature:one-alpha/alignment"
+    run = RewardRLModule(DiffusersBackbone("miniature"), ShapeAesthetic(), adapter={"name": "a", "init": shipped})
+    assert run.settings.adapter.rank == 16 and run.settings.adapter.init == shipped
+    other = DiffusersBackbone("miniature").adapters
+    other.load("b", miniature.adapters("one-alpha")["alignment"], None)
+    pairs = zip(run.backbone.adapters.parameters("a"), other.parameters("b"), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 def test_finding_the_folders_needs_no_torch() -> None:
