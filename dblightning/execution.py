@@ -196,7 +196,7 @@ def predict(
 
 def _in_place(outputs: list[Tensor], calls: Calls, images: int) -> Tensor:
     """Each call's outputs, put in the place of their rows and images: (K, B, …)."""
-    if calls.mix is None and len(outputs) == 1:
+    if calls.mix is None and len(outputs) == 1 and calls.calls[0].images is None:  # merged rows lie by their vectors
         return outputs[0][None]
     output = torch.cat(outputs)
     # scattered to (K, B) and summed over K, not index_add: atomics would make a GPU's sum depend on its order

@@ -287,12 +287,23 @@ def test_an_image_in_a_batch_of_mixed_preferences_is_the_image_made_alone(ours: 
         torch.testing.assert_close(together[index : index + 1], alone, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("execution", ["gated", "merged"])
 @pytest.mark.parametrize("blend_of", [DBMPALS, lambda w: DBMPALS(w, "systematic"), RewardedSoup])
-def test_per_image_methods_too_do_not_depend_on_the_batch(ours: Any, blend_of: Any) -> None:
-    weights = [{"a": 0.3, "b": 0.7}, {"a": 0.8, "c": 0.2}]
-    together = our_blend(ours, blend_of(weights), 1.0)
-    alone = our_blend(ours, blend_of(weights[1]), 1.0, PROMPTS[1:], noise=ImageNoise([1]))
-    torch.testing.assert_close(together[1:], alone, rtol=0, atol=1e-4)
+def test_per_image_methods_too_do_not_depend_on_the_batch(ours: Any, blend_of: Any, execution: Any) -> None:
+    """One row an image: rows of one gate vector are not neighbours, and merged weights run them side by side."""
+    weights = [{"a": 0.3, "b": 0.7}, {"a": 0.8, "c": 0.2}, {"a": 0.3, "b": 0.7}]
+    prompts = [*PROMPTS, "a green ring"]
+    together = our_blend(ours, blend_of(weights), 1.0, prompts, execution=execution)
+    for index in range(3):
+        alone = our_blend(
+            ours,
+            blend_of(weights[index]),
+            1.0,
+            prompts[index : index + 1],
+            noise=ImageNoise([index]),
+            execution=execution,
+        )
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3])
