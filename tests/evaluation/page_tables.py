@@ -1,0 +1,88 @@
+"""The tables of docs/paper.md, as its rows in docs/results give them."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+
+from dblightning.evaluation.analysis import KL, OBJECTIVE, Estimates
+from dblightning.evaluation.comparisons import paired_table
+from dblightning.evaluation.objective_value import paired_objective_table
+from dblightning.evaluation.paper_tables import hypervolume_table, kl_points, kl_table, reward_table, share_table
+
+#: heading of a page → column of the tables
+COLUMNS = {
+    "better single adapter": "best single adapter",
+    "random adapter": "random adapter per image",
+    "DB-MPA": "DB-MPA",
+    "LS, rotation": "DB-MPA-LS (rotation)",
+    "exact soup": "Rewarded Soup (exact)",
+    "factor soup": "Rewarded Soup (factors)",
+    "best of 2": "best of N",
+    "CoDe": "CoDe",
+    "RGG": "RGG",
+    "MORL": "MORL (oracle)",
+}
+
+
+def preference_rows(estimates: Estimates, names: list[str]) -> list[list[str]]:
+    """Headings and rows: r₁ / r₂ / r(w) at three preferences, then what the others have less DB-MPA, and the oracle."""
+    rewards = reward_table(estimates, names)
+    found = list(rewards.cells.columns)
+    shown = {heading: name for heading, name in COLUMNS.items() if (name, "r(w)") in found}
+    rows = [["w", *shown]]
+    for w in ("0.2", "0.5", "0.8"):
+        place = rewards.cells.index.tolist().index(f"w = {w}")
+
+        def cell(name: str, heading: str, place: int = place) -> str:
+            at = found.index((name, heading))
+            text = str(rewards.cells.iloc[place, at])
+            text = text if heading == "r(w)" else text.split(" ± ")[0]
+            return f"**{text}**" if (place, at) in rewards.bold else text
+
+        texts = [[cell(name, heading) for heading in (*names, "r(w)")] for name in shown.values()]
+        rows.append([w, *("–" if "–" in each else " / ".join(each) for each in texts)])
+    differences = {"r(w)": paired_table(estimates, names).cells}
+    if OBJECTIVE in estimates.quantities:
+        differences["E[r(w)] − α·KL"] = paired_objective_table(estimates, names).cells
+    for quantity, cells in differences.items():
+        for w in ("0.2", "0.5", "0.8"):
+            label = f"{quantity} less DB-MPA's, {w}"
+            rows.append([label, *("0" if name == "DB-MPA" else _at(cells, w, name) for name in shown.values())])
+    if "MORL" in shown:
+        share = share_table(estimates, names).cells
+        for w in ("0.2", "0.5", "0.8"):
+            rows.append([f"share of MORL's gain, {w}", *(_at(share, w, name) for name in shown.values())])
+    volumes = hypervolume_table(estimates, names).cells
+    volume = dict(volumes["difference to DB-MPA"]) | {"DB-MPA": volumes.loc["DB-MPA", "hypervolume"]}
+    volume["best single adapter"] = volume["single adapter"]
+    label = "hypervolume above the base, less DB-MPA's"
+    rows.append([label, *(str(volume.get(name, "–")) for name in shown.values())])
+    return _minus(rows)
+
+
+def strength_rows(estimates: Estimates) -> list[list[str]]:
+    """Headings and rows: aesthetic reward by strength, DB-KLA against retraining (Fig. 6b), and the path KL of both."""
+    rows, points = [], kl_points(estimates)
+    for label, cells in kl_table(estimates).cells.iterrows():
+        strength = float(str(label).split("λ = ")[1])
+        ours, retrained = (points["aesthetic", kind].get(strength) for kind in ("DB-KLA", "MORL (oracle)"))
+        kl = [f"{estimates.of(blend, KL)[0]:.0f}" if blend else "–" for blend in (ours, retrained)]
+        rows.append([f"{strength:g}", *map(str, cells), *kl])
+    return _minus([["λ", "DB-KLA", "retrained", "difference", "KL, nats: DB-KLA", "KL: retrained"], *rows])
+
+
+def _at(cells: pd.DataFrame, w: str, name: str) -> str:
+    here = f"w = {w}" in cells.index and name in cells.columns
+    return str(cells.loc[f"w = {w}", name]) if here else "–"
+
+
+def _minus(rows: list[list[str]]) -> list[list[str]]:
+    return [[re.sub(r"(?<![\d.])-(?=\d)", "−", text) for text in row] for row in rows]
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    """A pipe table of the first row as headings."""
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
