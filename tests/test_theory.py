@@ -70,6 +70,7 @@ class Bank:
     def __init__(self, names: list[str]) -> None:
         self.names = names
         self.merged_limit = 4
+        self.gated_share = 0.0
 
 
 class MixtureBackbone(ExactBackbone):

@@ -11,7 +11,7 @@ from dblightning.extras import check_extra
 
 def search_main(argv: Sequence[str]) -> None:
     """Parse, search, print."""
-    if not {"-h", "--help"} & set(argv):
+    if not any(each in ("-h", "--help") or each.startswith("--print_config") for each in argv):
         check_extra("a preference search", "optuna", "search")  # before a model is read
     from jsonargparse import ArgumentParser
 
