@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +80,13 @@ def test_prompts_are_read_line_by_line_and_refused_in_one_sentence() -> None:
             read_prompts(text)
 
 
-def test_an_answer_takes_less_than_a_second_of_one_core(blends: Blends) -> None:
+def test_a_moved_slider_costs_the_blends_rows_alone(blends: Blends) -> None:
     preset = PRESET.replaced(num_inference_steps=20)
     blends.look(["A red circle."], preset)
-    seconds = []
-    for i in range(3):
-        begin = time.process_time()
-        blends.look(["A red circle."], preset.replaced(weights={"alignment": 0.2 + i / 10, "aesthetic": 0.8 - i / 10}))
-        seconds.append(time.process_time() - begin)
-    assert min(seconds) < 1
+    backbone = blends.shared.pipe.backbone
+    backbone.rows_run = 0
+    blends.look(["A red circle."], preset.replaced(weights={"alignment": 0.2, "aesthetic": 0.8}))
+    assert backbone.rows_run == 20 * 2  # two adapters at each step; what that takes: benchmarks/studio.py
 
 
 def test_the_three_lines_and_the_merged_lora_make_the_soups_image_in_plain_diffusers(
