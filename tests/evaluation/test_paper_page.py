@@ -48,3 +48,21 @@ def test_a_table_by_preference_is_what_its_rows_say(
 def test_the_table_of_strength_against_retraining_is_what_its_rows_say() -> None:
     section = "Strength against retraining (Fig. 6(b))"
     assert written(section) == strength_rows(estimates("figure6_one_alpha"))
+
+
+def test_how_near_ordered_draws_come_in_reward_is_what_the_rows_say() -> None:
+    """Recomputed by prompt, without the package's estimates: means, and Student's intervals over 200 prompts."""
+    estimates("ordered_ls")  # skips where the rows are not
+    frame = read_scores(ROOT / "docs" / "results" / "miniature_ordered_ls.parquet")[0]
+    found = []
+    for w in (0.2, 0.5, 0.8):
+        suffix = f"aesthetic-{1 - w:.1g}_alignment-{w:g}"
+        value = w * frame["reward/alignment"] + (1 - w) * frame["reward/aesthetic"]
+        means = [
+            value[frame["blend"] == blend].groupby(frame["prompt_id"]).mean()
+            for blend in (f"db-mpa-ls_{suffix}_rotation", f"db-mpa_{suffix}")
+        ]
+        less = means[0] - means[1]
+        found.append(f"{less.mean():+.3f} ± {1.972 * less.sem():.3f}".replace("-", "−"))
+    text = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+    assert f"{found[0]}, {found[1]} and {found[2]}" in text, found
