@@ -133,6 +133,7 @@ def fit_on_two_ranks(folder: Path) -> None:
     trainer(folder, **options).fit(Recorder(folder), datamodule=data(eval_seeds=3, eval_batch_size=4))
 
 
+@pytest.mark.slow  # tests/test_distributed.py trains and validates on two ranks every day
 def test_two_ranks_share_training_and_evaluation_without_duplicates_or_losses(tmp_path: Path) -> None:
     # in an interpreter of its own: forking one that has run threads or CUDA may hang
     root = Path(__file__).parents[2]

@@ -274,6 +274,7 @@ print(reward.standard_error().item(), reward.compute().item())
 """
 
 
+@pytest.mark.slow  # tests/test_distributed.py trains and validates on two ranks every day
 def test_two_ranks_report_the_mean_and_standard_error_of_all_images(tmp_path: Path) -> None:
     images = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     meeting = tmp_path / "rendezvous"
