@@ -1,15 +1,22 @@
-"""The tables of docs/paper.md, as its rows in docs/results give them."""
+"""What the pages state of the miniature, as the rows in docs/results give it."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from dblightning.evaluation.analysis import KL, OBJECTIVE, Estimates
 from dblightning.evaluation.comparisons import paired_table
 from dblightning.evaluation.objective_value import paired_objective_table
 from dblightning.evaluation.paper_tables import hypervolume_table, kl_points, kl_table, reward_table, share_table
+from dblightning.evaluation.scores import read_scores
+
+ROOT = Path(__file__).parents[2]
+#: reward per nat, at which the two adapters of one α are calibrated (test_published_figures.py)
+ALPHA = 0.0015
 
 #: heading of a page → column of the tables
 COLUMNS = {
@@ -24,6 +31,21 @@ COLUMNS = {
     "RGG": "RGG",
     "MORL": "MORL (oracle)",
 }
+
+
+def published(name: str) -> pd.DataFrame:
+    """The score table ``miniature_<name>.parquet`` of docs/results; a test is skipped where the folder is not there."""
+    file = ROOT / "docs" / "results" / f"miniature_{name}.parquet"
+    if not file.is_file():
+        pytest.skip("docs/results is not part of this copy")
+    return read_scores(file)[0]
+
+
+def volumes(estimates: Estimates, names: list[str]) -> dict[str, str]:
+    """Column → hypervolume less DB-MPA's, and DB-MPA's own."""
+    cells = hypervolume_table(estimates, names).cells
+    found = dict(cells["difference to DB-MPA"]) | {"DB-MPA": cells.loc["DB-MPA", "hypervolume"]}
+    return found | {"best single adapter": found["single adapter"]}
 
 
 def preference_rows(estimates: Estimates, names: list[str]) -> list[list[str]]:
@@ -54,12 +76,10 @@ def preference_rows(estimates: Estimates, names: list[str]) -> list[list[str]]:
         share = share_table(estimates, names).cells
         for w in ("0.2", "0.5", "0.8"):
             rows.append([f"share of MORL's gain, {w}", *(_at(share, w, name) for name in shown.values())])
-    volumes = hypervolume_table(estimates, names).cells
-    volume = dict(volumes["difference to DB-MPA"]) | {"DB-MPA": volumes.loc["DB-MPA", "hypervolume"]}
-    volume["best single adapter"] = volume["single adapter"]
+    volume = volumes(estimates, names)
     label = "hypervolume above the base, less DB-MPA's"
     rows.append([label, *(str(volume.get(name, "–")) for name in shown.values())])
-    return _minus(rows)
+    return minus(rows)
 
 
 def strength_rows(estimates: Estimates) -> list[list[str]]:
@@ -70,7 +90,7 @@ def strength_rows(estimates: Estimates) -> list[list[str]]:
         ours, retrained = (points["aesthetic", kind].get(strength) for kind in ("DB-KLA", "MORL (oracle)"))
         kl = [f"{estimates.of(blend, KL)[0]:.0f}" if blend else "–" for blend in (ours, retrained)]
         rows.append([f"{strength:g}", *map(str, cells), *kl])
-    return _minus([["λ", "DB-KLA", "retrained", "difference", "KL, nats: DB-KLA", "KL: retrained"], *rows])
+    return minus([["λ", "DB-KLA", "retrained", "difference", "KL, nats: DB-KLA", "KL: retrained"], *rows])
 
 
 def _at(cells: pd.DataFrame, w: str, name: str) -> str:
@@ -78,7 +98,8 @@ def _at(cells: pd.DataFrame, w: str, name: str) -> str:
     return str(cells.loc[f"w = {w}", name]) if here else "–"
 
 
-def _minus(rows: list[list[str]]) -> list[list[str]]:
+def minus(rows: list[list[str]]) -> list[list[str]]:
+    """The rows with minus signs before numbers for hyphens."""
     return [[re.sub(r"(?<![\d.])-(?=\d)", "−", text) for text in row] for row in rows]
 
 

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from dblightning.evaluation.analysis import Estimates, estimate
-from dblightning.evaluation.scores import read_scores
-from tests.evaluation.page_tables import preference_rows, strength_rows
+from dblightning.evaluation.analysis import estimate
+from tests.evaluation.page_tables import ALPHA, ROOT, preference_rows, published, strength_rows
 
-ROOT = Path(__file__).parent.parent.parent
 ALIGNED, CALM = ["alignment", "aesthetic"], ["compressibility", "aesthetic"]
-#: reward per nat, at which the adapters of Table 1 are calibrated (test_published_figures.py)
-ALPHA = 0.0015
-
-
-def estimates(name: str, alpha: float | None = None) -> Estimates:
-    file = ROOT / "docs" / "results" / f"miniature_{name}.parquet"
-    if not file.is_file():
-        pytest.skip("docs/results is not part of this copy")
-    return estimate(read_scores(file)[0], alpha=alpha)
 
 
 def written(section: str) -> list[list[str]]:
@@ -39,22 +26,18 @@ def written(section: str) -> list[list[str]]:
         ("Compressibility against aesthetic (Table 5)", "table5_one_alpha", CALM, 0.005),
     ],
 )
-def test_a_table_by_preference_is_what_its_rows_say(
-    section: str, name: str, rewards: list[str], alpha: float | None
-) -> None:
-    assert written(section) == preference_rows(estimates(name, alpha), rewards)
+def test_a_table_by_preference_is_what_its_rows_say(section: str, name: str, rewards: list[str], alpha: float) -> None:
+    assert written(section) == preference_rows(estimate(published(name), alpha=alpha), rewards)
 
 
 def test_the_table_of_strength_against_retraining_is_what_its_rows_say() -> None:
     section = "Strength against retraining (Fig. 6(b))"
-    assert written(section) == strength_rows(estimates("figure6_one_alpha"))
+    assert written(section) == strength_rows(estimate(published("figure6_one_alpha")))
 
 
 def test_how_near_ordered_draws_come_in_reward_is_what_the_rows_say() -> None:
     """Recomputed by prompt, without the package's estimates: means, and Student's intervals over 200 prompts."""
-    estimates("ordered_ls")  # skips where the rows are not
-    frame = read_scores(ROOT / "docs" / "results" / "miniature_ordered_ls.parquet")[0]
-    found = []
+    frame, found = published("ordered_ls"), []
     for w in (0.2, 0.5, 0.8):
         suffix = f"aesthetic-{1 - w:.1g}_alignment-{w:g}"
         value = w * frame["reward/alignment"] + (1 - w) * frame["reward/aesthetic"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,12 +11,9 @@ import pytest
 from dblightning.evaluation.analysis import estimate
 from dblightning.evaluation.calibration import calibrate
 from dblightning.evaluation.equal_terms import compare_at_equal_kl
-from dblightning.evaluation.scores import read_scores
+from tests.evaluation.page_tables import ALPHA, ROOT, published
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "measurements.md"
-#: reward per nat, at which both adapters are calibrated
-ALPHA = 0.0015
 SEEDS = ("one_alpha", "one_alpha_1", "one_alpha_2")
 NAMES = {
     "the better single adapter": "single",
@@ -27,15 +23,8 @@ NAMES = {
 }
 
 
-def rows(name: str) -> pd.DataFrame:
-    file = ROOT / "docs" / "results" / f"miniature_{name}.parquet"
-    if not file.is_file():
-        pytest.skip("docs/results is not part of this copy")
-    return read_scores(file)[0]
-
-
 def test_both_adapters_are_the_optima_of_one_alpha() -> None:
-    frame = rows("calibration")
+    frame = published("calibration")
     stated = re.findall(r"λ\* = ([\d.]+) \(([\d.]+) to ([\d.]+)\)", PAGE.read_text(encoding="utf-8"))
     found = [
         calibrate(frame, "alignment", ALPHA, {"alignment": 0.4, "alignment_strict": 0.6}),
@@ -90,7 +79,7 @@ def stated(heading: str) -> dict[tuple[str, float], list[str]]:
 @pytest.mark.parametrize(("heading", "alpha"), [("E[r(w)] − α·KL", ALPHA), ("r(w)", 0.0)])
 def test_the_tables_of_one_alpha_are_what_the_rows_say(heading: str, alpha: float) -> None:
     """Recomputed without the package's estimates: means, and percentiles of a bootstrap of its own."""
-    cells, frames = stated(heading), [rows(name) for name in SEEDS]
+    cells, frames = stated(heading), [published(name) for name in SEEDS]
     assert len(cells) == len(NAMES) * 3
     for (other, w), values in cells.items():
         for frame, cell in zip(frames, values, strict=True):
@@ -106,7 +95,7 @@ def test_the_tables_of_one_alpha_are_what_the_rows_say(heading: str, alpha: floa
 def test_the_table_at_equal_kl_is_what_the_rows_say() -> None:
     cells = stated("r(w) at equal KL")
     for place, name in enumerate(SEEDS):
-        estimates = estimate(rows(name), samples=1000)
+        estimates = estimate(published(name), samples=1000)
         for each in compare_at_equal_kl(estimates, ["alignment", "aesthetic"]):
             own = {"best single adapter": "single", "random adapter per image": "random"}.get(each.variant, "")
             other = own or {"Rewarded Soup (exact)": "rewarded-soup", "DB-MPA-LS (rotation)": "db-mpa-ls"}.get(

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
-import pytest
-
 from dblightning.evaluation.analysis import Estimates, estimate
 from dblightning.evaluation.comparisons import paired_table
 from dblightning.evaluation.objective_value import paired_objective_table
-from dblightning.evaluation.paper_tables import hypervolume_table, share_table, weighted_table
-from dblightning.evaluation.scores import read_scores
+from dblightning.evaluation.paper_tables import share_table, weighted_table
+from tests.evaluation.page_tables import ALPHA, ROOT, minus, published, volumes
 
-ROOT = Path(__file__).parent.parent.parent
 NAMES = ["alignment", "aesthetic"]
 WEIGHTS = ("0.2", "0.5", "0.8")
-#: reward per nat, at which both adapters are calibrated (tests/evaluation/test_published_figures.py)
-ALPHA = 0.0015
 #: heading → column of the tables
 COLUMNS = {
     "best single adapter": "best single adapter",
@@ -36,7 +28,6 @@ def expected_table(estimates: Estimates) -> list[list[str]]:
     """Headings and rows, as the README has them."""
     makers = (weighted_table, share_table, paired_table, paired_objective_table)
     weighted, share, paired, objective = (make(estimates, NAMES) for make in makers)
-    volumes = hypervolume_table(estimates, NAMES).cells
     columns = [variant for variant, _ in weighted.cells.columns]
     rows = [["w", *COLUMNS]]
     for w in WEIGHTS:
@@ -63,8 +54,7 @@ def expected_table(estimates: Estimates) -> list[list[str]]:
     rows.append(over_weights("r(w) less DB-MPA's", leading(paired.cells, "+"), "0", "–"))
     rows.append(over_weights("E[r(w)] − α·KL less DB-MPA's", leading(objective.cells, "+"), "0", "–"))
     rows.append(over_weights("share of MORL's gain", leading(share.cells, ""), "", "1"))
-    volume = dict(volumes["difference to DB-MPA"]) | {"DB-MPA": volumes.loc["DB-MPA", "hypervolume"]}
-    volume["best single adapter"] = volume["single adapter"]
+    volume = volumes(estimates, NAMES)
     rows.append(["hypervolume above the base, less DB-MPA's", *(volume.get(name, "–") for name in COLUMNS.values())])
     base = estimates.blends.set_index("method").loc["base", "seconds"]
     seconds = []
@@ -73,7 +63,7 @@ def expected_table(estimates: Estimates) -> list[list[str]]:
         low, high = float(part.min()), float(part.max())
         seconds.append(f"{low:.0f} to {high:.0f}" if high > 5 else f"{part.median():.1f}")
     rows.append(["seconds per image, × base", *seconds])
-    return [[re.sub(r"-(?=\d)", "−", text) for text in row] for row in rows]
+    return minus(rows)
 
 
 def written_table() -> list[list[str]]:
@@ -86,10 +76,7 @@ def written_table() -> list[list[str]]:
 
 
 def test_the_readmes_table_in_miniature_is_what_its_score_table_says() -> None:
-    file = ROOT / "docs" / "results" / "miniature_one_alpha.parquet"
-    if not file.is_file():
-        pytest.skip("docs/results is not part of this copy")
-    expected, written = expected_table(estimate(read_scores(file)[0], alpha=ALPHA)), written_table()
+    expected, written = expected_table(estimate(published("one_alpha"), alpha=ALPHA)), written_table()
     assert written[0] == expected[0]
     for row, own in zip(expected[1:], written[1:], strict=True):
         assert own == row
