@@ -7,9 +7,9 @@
     python -m dblightning predict  --config configs/eval/predict.yaml    write images of blends
 
 and ``report`` (tables, figures and one HTML page from score tables), ``seeds`` (one evaluation over several training
-seeds), ``calibrate`` (an adapter's strength at an α), ``search`` (a preference for a goal), ``score``, ``export`` (a
-soup as one LoRA), ``push`` (adapters to the hub), ``convert``, ``pretrain-miniature``, ``pretrain-flow-miniature``,
-``convert-vila``.
+seeds), ``calibrate`` (an adapter's strength at an α), ``choose`` (each method at its best for a preference), ``search``
+(a preference for a goal), ``score``, ``export`` (a soup as one LoRA), ``push`` (adapters to the hub), ``convert``,
+``pretrain-miniature``, ``pretrain-flow-miniature``, ``convert-vila``.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ OTHERS = {
     "report": ("dblightning.evaluation.report", "report_main"),
     "seeds": ("dblightning.evaluation.training_seeds", "seeds_main"),
     "calibrate": ("dblightning.evaluation.calibration", "calibrate_main"),
+    "choose": ("dblightning.evaluation.choosing", "choose_main"),
     "score": ("dblightning.rewards.score", "score_main"),
     "studio": ("dblightning.studio.command", "studio_main"),
     "serve": ("dblightning.serving.command", "serve_main"),

@@ -39,7 +39,7 @@ def read_all(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]]
     record = dict(record)
     for path, other, other_record in parts[1:]:
         pair = f"{first_path} and {path} cannot be merged"
-        _check_settings(record, other_record, pair)
+        check_settings(record, other_record, pair)
         _check_rows(frame, other, pair)
         repeated = sorted(set(frame["blend"]) & set(other["blend"]))
         other = other[~other["blend"].isin(repeated)]
@@ -63,7 +63,17 @@ def _weights(facts: Any) -> Any:
     return facts.get("sha256") or {key: value for key, value in facts.items() if key != "path"}
 
 
-def _check_settings(record: dict[str, Any], other: dict[str, Any], pair: str) -> None:
+def check_settings(record: dict[str, Any], other: dict[str, Any], pair: str) -> None:
+    """Refuse the tables of two records that differ in base settings, rewards or an adapter's weights.
+
+    Args:
+        record: of one table.
+        other: of the other.
+        pair: beginning of the message: which tables, and what cannot be done with them.
+
+    Raises:
+        ValueError: what differs.
+    """
     first, second = _settings(record), _settings(other)
     for name in SHARED + LATER:
         if name in LATER and (record.get(name) is None or other.get(name) is None):
