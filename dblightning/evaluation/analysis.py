@@ -71,6 +71,7 @@ class Estimates:
     weighted_images: np.ndarray  # r(w) of every image, (rows, images)
     starts: np.ndarray  # first image of each unit, (units,)
     resampled: np.ndarray  # weights of the units in each draw, (samples, units)
+    alpha: float | None = None  # of eq. (4), reward per nat, where one was given
 
     @cached_property
     def blends(self) -> pd.DataFrame:
@@ -104,6 +105,22 @@ class Estimates:
         column, first, second = self.quantities.index(quantity), self.row(blend), self.row(other)
         low, high = interval(self.draws[:, first, column] - self.draws[:, second, column], self.units, self.level)
         return float(self.values[first, column] - self.values[second, column]), float(low), float(high)
+
+    def under(self, blend: str, preference: Mapping[str, float], alpha: float = 0.0) -> np.ndarray:
+        """E[r(w)] − α·KL of a blend's images under any preference w, its own or not.
+
+        Args:
+            blend: label.
+            preference: reward → weight.
+            alpha: reward per nat of path KL.
+
+        Returns:
+            The estimate, then the bootstrap's draws, (1 + samples,).
+        """
+        row = self.row(blend)
+        both = np.concatenate([self.values[row][None], self.draws[:, row]])
+        total = sum(weight * both[:, self.quantities.index(REWARD + name)] for name, weight in preference.items())
+        return np.asarray(total - alpha * both[:, self.quantities.index(KL)] if alpha else total)
 
     def win_rate(self, blend: str, other: str) -> tuple[float, float, float]:
         """Share of images whose r(w) is higher with a blend than with another, ties counted half; with its interval.
@@ -179,7 +196,7 @@ def estimate(
         rows[name] = _with_mixtures(own, mixtures)[:, 0, 0]
     return Estimates(
         rows, evaluated, quantities, values, draws, low, high, units, level, held_out_rewards(frame), parts, weighted,
-        images.starts, resampled,
+        images.starts, resampled, alpha,
     )  # fmt: skip
 
 

@@ -26,7 +26,6 @@ from dblightning.evaluation.intervals import interval
 from dblightning.evaluation.merge import check_settings
 from dblightning.evaluation.scores import (
     INTERPOLATING,
-    REWARD,
     blend_table,
     fronts,
     preference_sets,
@@ -52,7 +51,7 @@ class Choice(NamedTuple):
     value: Value  # E[r(w)] − α·KL on test prompts
     weighted: Value  # r(w) there
     less: Value  # `value` less the reference method's, paired
-    share: Value  # gain in r(w) over that of a policy retrained for w; NaN without one
+    share: Value  # gain in r(w) over that of the best retrained policy; NaN without one
     kl: float  # nats, NaN where it was not measured
     denoiser_rows: float  # per image
 
@@ -67,7 +66,8 @@ def choose(
     """The best blend of every method for each preference.
 
     A method's blends are those of one variant at any λ and any weights that mix the preference's rewards and no other;
-    the adapters alone are one method, at any λ; a retrained policy (``morl``) counts at its own weights.
+    the adapters alone are one method, at any λ. Of retrained policies (``morl``) the best counts, whichever preference
+    it was retrained for: it is the oracle of the shares.
 
     Args:
         validation: one row per image; decides.
@@ -107,12 +107,13 @@ def _choose(before: Estimates, after: Estimates, preference: Mapping[str, float]
             f"no method has a blend of {' and '.join(preference)} in both tables: evaluate the same blends on both"
         )
     reference = _reference(after, chosen)
-    of_reference = _draws(after, chosen[reference][0], preference, alpha)
-    oracle = _oracle(after, preference)
+    of_reference = after.under(chosen[reference][0], preference, alpha)
+    methods = after.methods()
+    oracle = next((blend for blend, _, _ in chosen.values() if methods[blend] == "morl"), None)
     choices = []
     for method in [reference, *(method for method in chosen if method != reference)]:
         blend, tried, on_validation = chosen[method]
-        draws, weighted = _draws(after, blend, preference, alpha), _draws(after, blend, preference, 0.0)
+        draws, weighted = after.under(blend, preference, alpha), after.under(blend, preference, 0.0)
         choices.append(
             Choice(
                 method,
@@ -152,32 +153,21 @@ def _check_tables(validation: pd.DataFrame, test: pd.DataFrame, alpha: float) ->
 def _methods(before: Estimates, after: Estimates, preference: Mapping[str, float]) -> dict[str, list[str]]:
     """Method → its blends that both tables hold, in the order of the second."""
     rewards, known = list(preference), set(before.blends["blend"])
-    wanted = tuple(preference.values())
     blends = after.blends[within(after.blends, rewards)]
     found: dict[str, list[str]] = {}
     for row, weights in zip(blends.to_dict("records"), weights_of(blends, rewards), strict=True):
         alone = row["method"] in ("single", "db-kla") and pd.isna(row["adapter"]) and max(weights) == 1
-        retrained = row["method"] == "morl"
-        counts = np.allclose(weights, wanted, atol=1e-6) if retrained else alone or min(weights) > 0
-        if counts and row["blend"] in known:
+        if (alone or min(weights) > 0) and row["blend"] in known:
             method = SINGLE if alone else str(row["variant"]).partition(" λ=")[0]
             found.setdefault(method, []).append(str(row["blend"]))
     return found
-
-
-def _draws(estimates: Estimates, blend: str, preference: Mapping[str, float], alpha: float) -> np.ndarray:
-    """E[r(w)] − α·KL of a blend: the estimate, then the bootstrap's draws, (1 + samples,)."""
-    row = estimates.row(blend)
-    both = np.concatenate([estimates.values[row][None], estimates.draws[:, row]])
-    total = sum(weight * both[:, estimates.quantities.index(REWARD + name)] for name, weight in preference.items())
-    return np.asarray(total - alpha * both[:, estimates.quantities.index(KL)] if alpha else total)
 
 
 def _best(
     before: Estimates, blends: Sequence[str], preference: Mapping[str, float], alpha: float
 ) -> tuple[str, int, float] | None:
     """The best blend, how many have a value, and its value; None where none has one."""
-    values = {blend: float(_draws(before, blend, preference, alpha)[0]) for blend in blends}
+    values = {blend: float(before.under(blend, preference, alpha)[0]) for blend in blends}
     values = {blend: value for blend, value in values.items() if np.isfinite(value)}
     if not values:
         return None
@@ -196,21 +186,13 @@ def _reference(estimates: Estimates, chosen: Mapping[str, object]) -> str:
     return REFERENCE_VARIANT if REFERENCE_VARIANT in blending else next(iter([*blending, *chosen]))
 
 
-def _oracle(estimates: Estimates, preference: Mapping[str, float]) -> str | None:
-    """The policy retrained for the preference, if there is one, whether or not it was run on validation prompts."""
-    blends = estimates.blends[(estimates.blends["method"] == "morl") & within(estimates.blends, list(preference))]
-    wanted = tuple(preference.values())
-    at = np.isclose(weights_of(blends, list(preference)), wanted, atol=1e-6).all(axis=1) & (blends["kl_scale"] == 1)
-    return str(blends["blend"][at].iloc[0]) if at.any() else None
-
-
 def _share(estimates: Estimates, weighted: np.ndarray, oracle: str | None, preference: Mapping[str, float]) -> Value:
     """Share of the oracle's gain in r(w); NaN without oracle or base, or where the oracle's own gain may be 0."""
     bases = estimates.blends.loc[estimates.blends["method"] == "base", "blend"]
     if oracle is None or bases.empty:
         return (np.nan, np.nan, np.nan)
-    base = _draws(estimates, str(bases.iloc[0]), preference, 0.0)
-    gain = _draws(estimates, oracle, preference, 0.0) - base
+    base = estimates.under(str(bases.iloc[0]), preference, 0.0)
+    gain = estimates.under(oracle, preference, 0.0) - base
     if _value(estimates, gain)[1] <= 0:
         return (np.nan, np.nan, np.nan)
     return _value(estimates, (weighted - base) / gain)

@@ -17,6 +17,7 @@ from dblightning.evaluation.cells import (
     oracle_variants,
     preference_points,
     quantity_decimals,
+    readable_labels,
 )
 from dblightning.evaluation.comparisons import (
     by_weights,
@@ -27,7 +28,8 @@ from dblightning.evaluation.comparisons import (
     reference_variant,
     sides,
 )
-from dblightning.evaluation.scores import weights_label
+from dblightning.evaluation.intervals import interval
+from dblightning.evaluation.scores import weights_label, within
 from dblightning.evaluation.table_formats import Table
 
 
@@ -67,23 +69,29 @@ def objective_lines(estimates: Estimates, rewards: Sequence[str]) -> list[tuple[
     return lines + [
         (f"{variant} is no oracle", text)
         for variant in sorted(oracles)
-        for text in [_no_oracle(estimates, points, variant)]
+        for text in [_no_oracle(estimates, points, rewards, variant)]
         if text
     ]
 
 
-def _no_oracle(estimates: Estimates, points: dict[str, Points], oracle: str) -> str:
-    """Where another policy has a larger value than a retrained one, by more than the interval; empty where none has."""
+def _no_oracle(estimates: Estimates, points: dict[str, Points], rewards: Sequence[str], oracle: str) -> str:
+    """Where another policy has a larger value than a retrained one, by more than the interval; empty where none has.
+
+    Every evaluated policy is held against it under its preference, those of other weights and λ's too: one that was
+    retrained for another preference may show that this one is not at its end.
+    """
     texts = []
+    names, alpha = readable_labels(estimates), estimates.alpha or 0.0
+    rivals = estimates.blends.loc[within(estimates.blends, rewards), "blend"]
     for weights, blend in mixed(points.get(oracle, {})).items():
-        others = {blends[weights]: name for name, blends in points.items() if weights in blends and name != oracle}
-        above = {
-            other: value
-            for other in others
-            for value, low, _ in [estimates.difference(other, blend, OBJECTIVE)]
-            if low > 0
-        }
+        preference = dict(zip(rewards, weights, strict=True))
+        own = estimates.under(blend, preference, alpha)
+        above = {}
+        for other in rivals:
+            more = estimates.under(other, preference, alpha) - own
+            if interval(more[1:], estimates.units, estimates.level)[0] > 0:
+                above[other] = float(more[0])
         if above:
             best = max(above, key=lambda each: above[each])
-            texts.append(f"at w = {weights_label(weights)}: {others[best]} has {above[best]:.2f} more")
+            texts.append(f"at w = {weights_label(weights)}: {names[best]} has {above[best]:.2f} more")
     return "; ".join(texts) + "." if texts else ""

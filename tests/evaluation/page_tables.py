@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from dblightning.evaluation.analysis import KL, OBJECTIVE, Estimates
+from dblightning.evaluation.choosing import choose
 from dblightning.evaluation.comparisons import paired_table
 from dblightning.evaluation.objective_value import paired_objective_table
 from dblightning.evaluation.paper_tables import hypervolume_table, kl_points, kl_table, reward_table, share_table
-from dblightning.evaluation.scores import read_scores
+from dblightning.evaluation.scores import blend_table, read_scores
 
 ROOT = Path(__file__).parents[2]
 #: reward per nat, at which the two adapters of one α are calibrated (test_published_figures.py)
@@ -107,3 +109,49 @@ def as_markdown(rows: list[list[str]]) -> str:
     """A pipe table of the first row as headings."""
     head, *body = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def chosen_rows(seeds: Sequence[tuple[pd.DataFrame, pd.DataFrame]], alpha: float = 0.0) -> list[list[str]]:
+    """Headings and rows: each method at its best for three preferences, chosen on validation prompts; a value per seed.
+
+    Args:
+        seeds: validation and test table of each training seed.
+        alpha: of the choice.
+    """
+    rows = []
+    preferences = [{"alignment": w, "aesthetic": round(1 - w, 1)} for w in (0.2, 0.5, 0.8)]
+    found = [choose(*tables, preferences, alpha) for tables in seeds]
+    blends = [blend_table(test).set_index("blend") for _, test in seeds]
+    for place, preference in enumerate(preferences):
+        for method in dict.fromkeys(each.method for choices in found for each in choices[place]):
+            own = [next((each for each in choices[place] if each.method == method), None) for choices in found]
+            if method.startswith("MORL"):
+                chosen = ["retrained"]
+            else:
+                chosen = [_point(blends[seed].loc[each.blend]) for seed, each in enumerate(own) if each is not None]
+            less = ["–" if each is None else _difference(each.less) for each in own]
+            rows.append(
+                [
+                    f"{preference['alignment']:g}",
+                    method,
+                    " / ".join(chosen),
+                    " / ".join("–" if each is None else f"{each.weighted[0]:.2f}" for each in own),
+                    "0" if own[0] is not None and own[0] is found[0][place][0] else " / ".join(less),
+                    " / ".join("–" if each is None else f"{each.kl:.0f}" for each in own),
+                ]
+            )
+    value = "E[r(w)] − α·KL" if alpha else "r(w)"
+    return minus([["w", "method", "chosen", "r(w)", f"{value} less DB-MPA's", "KL, nats"], *rows])
+
+
+def _point(blend: pd.Series) -> str:
+    """A blend's mixing weight of the first reward, or an adapter and its strength."""
+    weights = {name: blend[f"weight/{name}"] for name in ("alignment", "aesthetic")}
+    if max(weights.values()) < 1:
+        return f"{weights['alignment']:g}"
+    return f"{max(weights, key=lambda name: weights[name])} λ {blend['kl_scale']:g}"
+
+
+def _difference(value: tuple[float, float, float]) -> str:
+    text = f"{value[0] + 0.0:+.2f}"
+    return text if not value[1] <= 0 <= value[2] else f"{text} n.s."

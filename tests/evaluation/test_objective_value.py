@@ -90,8 +90,29 @@ def test_tables_and_verdict_speak_of_it_where_alpha_was_given() -> None:
 
 def test_a_retrained_policy_that_another_has_more_than_is_called_no_oracle() -> None:
     lines = dict(objective_lines(estimate(table(), alpha=ALPHA), NAMES))
-    assert lines["MORL (oracle) is no oracle"] == "at w = 0.5: DB-MPA has 0.20 more."
+    assert lines["MORL (oracle) is no oracle"] == "at w = 0.5: DB-MPA: a 0.5, b 0.5 has 0.20 more."
     assert "MORL (oracle) is no oracle" not in dict(objective_lines(estimate(table(), alpha=0.0), NAMES))
+
+
+def test_a_policy_retrained_for_another_preference_shows_that_one_is_no_oracle() -> None:
+    """Of r(½) the one for w = 0.2 has 1.5 − 0.05 · 4, the one for ½ has 1 − 0.05 · 12, whatever DB-MPA has."""
+    rng = np.random.default_rng(1)
+    points = {"base": ("base", None, 0.0, 0.0), "mpa": ("db-mpa", 0.5, 0.3, 4.0)}
+    points |= {"half": ("morl", 0.5, 1.0, 12.0), "fifth": ("morl", 0.2, 1.5, 4.0)}
+    effect = rng.normal(size=(30, 1))
+    rows = [
+        (
+            blend(
+                method, None if w is None else preference(w, NAMES), label, adapter=label if method == "morl" else None
+            ),
+            {name: effect + gain + 0.01 * rng.normal(size=(30, 2)) for name in NAMES},
+        )
+        for label, (method, w, gain, _) in points.items()
+    ]
+    frame = score_table(rows, 30, 2, names=NAMES)
+    frame["kl"] = [points[label][3] for label in frame["blend"]]
+    lines = dict(objective_lines(estimate(frame, alpha=ALPHA), NAMES))
+    assert lines["MORL (oracle) is no oracle"] == "at w = 0.5: MORL (oracle): a 0.2, b 0.8 has 0.90 more."
 
 
 @pytest.mark.parametrize(
