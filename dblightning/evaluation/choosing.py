@@ -106,10 +106,10 @@ def _choose(before: Estimates, after: Estimates, preference: Mapping[str, float]
         raise ValueError(
             f"no method has a blend of {' and '.join(preference)} in both tables: evaluate the same blends on both"
         )
-    reference = _reference(after, chosen)
+    kinds = {method: after.methods()[blend] for method, (blend, _, _) in chosen.items()}
+    reference = _reference(kinds)
     of_reference = after.under(chosen[reference][0], preference, alpha)
-    methods = after.methods()
-    oracle = next((blend for blend, _, _ in chosen.values() if methods[blend] == "morl"), None)
+    oracle = next((chosen[method][0] for method, kind in kinds.items() if kind == "morl"), None)
     choices = []
     for method in [reference, *(method for method in chosen if method != reference)]:
         blend, tried, on_validation = chosen[method]
@@ -180,10 +180,10 @@ def _value(estimates: Estimates, draws: np.ndarray) -> Value:
     return float(draws[0]), float(low), float(high)
 
 
-def _reference(estimates: Estimates, chosen: Mapping[str, object]) -> str:
-    methods = dict(zip(estimates.blends["variant"], estimates.blends["method"], strict=True))
-    blending = [name for name in chosen if methods.get(name) in INTERPOLATING - {"morl"}]
-    return REFERENCE_VARIANT if REFERENCE_VARIANT in blending else next(iter([*blending, *chosen]))
+def _reference(kinds: Mapping[str, str]) -> str:
+    """DB-MPA, else the first method that interpolates adapters, else the first; ``kinds``: method → its blend's."""
+    blending = [name for name, kind in kinds.items() if kind in INTERPOLATING - {"morl"}]
+    return REFERENCE_VARIANT if REFERENCE_VARIANT in blending else next(iter([*blending, *kinds]))
 
 
 def _share(estimates: Estimates, weighted: np.ndarray, oracle: str | None, preference: Mapping[str, float]) -> Value:

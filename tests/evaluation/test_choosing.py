@@ -99,6 +99,16 @@ def test_the_reference_comes_first() -> None:
     ]  # fmt: skip
 
 
+def test_a_method_is_one_whatever_its_strengths() -> None:
+    """DB-MPA at λ = 2 alone is the reference still, and blends of λ's compete as those of weights do."""
+    frames = []
+    for frame in (VALIDATION, TEST):
+        strong = frame[frame["blend"].str.startswith("db-mpa")].assign(kl_scale=2.0)
+        frames.append(pd.concat([frame[~frame["blend"].str.startswith("db-mpa")], strong]))
+    first = choose(*frames, [HALF])[0][0]
+    assert (first.method, first.blend, first.tried) == ("DB-MPA", "db-mpa_a-0.8_b-0.2", 3)
+
+
 @pytest.mark.parametrize(
     ("test", "preferences", "alpha", "message"),
     [
