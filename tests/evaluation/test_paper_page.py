@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dblightning.evaluation.analysis import estimate
-from tests.evaluation.page_tables import ALPHA, ROOT, preference_rows, published, strength_rows
+from tests.evaluation.page_tables import ALPHA, ROOT, chosen_rows, preference_rows, published, strength_rows
 
 ALIGNED, CALM = ["alignment", "aesthetic"], ["compressibility", "aesthetic"]
 
@@ -28,6 +28,11 @@ def written(section: str) -> list[list[str]]:
 )
 def test_a_table_by_preference_is_what_its_rows_say(section: str, name: str, rewards: list[str], alpha: float) -> None:
     assert written(section) == preference_rows(estimate(published(name), alpha=alpha), rewards)
+
+
+def test_the_table_of_each_method_at_its_best_is_what_its_rows_say() -> None:
+    seeds = [(published(f"mixing{seed}_val"), published(f"mixing{seed}")) for seed in ("", "_1", "_2")]
+    assert written("Each method at its best") == chosen_rows(seeds, ALPHA)
 
 
 def test_the_table_of_strength_against_retraining_is_what_its_rows_say() -> None:
