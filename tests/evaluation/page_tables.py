@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from dblightning.evaluation.analysis import KL, OBJECTIVE, Estimates
+from dblightning.evaluation.cells import cell, preference_points
 from dblightning.evaluation.choosing import choose
 from dblightning.evaluation.comparisons import paired_table
 from dblightning.evaluation.objective_value import paired_objective_table
@@ -155,3 +156,31 @@ def _point(blend: pd.Series) -> str:
 def _difference(value: tuple[float, float, float]) -> str:
     text = f"{value[0] + 0.0:+.2f}"
     return text if not value[1] <= 0 <= value[2] else f"{text} n.s."
+
+
+#: weights in the order of alignment, aesthetic, vividness, compressibility → how the page calls them
+SEVERAL = {
+    (0.5, 0.5): "½, ½, 0",
+    (0.333333, 0.333333, 0.333334): "⅓ each",
+    (0.6, 0.2, 0.2): "0.6, 0.2, 0.2",
+    (0.2, 0.6, 0.2): "0.2, 0.6, 0.2",
+    (0.2, 0.2, 0.6): "0.2, 0.2, 0.6",
+    (0.25, 0.25, 0.25, 0.25): "¼ each of four",
+}
+
+
+def several_rows(estimates: Estimates) -> list[list[str]]:
+    """Headings and rows: DB-MPA's gains in two to four rewards, and the others' r(w) less its, by preference."""
+    others = ["better single adapter", "random adapter", "LS, rotation", "exact soup", "factor soup"]
+    rows = [["weights", "DB-MPA", "its gain in r(w)", *others]]
+    for weights, name in SEVERAL.items():
+        rewards = ["alignment", "aesthetic", "vividness", "compressibility"][: len(weights)]
+        points = preference_points(estimates, rewards)
+        own = points["DB-MPA"][weights]
+        gains = [f"{estimates.of(own, f'gain/{reward}')[0] + 0.0:+.2f}" for reward in rewards]
+        cells = []
+        for column in others:
+            blend = points.get(COLUMNS[column], {}).get(weights)
+            cells.append("–" if blend is None else cell(estimates.difference(blend, own, "weighted"), 2, sign=True))
+        rows.append([name, " / ".join(gains), cell(estimates.of(own, "weighted_gain"), 2, sign=True), *cells])
+    return minus(rows)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from dblightning.evaluation.analysis import estimate
-from tests.evaluation.page_tables import ALPHA, ROOT, chosen_rows, preference_rows, published, strength_rows
+from tests.evaluation.page_tables import (
+    ALPHA,
+    ROOT,
+    chosen_rows,
+    preference_rows,
+    published,
+    several_rows,
+    strength_rows,
+)
 
 ALIGNED, CALM = ["alignment", "aesthetic"], ["compressibility", "aesthetic"]
 
@@ -33,6 +41,10 @@ def test_a_table_by_preference_is_what_its_rows_say(section: str, name: str, rew
 def test_the_table_of_each_method_at_its_best_is_what_its_rows_say() -> None:
     seeds = [(published(f"mixing{seed}_val"), published(f"mixing{seed}")) for seed in ("", "_1", "_2")]
     assert written("Each method at its best") == chosen_rows(seeds, ALPHA)
+
+
+def test_the_table_of_two_to_four_rewards_is_what_its_rows_say() -> None:
+    assert written("Two, three and four rewards (Table 6, Fig. 8)") == several_rows(estimate(published("basis")))
 
 
 def test_the_table_of_strength_against_retraining_is_what_its_rows_say() -> None:
