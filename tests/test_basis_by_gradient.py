@@ -155,7 +155,13 @@ REWARDS = {"alignment": ShapeAlignment, "aesthetic": ShapeAesthetic}
         pytest.param("miniature", 1, REFL, id="refl"),
         pytest.param("miniature", 3, BY_GRADIENT, id="draft", marks=pytest.mark.slow),
         pytest.param("miniature-flow", 1, {**REFL, **ON_A_FLOW}, id="refl on a flow"),
-        pytest.param("miniature-flow", 1, {**GROUPS, **ON_A_FLOW, "objective": FlowDPPO(1e-3)}, id="Flow-DPPO"),
+        pytest.param(
+            "miniature-flow",
+            1,
+            {**GROUPS, **ON_A_FLOW, "objective": FlowDPPO(1e-3)},
+            id="Flow-DPPO",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "miniature-flow", 1, {**GROUPS, **ON_A_FLOW, "objective": GRPO(5e-3)}, id="GRPO", marks=pytest.mark.slow
         ),

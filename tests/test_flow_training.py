@@ -43,7 +43,7 @@ def optimal_shift(solver: FlowSolver, std: float, slope: float, alpha: float) ->
     return slope / alpha * total
 
 
-@pytest.mark.parametrize(("noise", "eta"), [("flow_sde", 0.7), ("cps", 0.8)])
+@pytest.mark.parametrize(("noise", "eta"), [("flow_sde", 0.7), pytest.param("cps", 0.8, marks=pytest.mark.slow)])
 def test_the_policy_gradient_reaches_the_optimum_on_the_flow_path(tmp_path: Path, noise: str, eta: float) -> None:
     settings = {"kl_weight": 1.0, "clip_range": 0.5, "advantage": "prompt", "policy_batch_size": 3 * 256, "eta": eta}
     run = module(FlowBackbone(), slope=0.5, sampling={"noise": noise}, **settings)

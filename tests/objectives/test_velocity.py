@@ -127,7 +127,7 @@ def _ends(solver: Any) -> tuple[list[float], list[float]]:
         pytest.param(PPO(0.5), "cps", 0.8, 0.4, marks=pytest.mark.slow),
         pytest.param(GRPO(0.5), "flow_sde", 0.7, 1.0, marks=pytest.mark.slow),
         pytest.param(GRPO(0.5), "cps", 0.8, 0.4, marks=pytest.mark.slow),
-        (FlowDPPO(0.05), "flow_sde", 0.7, 1.0),
+        pytest.param(FlowDPPO(0.05), "flow_sde", 0.7, 1.0, marks=pytest.mark.slow),
         pytest.param(FlowDPPO(0.05), "cps", 0.8, 0.4, marks=pytest.mark.slow),
     ],
 )
