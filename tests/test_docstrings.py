@@ -21,6 +21,7 @@ MODULES = [
     "ddim",
     "evaluation.calibration",
     "evaluation.equal_terms",
+    "evaluation.scores",
     "few_rows",
     "flow",
     "gaussian_step",

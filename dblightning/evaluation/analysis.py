@@ -106,6 +106,11 @@ class Estimates:
         low, high = interval(self.draws[:, first, column] - self.draws[:, second, column], self.units, self.level)
         return float(self.values[first, column] - self.values[second, column]), float(low), float(high)
 
+    def with_interval(self, draws: np.ndarray) -> tuple[float, float, float]:
+        """An estimate with the two ends of its interval; ``draws``: itself, then the bootstrap's, (1 + samples,)."""
+        low, high = interval(draws[1:], self.units, self.level)
+        return float(draws[0]), float(low), float(high)
+
     def under(self, blend: str, preference: Mapping[str, float], alpha: float = 0.0) -> np.ndarray:
         """E[r(w)] − α·KL of a blend's images under any preference w, its own or not.
 

@@ -21,12 +21,13 @@ from dblightning.arguments import CommandParser, numbers_by_name
 from dblightning.evaluation.analysis import KL, Estimates, estimate
 from dblightning.evaluation.cells import EMPTY, cell, decimals, readable_labels
 from dblightning.evaluation.comparisons import mixed
+from dblightning.evaluation.equal_terms import has_kl
 from dblightning.evaluation.fronts import REFERENCE_VARIANT
-from dblightning.evaluation.intervals import interval
 from dblightning.evaluation.merge import check_settings
 from dblightning.evaluation.scores import (
     INTERPOLATING,
     blend_table,
+    family,
     fronts,
     preference_sets,
     read_scores,
@@ -46,6 +47,7 @@ class Choice(NamedTuple):
 
     method: str
     blend: str
+    label: str  # the blend in words
     tried: int  # blends it was chosen among
     on_validation: float  # E[r(w)] − α·KL, the mean that decided
     value: Value  # E[r(w)] − α·KL on test prompts
@@ -89,6 +91,8 @@ def choose(
     _check_tables(validation, test, alpha)
     before, after = estimate(validation, samples=1), estimate(test, level=level)
     for estimates, which in ((before, "validation"), (after, "test")):
+        if alpha > 0 and not has_kl(estimates):
+            raise ValueError(f"alpha weighs the KL, which the {which} table lacks: evaluate with --model.kl true")
         missing = [name for each in preferences for name in each if name not in estimates.rewards]
         if missing:
             raise ValueError(f"reward {missing[0]!r} is not in the {which} table, which has {estimates.rewards}")
@@ -106,6 +110,7 @@ def _choose(before: Estimates, after: Estimates, preference: Mapping[str, float]
         raise ValueError(
             f"no method has a blend of {' and '.join(preference)} in both tables: evaluate the same blends on both"
         )
+    labels = readable_labels(after)
     kinds = {method: after.methods()[blend] for method, (blend, _, _) in chosen.items()}
     reference = _reference(kinds)
     of_reference = after.under(chosen[reference][0], preference, alpha)
@@ -118,13 +123,14 @@ def _choose(before: Estimates, after: Estimates, preference: Mapping[str, float]
             Choice(
                 method,
                 blend,
+                labels[blend],
                 tried,
                 on_validation,
-                _value(after, draws),
-                _value(after, weighted),
-                _value(after, draws - of_reference),
+                after.with_interval(draws),
+                after.with_interval(weighted),
+                after.with_interval(draws - of_reference),
                 _share(after, weighted, oracle, preference),
-                after.of(blend, KL)[0] if KL in after.quantities else np.nan,
+                after.of(blend, KL)[0] if has_kl(after) else np.nan,
                 float(after.rows["denoiser_rows"].iloc[after.row(blend)]),
             )
         )
@@ -139,9 +145,6 @@ def _check_preference(preference: Mapping[str, float]) -> None:
 def _check_tables(validation: pd.DataFrame, test: pd.DataFrame, alpha: float) -> None:
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha must be >= 0 and finite, got {alpha}")
-    for frame, which in ((validation, "validation"), (test, "test")):
-        if alpha > 0 and (KL not in frame or not np.isfinite(frame[KL].astype(float)).any()):
-            raise ValueError(f"alpha weighs the KL, which the {which} table lacks: evaluate with --model.kl true")
     both = (set(validation["prompt"]) & set(test["prompt"])) - {""}
     if both:
         raise ValueError(
@@ -158,7 +161,7 @@ def _methods(before: Estimates, after: Estimates, preference: Mapping[str, float
     for row, weights in zip(blends.to_dict("records"), weights_of(blends, rewards), strict=True):
         alone = row["method"] in ("single", "db-kla") and pd.isna(row["adapter"]) and max(weights) == 1
         if (alone or min(weights) > 0) and row["blend"] in known:
-            method = SINGLE if alone else str(row["variant"]).partition(" λ=")[0]
+            method = SINGLE if alone else family(str(row["variant"]))
             found.setdefault(method, []).append(str(row["blend"]))
     return found
 
@@ -175,11 +178,6 @@ def _best(
     return best, len(values), values[best]
 
 
-def _value(estimates: Estimates, draws: np.ndarray) -> Value:
-    low, high = interval(draws[1:], estimates.units, estimates.level)
-    return float(draws[0]), float(low), float(high)
-
-
 def _reference(kinds: Mapping[str, str]) -> str:
     """DB-MPA, else the first method that interpolates adapters, else the first; ``kinds``: method → its blend's."""
     blending = [name for name, kind in kinds.items() if kind in INTERPOLATING - {"morl"}]
@@ -193,22 +191,20 @@ def _share(estimates: Estimates, weighted: np.ndarray, oracle: str | None, prefe
         return (np.nan, np.nan, np.nan)
     base = estimates.under(str(bases.iloc[0]), preference, 0.0)
     gain = estimates.under(oracle, preference, 0.0) - base
-    if _value(estimates, gain)[1] <= 0:
+    if estimates.with_interval(gain)[1] <= 0:
         return (np.nan, np.nan, np.nan)
-    return _value(estimates, (weighted - base) / gain)
+    return estimates.with_interval((weighted - base) / gain)
 
 
-def choices_table(
-    choices: Sequence[Choice], preference: Mapping[str, float], labels: Mapping[str, str], alpha: float
-) -> Table:
-    """The choices for one preference as a row per method; ``labels`` are what each blend is called."""
+def choices_table(choices: Sequence[Choice], preference: Mapping[str, float], alpha: float) -> Table:
+    """The choices for one preference as a row per method."""
     value = f"E[r(w)] − {alpha:g}·KL" if alpha else "r(w)"
     digits = decimals([(each.value[2] - each.value[1]) / 2 for each in choices])
     apart = decimals([(each.less[2] - each.less[1]) / 2 for each in choices])
     rows = []
     for each in choices:
         cells = {
-            "chosen": labels.get(each.blend, each.blend),
+            "chosen": each.label,
             "of": str(each.tried),
             "validation": f"{round(each.on_validation, digits) + 0.0:.{digits}f}",
             f"test {value}": cell(each.value, digits),
@@ -249,11 +245,10 @@ def choose_main(arguments: Sequence[str] | None = None) -> None:
         test, other = read_scores(options.test)
         check_settings(record, other, f"{options.validation} and {options.test} are not comparable")
         preferences = preferences or _preferences(test)
-        labels = readable_labels(estimate(test, samples=1))
         found = choose(validation, test, preferences, options.alpha, options.level)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    tables = [choices_table(*each, labels, options.alpha) for each in zip(found, preferences, strict=True)]
+    tables = [choices_table(*each, options.alpha) for each in zip(found, preferences, strict=True)]
     print("\n".join(map(to_markdown, tables)), end="")
 
 

@@ -35,9 +35,8 @@ from dblightning.evaluation.comparisons import (
     sides,
     verdict,
 )
-from dblightning.evaluation.intervals import interval
 from dblightning.evaluation.objective_value import objective_lines
-from dblightning.evaluation.scores import WEIGHT, weights_label
+from dblightning.evaluation.scores import WEIGHT, family, weights_label
 from dblightning.evaluation.table_formats import Table
 
 Weights = tuple[float, ...]
@@ -52,9 +51,9 @@ def families(points: Mapping[str, Points]) -> dict[str, dict[Weights, list[str]]
     """Variants that differ in λ alone as one: name → weights → labels."""
     found: dict[str, dict[Weights, list[str]]] = {}
     for variant, blends in points.items():
-        family = found.setdefault(variant.partition(" λ=")[0], {})
+        own = found.setdefault(family(variant), {})
         for weights, blend in mixed(blends).items():
-            family.setdefault(weights, []).append(blend)
+            own.setdefault(weights, []).append(blend)
     return found
 
 
@@ -91,7 +90,7 @@ def compare_at_equal_kl(estimates: Estimates, rewards: Sequence[str]) -> list[Co
     if reference is None or not has_kl(estimates):
         return []
     found = families(points)
-    own = found.pop(reference.partition(" λ=")[0])
+    own = found.pop(family(reference))
     compared = []
     curves = {weights: _curve(estimates, each) for weights, each in own.items()}
     for variant, blends in found.items():
@@ -147,8 +146,7 @@ def _at_equal_kl(estimates: Estimates, first: np.ndarray, second: np.ndarray) ->
         return np.nan, np.nan, np.nan
     at = np.minimum(*(curve[:, :, 0].max(axis=1) for curve in curves))
     one, two = (gains_at(curve[:, :, 0], curve[:, :, 1], at) for curve in curves)
-    low, high = interval((one - two)[1:], estimates.units, estimates.level)
-    return float(one[0] - two[0]), float(low), float(high)
+    return estimates.with_interval(one - two)
 
 
 def equal_kl_table(estimates: Estimates, rewards: Sequence[str]) -> Table:

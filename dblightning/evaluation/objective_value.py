@@ -28,7 +28,6 @@ from dblightning.evaluation.comparisons import (
     reference_variant,
     sides,
 )
-from dblightning.evaluation.intervals import interval
 from dblightning.evaluation.scores import weights_label, within
 from dblightning.evaluation.table_formats import Table
 
@@ -88,9 +87,9 @@ def _no_oracle(estimates: Estimates, points: dict[str, Points], rewards: Sequenc
         own = estimates.under(blend, preference, alpha)
         above = {}
         for other in rivals:
-            more = estimates.under(other, preference, alpha) - own
-            if interval(more[1:], estimates.units, estimates.level)[0] > 0:
-                above[other] = float(more[0])
+            more, low, _ = estimates.with_interval(estimates.under(other, preference, alpha) - own)
+            if low > 0:
+                above[other] = more
         if above:
             best = max(above, key=lambda each: above[each])
             texts.append(f"at w = {weights_label(weights)}: {names[best]} has {above[best]:.2f} more")

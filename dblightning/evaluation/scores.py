@@ -181,6 +181,15 @@ def _variants(blends: pd.DataFrame) -> list[str]:
     return names
 
 
+def family(variant: str) -> str:
+    """A variant's name without its λ: what varies in λ alone is one method.
+
+    >>> family("DB-MPA λ=1.5")
+    'DB-MPA'
+    """
+    return variant.partition(" λ=")[0]
+
+
 # ── preferences ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
